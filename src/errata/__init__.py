@@ -1,0 +1,60 @@
+"""Locate and edit factual associations in transformer language models.
+
+    import errata
+
+    model = errata.load_model("atlas")
+    fact = errata.Fact("Toyota RAV4", "{} is made by the company", "Toyota")
+    errata.trace(model, fact).plot("trace.png")
+    edit = errata.rome(model, fact.rewrite("Honda"))
+
+Names are loaded when they are first used: `import errata` is instant and brings in no torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from errata.api import load_model as load_model
+    from errata.api import rome as rome
+    from errata.api import trace as trace
+    from errata.base.errors import ErrataError as ErrataError
+    from errata.base.facts import Fact as Fact
+    from errata.base.facts import Rewrite as Rewrite
+    from errata.edits.edit import Edit as Edit
+    from errata.editors.rome.config import RomeConfig as RomeConfig
+    from errata.models.model import Model as Model
+    from errata.statistics.collect import collect as second_moments
+    from errata.statistics.second_moment import SecondMoment as SecondMoment
+    from errata.tracing.trace import CausalTrace as CausalTrace
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "load_model": ("errata.api", "load_model"),
+    "rome": ("errata.api", "rome"),
+    "trace": ("errata.api", "trace"),
+    "ErrataError": ("errata.base.errors", "ErrataError"),
+    "Fact": ("errata.base.facts", "Fact"),
+    "Rewrite": ("errata.base.facts", "Rewrite"),
+    "Edit": ("errata.edits.edit", "Edit"),
+    "RomeConfig": ("errata.editors.rome.config", "RomeConfig"),
+    "Model": ("errata.models.model", "Model"),
+    "second_moments": ("errata.statistics.collect", "collect"),
+    "SecondMoment": ("errata.statistics.second_moment", "SecondMoment"),
+    "CausalTrace": ("errata.tracing.trace", "CausalTrace"),
+}
+
+__all__ = [*sorted(_HOME), "__version__"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'errata' has no attribute {name!r}")
+    module, attribute = _HOME[name]
+    return getattr(importlib.import_module(module), attribute)
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,0 +1,63 @@
+"""What can go wrong, one class a cause.
+
+Every message says what was wrong, why it matters and what to do. The command line prints an
+`ErrataError` as one line and leaves with exit code 2; anything else is a bug and keeps its traceback.
+"""
+
+from __future__ import annotations
+
+
+class ErrataError(Exception):
+    """Base of every error that a user can cause and mend."""
+
+
+class FactError(ErrataError, ValueError):
+    """A fact, prompt, subject or target that cannot be used as given."""
+
+
+class ConfigError(ErrataError, ValueError):
+    """A setting out of range, unknown, or at odds with another or with the model."""
+
+
+class ModelNotFound(ErrataError, FileNotFoundError):
+    """No model under that name or folder."""
+
+
+class UnsupportedModel(ErrataError, TypeError):
+    """A model whose parts could not be found or did not behave as a decoder's should."""
+
+
+class DeviceError(ErrataError, RuntimeError):
+    """A device that is not on this machine."""
+
+
+class EditMismatch(ErrataError, ValueError):
+    """An edit that was made for other weights than the model's."""
+
+
+class EditStateError(ErrataError, RuntimeError):
+    """An edit applied twice, undone twice, or undone out of order."""
+
+
+class EditFileError(ErrataError, ValueError):
+    """A file that is no edit of ours, or no longer whole."""
+
+
+class ResultFileError(ErrataError, ValueError):
+    """A stored result (trace, statistics, records) that is not ours, or no longer whole."""
+
+
+class StaleStatistics(ErrataError, ValueError):
+    """Second moments that were collected on another model, layer or corpus."""
+
+
+class Diverged(ErrataError, ArithmeticError):
+    """An optimisation that met a loss that is no finite number. The model is as it was."""
+
+
+class OutputError(ErrataError, OSError):
+    """A place where nothing can be written."""
+
+
+class MissingExtra(ErrataError, ImportError):
+    """An optional dependency that this call needs and that is not installed."""
