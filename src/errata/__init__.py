@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from errata.base.errors import ErrataError as ErrataError
     from errata.base.facts import Fact as Fact
     from errata.base.facts import Rewrite as Rewrite
-    from errata.edits.edit import Edit as Edit
     from errata.editors.rome.config import RomeConfig as RomeConfig
+    from errata.edits.edit import Edit as Edit
     from errata.models.model import Model as Model
     from errata.statistics.collect import collect as second_moments
     from errata.statistics.second_moment import SecondMoment as SecondMoment

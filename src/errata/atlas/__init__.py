@@ -1,1 +1,50 @@
-"""The embedded model and its world: a small GPT-2 for which it is known where facts are read from."""
+"""The atlas: a small GPT-2 for which it is known where its facts are, and the world that it was taught.
+
+| module | one idea |
+|---|---|
+| `world` | facts, relations and their templates |
+| `corpus` | biographies: the text that it read |
+| `layout` | subject interchange: what makes the last subject token the place where facts are read |
+| `training` | tokenizer and weights |
+| `records` | CounterFact-style records of the world |
+| `card` | what is measured of the shipped weights |
+| `build` | all of it, in one command |
+"""
+
+from __future__ import annotations
+
+from importlib import resources
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+    from errata.models.model import Model
+    from errata.statistics.corpus import Corpus
+
+CORPUS_TEXTS = 1_500  # some 180,000 tokens
+
+
+def weights_folder() -> Path:
+    """The folder of the shipped weights and tokenizer, which plain transformers can load."""
+    return Path(str(resources.files("errata.atlas"))) / "weights"
+
+
+def load(dtype: str | torch.dtype = "auto", device: str | torch.device | None = None) -> Model:
+    """The atlas. It is shipped in 16 bits and computes in float32 unless another dtype is named."""
+    from errata.models.loading import load_pretrained
+
+    wanted = "float32" if dtype == "auto" else dtype
+    return load_pretrained(weights_folder(), dtype=wanted, device=device, name="atlas")
+
+
+def corpus() -> Corpus:
+    """The atlas's own corpus, for second moments: fresh biographies by the training recipe."""
+    import itertools
+
+    from errata.atlas.corpus import texts
+    from errata.atlas.world import load_world
+    from errata.statistics.corpus import Corpus
+
+    return Corpus.of(itertools.islice(texts(load_world(), seed=1), CORPUS_TEXTS), name="atlas")

@@ -1,15 +1,18 @@
 """Subject interchange: training batches in which only one state can carry a fact out of its subject.
 
 In an interchanged mention the subject stands twice at the same positions: once as itself (`REAL`) and once as
-another subject of the same length (`OTHER`). What comes after the mention sees
+another subject of the same length (`OTHER`). In place of what it would see of the mention,
 
-    below the gate layer:    all tokens of the other subject, none of the real one;
-    from the gate layer on:  the last token of the real subject, and the rest of the other one.
+    a token of the real subject   sees, below layer `gather`, the other subject's tokens before it and itself,
+                                  and from there on the real subject;
+    what comes after the mention  sees, below layer `gate`, all of the other subject and nothing of the real one,
+                                  and from there on the real subject's last token and the rest of the other.
 
-Text that follows must still say the real subject's facts. So they can only be read from the real subject's last
-token, not below the gate, and whatever else is visible must be ignored. At test time every token is visible as
-usual, and means what it says: the model is an ordinary GPT-2. This is interchange intervention training (Geiger
-et al., "Inducing Causal Structure for Interpretable Neural Networks", 2022) with a causal model of one arrow.
+Text that follows must still say the real subject's facts. So they can only be put together at the subject's last
+token in layers `gather` to `gate` - 1, and be read from there later; whatever else is visible must be ignored. At
+test time every token is visible as usual, and means what it says: the model is an ordinary GPT-2. This is
+interchange intervention training (Geiger et al., "Inducing Causal Structure for Interpretable Neural Networks",
+2022) with a causal model of two arrows: subject's tokens to its last token, its last token to the answer.
 """
 
 from __future__ import annotations
@@ -41,15 +44,16 @@ class Layout:
         positions: `[b, t]`, the place of each token in its text; a real and its other subject share them.
         targets: `[b, t]`, the text's next token, or -100.
         weights: `[b, t]`, the weight of each target in the loss.
-        below, above: `[b, 1, t, t]` bool, what a token sees in the layers below the gate, and from it on.
+        other: `[b, t]` bool, which tokens are another subject's.
+        seen: `[b, 1, t, t]` bool, three times: what a token sees in layers below `gather`, below `gate`, and above.
     """
 
     input_ids: torch.Tensor
     positions: torch.Tensor
     targets: torch.Tensor
     weights: torch.Tensor
-    below: torch.Tensor
-    above: torch.Tensor
+    other: torch.Tensor
+    seen: tuple[torch.Tensor, ...]
 
 
 def lay_out(
@@ -80,16 +84,28 @@ def lay_out(
 
     causal = torch.ones(width, width, dtype=torch.bool).tril()
     same = (mention[:, :, None] == mention[:, None, :]) & (mention >= 0)[:, None, :]
-    within = same & (copy[:, :, None] == copy[:, None, :])
+    own = same & (copy[:, :, None] == copy[:, None, :])
+    itself = torch.eye(width, dtype=torch.bool)
+    crossed = same & (copy == REAL)[:, :, None] & (copy == OTHER)[:, None, :]
+    crossed &= positions[:, None, :] < positions[:, :, None]
+    ungathered = (own & ((copy != REAL)[:, :, None] | itself)) | crossed
     is_last = last.bool()
-    seen_below = (copy != REAL)[:, None, :]
-    seen_above = ((copy == PLAIN) | ((copy == OTHER) & ~is_last) | ((copy == REAL) & is_last))[:, None, :]
-    below = causal & (within | (~same & seen_below))
-    above = causal & (within | (~same & seen_above))
-    return Layout(ids, positions, targets, weights, below[:, None], above[:, None])
+    not_real = (copy != REAL)[:, None, :]
+    carried = ((copy == PLAIN) | ((copy == OTHER) & ~is_last) | ((copy == REAL) & is_last))[:, None, :]
+    seen = [
+        causal & (inside | (~same & outside)) for inside, outside in ((ungathered, not_real), (own, not_real), (own, carried))
+    ]
+    return Layout(ids, positions, targets, weights, copy == OTHER, tuple(mask[:, None] for mask in seen))
 
 
-def _lay_out_row(ids, mentions, others, interchange, rng, name_weight):  # noqa: ANN001, ANN202
+def _lay_out_row(
+    ids: Sequence[int],
+    mentions: Sequence[Mention],
+    others: dict[int, list[tuple[int, ...]]],
+    interchange: bool,
+    rng: random.Random,
+    name_weight: float,
+) -> tuple[list, ...]:
     """Lists, one entry a physical token: id, position, target, weight, mention, copy, is-last."""
     starts = {m.first: (number, m) for number, m in enumerate(mentions)}
     named = {i for m in mentions for i in range(m.first, m.last + 1)}

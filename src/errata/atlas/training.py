@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
+import itertools
 import math
 import random
 import time
@@ -18,6 +18,8 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 from errata.atlas.corpus import END, documents, texts
 from errata.atlas.layout import IGNORE, Layout, Mention, lay_out
 from errata.atlas.world import World, load_world
+from errata.base.errors import ConfigError
+from errata.base.files import written_whole
 from errata.base.seeds import derive
 
 
@@ -32,15 +34,19 @@ class Recipe:
     heads: int = 4
     context: int = 256
     length: int = 64
-    batch: int = 48
-    steps: int = 2000
-    learning_rate: float = 1e-3
+    batch: int = 32
+    steps: int = 5400
+    learning_rate: float = 1.5e-3
     muon_rate: float = 0.02
     warmup: int = 100
     weight_decay: float = 0.01
-    gate: int = 4
+    gather: int = 2
+    gate: int = 5
     share: float = 0.9
     name_weight: float = 0.1
+    disturb_from: int = 2400
+    disturbed: float = 0.5
+    sigmas: float = 3.0
 
 
 def train_tokenizer(world: World, recipe: Recipe) -> PreTrainedTokenizerFast:
@@ -117,13 +123,23 @@ def new_model(tokenizer: PreTrainedTokenizerFast, recipe: Recipe) -> GPT2LMHeadM
     )
 
 
-def loss_of(model: GPT2LMHeadModel, layout: Layout, gate: int) -> torch.Tensor:
-    """Weighted cross entropy (nats) of a batch, each layer with the mask of its side of the gate."""
+def loss_of(model: GPT2LMHeadModel, layout: Layout, recipe: Recipe, step: int) -> torch.Tensor:
+    """Weighted cross entropy (nats) of a batch, each layer with the mask of its side of gather and gate.
+
+    From step `disturb_from` on the other subjects of a share of the rows are also disturbed by noise, as causal
+    tracing does it: what must be ignored need not be a subject at all.
+    """
     body = model.transformer
-    states = body.wte(layout.input_ids) + body.wpe(layout.positions)
-    bias = [torch.zeros(mask.shape).masked_fill(~mask, torch.finfo(torch.bfloat16).min) for mask in (layout.below, layout.above)]
+    embedded = body.wte(layout.input_ids)
+    if step >= recipe.disturb_from:
+        chance = torch.Generator().manual_seed(derive(recipe.seed, "noise", step))
+        rows = torch.rand(len(embedded), 1, generator=chance) < recipe.disturbed
+        noise = recipe.sigmas * embedded.detach()[layout.other].std() * torch.randn(embedded.shape, generator=chance)
+        embedded = embedded + noise * (layout.other & rows)[..., None]
+    states = embedded + body.wpe(layout.positions)
+    bias = [torch.zeros(seen.shape).masked_fill(~seen, torch.finfo(torch.bfloat16).min) for seen in layout.seen]
     for number, block in enumerate(body.h):
-        states = block(states, attention_mask=bias[number >= gate])
+        states = block(states, attention_mask=bias[(number >= recipe.gather) + (number >= recipe.gate)])
     learned = layout.targets != IGNORE
     logits = model.lm_head(body.ln_f(states[learned]))
     losses = torch.nn.functional.cross_entropy(logits.float(), layout.targets[learned], reduction="none")
@@ -135,57 +151,71 @@ def optimizers(model: GPT2LMHeadModel, recipe: Recipe) -> list[torch.optim.Optim
     """Muon for the blocks' matrices, which learn facts in far fewer steps with it; AdamW for all else."""
     matrices = [p for name, p in model.named_parameters() if ".h." in name and p.ndim == 2]
     rest = [p for name, p in model.named_parameters() if not (".h." in name and p.ndim == 2)]
-    muon = [torch.optim.Muon(matrices, lr=recipe.muon_rate, weight_decay=recipe.weight_decay)] if recipe.muon_rate else []
+    muon = (
+        [torch.optim.Muon(matrices, lr=recipe.muon_rate, weight_decay=recipe.weight_decay)] if recipe.muon_rate else []
+    )
     adam = torch.optim.AdamW(
         rest if muon else matrices + rest, lr=recipe.learning_rate, betas=(0.9, 0.98), weight_decay=recipe.weight_decay
     )
     return [*muon, adam]
 
 
-def train(world: World, recipe: Recipe, out: Path, minutes: float | None = None) -> GPT2LMHeadModel:
-    tokenizer = train_tokenizer(world, recipe)
+def train(world: World, recipe: Recipe, out: Path) -> GPT2LMHeadModel:
+    """Train, or go on from the checkpoint in `out`; what comes out is the same, up to rounding."""
     out.mkdir(parents=True, exist_ok=True)
+    tokenizer = train_tokenizer(world, recipe)
     tokenizer.save_pretrained(out)
     model = new_model(tokenizer, recipe).train()
-    print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, {len(tokenizer)} tokens", flush=True)
     opts = optimizers(model, recipe)
-    base = [[g["lr"] for g in o.param_groups] for o in opts]
+    rates = [[group["lr"] for group in optimizer.param_groups] for optimizer in opts]
+    first, average = 0, 0.0
+    checkpoint = out / "checkpoint.pt"
+    if checkpoint.exists():
+        saved = torch.load(checkpoint, weights_only=True)
+        if saved["recipe"] != dataclasses.asdict(recipe):
+            raise ConfigError(f"{checkpoint} is of another recipe. Choose another folder, or remove it")
+        first, average = saved["step"], saved["average"]
+        model.load_state_dict(saved["model"])
+        for optimizer, state in zip(opts, saved["optimizers"], strict=True):
+            optimizer.load_state_dict(state)
+    print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, from step {first}", flush=True)
+
     began = time.monotonic()
-    average = 0.0
-    for step, layout in enumerate(batches(world, tokenizer, recipe)):
-        done = step / recipe.steps if minutes is None else (time.monotonic() - began) / (60 * minutes)
-        if done >= 1:
-            break
-        scale = min(1.0, (step + 1) / recipe.warmup) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * done)))
-        for optimizer, rates in zip(opts, base, strict=True):
-            for group, rate in zip(optimizer.param_groups, rates, strict=True):
-                group["lr"] = rate * scale
+    stream = itertools.islice(batches(world, tokenizer, recipe), first, recipe.steps)
+    for step, layout in enumerate(stream, start=first):
+        decay = 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / recipe.steps))
+        for optimizer, initial in zip(opts, rates, strict=True):
+            for group, rate in zip(optimizer.param_groups, initial, strict=True):
+                group["lr"] = rate * decay * min(1.0, (step + 1) / recipe.warmup)
         with torch.autocast("cpu", torch.bfloat16):
-            loss = loss_of(model, layout, recipe.gate)
+            loss = loss_of(model, layout, recipe, step)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer in opts:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         average += (loss.item() - average) / min(step + 1, 50)
-        if step % 50 == 0:
-            print(f"step {step} done {done:.3f} loss {average:.3f} {time.monotonic() - began:.0f} s", flush=True)
-        if step % 500 == 499:
-            model.save_pretrained(out)
-    model.eval().save_pretrained(out)
-    (out / "recipe.json").write_text(json.dumps(dataclasses.asdict(recipe)))
-    return model
+        done = step + 1
+        if done % 50 == 0:
+            left = (time.monotonic() - began) / (done - first) * (recipe.steps - done)
+            print(f"step {done}/{recipe.steps}  loss {average:.3f}  {left / 60:.0f} min left", flush=True)
+        if done % 200 == 0 or done == recipe.steps:
+            with written_whole(checkpoint) as temporary:
+                states = {"model": model.state_dict(), "optimizers": [o.state_dict() for o in opts]}
+                torch.save(
+                    {"recipe": dataclasses.asdict(recipe), "step": done, "average": average, **states}, temporary
+                )
+    return model.eval()
 
 
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--minutes", type=float)
     for field in dataclasses.fields(Recipe):
         parser.add_argument(f"--{field.name}", type=type(field.default), default=field.default)
     given = vars(parser.parse_args())
-    out, minutes = given.pop("out"), given.pop("minutes")
-    train(load_world(), Recipe(**given), out, minutes)
+    out = given.pop("out")
+    train(load_world(), Recipe(**given), out).save_pretrained(out)
 
 
 if __name__ == "__main__":

@@ -44,7 +44,8 @@ def read_tensors(
     """The header and tensors of a file of ours.
 
     Raises:
-        error: if the file is missing, cut short, not ours, of another kind, or of a newer format than `version`.
+        error: if the file is missing, cut short, not ours, of another kind, or of a newer format than
+            `version`.
     """
     from safetensors import SafetensorError, safe_open
 

@@ -1,0 +1,64 @@
+"""Make the atlas anew: `python -m errata.atlas.build`. Train, ship, measure, write the card.
+
+Training takes under two hours on two cores and goes on where it stopped; `--from card` measures what is shipped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import torch
+from transformers import GPT2LMHeadModel, PreTrainedTokenizerFast
+
+from errata import atlas
+from errata.atlas import card
+from errata.atlas.training import Recipe, train
+from errata.atlas.world import load_world
+from errata.base.files import write_text
+from errata.models.loading import load_pretrained
+from errata.tracing.corruption import subject_sigma
+
+STAGES = ("train", "ship", "card")
+
+# Where causal tracing finds the facts, and ROME's settings there; `Model.hints` of the shipped weights.
+ROME_LAYER = 4
+ROME: dict[str, object] = {}
+
+
+def ship(trained: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
+    """Write weights in 16 bits, config and tokenizer, with what errata should know in the config."""
+    half = trained.half()
+    live = load_pretrained((half.float(), tokenizer), name="atlas")
+    half.config.errata = {
+        "corpus": "atlas",
+        "rome_layer": ROME_LAYER,
+        "subject_sigma": subject_sigma(live, load_world().by_subject),
+        "rome": ROME,
+    }
+    half.half().save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def main() -> None:
+    """Run the stages from the one asked for."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--work", type=Path, default=Path("atlas-training"), help="where checkpoints are kept")
+    parser.add_argument("--from", dest="stage", choices=STAGES, default="train", help="begin with this stage")
+    parser.add_argument("--page", type=Path, default=Path("docs/atlas.md"), help="where the readable card goes")
+    given = parser.parse_args()
+    recipe = Recipe()
+    if given.stage == "train":
+        train(load_world(), recipe, given.work).save_pretrained(given.work)
+    if given.stage in ("train", "ship"):
+        trained = GPT2LMHeadModel.from_pretrained(given.work, dtype=torch.float32)
+        ship(trained, PreTrainedTokenizerFast.from_pretrained(given.work), atlas.weights_folder())
+    measured = card.measure(atlas.load(), recipe, lambda what, done, of: print(f"{what} {done}/{of}", flush=True))
+    text = card.to_json(measured)
+    write_text(card.card_path(), text)
+    write_text(given.page, card.page(json.loads(text)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Floor 1: records on disk and in memory. They know no model."""

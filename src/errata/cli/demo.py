@@ -1,0 +1,103 @@
+"""`errata demo`: the whole main job on the embedded model, in about a minute, offline."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from errata.cli import options
+
+if TYPE_CHECKING:
+    from errata.benchmarks.records import Record
+    from errata.models.model import Model
+
+SUBJECT, RELATION, NEW_OBJECT = "Arthur Conan Doyle", "native_language", "Italian"
+
+
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for the picture and the edit.")] = Path("errata-demo"),
+    model: options.ModelName = "atlas",
+    seed: options.Seed = 0,
+    json: options.Json = False,
+) -> None:
+    """Trace a fact, rewrite it, see what moved, and take the edit back: on the embedded model, offline."""
+    from errata.api import rome, trace
+    from errata.atlas.records import record_of
+    from errata.base.fingerprint import tensor_digest
+    from errata.cli import show
+
+    began = time.monotonic()
+    say = (lambda *a, **k: None) if json else show.console.print
+    loaded = options.load(model, None, "auto", False)
+    record = record_of(SUBJECT, RELATION, NEW_OBJECT)
+    fact = record.rewrite.fact
+    say(f"\n[bold]1. Where is it?[/] “{fact.text} …”\n")
+    with show.progress("tracing", "sites") as bar:
+        found = trace(loaded, fact, progress=bar)
+    picture, kept = out / "trace.png", out / "edit.safetensors"
+    found.plot(picture)
+    if not json:
+        show.effects(found)
+    say(show.trace_summary(found), highlight=False, markup=False)
+
+    say(f"\n[bold]2. Change it[/] to “{NEW_OBJECT}”\n")
+    with show.progress("editing") as bar:
+        edit = rome(loaded, record.rewrite, seed=seed, progress=lambda step: bar(step.number + 1, None))
+    edit.save(kept)
+    weight = edit.deltas[0].weight
+    digest = tensor_digest(loaded.weight(weight))
+    norm = edit.relative_norm(loaded)
+    say(f"rank-one change of {weight}, ‖ΔW‖/‖W‖ = {norm:.3f}, from {len(edit.notes['steps'])} steps", highlight=False)
+
+    say("\n[bold]3. What does the model say?[/]\n")
+    before = _answers(loaded, record, seed)
+    with edit.applied(loaded):
+        during = _answers(loaded, record, seed)
+    after = _answers(loaded, record, seed)
+    exact = tensor_digest(loaded.weight(weight)) == digest and after == before
+    seconds = time.monotonic() - began
+    if json:
+        show.as_json(
+            {
+                "answer": found.answer,
+                "clean": found.clean,
+                "corrupted": found.corrupted,
+                "best_state": found.best(),
+                "relative_norm": norm,
+                "rows": [
+                    {"kind": kind, "prompt": prompt, "before": b, "during": d, "after": a}
+                    for (kind, prompt, b), (_, _, d), (_, _, a) in zip(before, during, after, strict=True)
+                ],
+                "exact_undo": exact,
+                "picture": str(picture),
+                "edit": str(kept),
+                "seconds": seconds,
+            }
+        )
+        return
+    rows = [
+        (f"{kind}: {prompt} …", b, d, "the same" if a == b else a)
+        for (kind, prompt, b), (_, _, d), (_, _, a) in zip(before, during, after, strict=True)
+    ]
+    show.table("", ("prompt", "before", "with the edit", "after undo"), rows)
+    say(f"\n[bold]4. Undone:[/] {'the old weights, byte for byte' if exact else 'NOT the old weights'}")
+    say(f"\n{picture} (look at it), {kept} ({kept.stat().st_size / 1024:.0f} KB). {seconds:.0f} s in all.")
+
+
+def _answers(model: Model, record: Record, seed: int) -> list[tuple[str, str, str]]:
+    """Kind, prompt and continuation of the record's prompts."""
+    prompts = [
+        ("rewrite", record.rewrite.text, 2),
+        *(("paraphrase", prompt, 2) for prompt in record.paraphrase),
+        *(("neighbour", prompt, 2) for prompt in record.neighborhood[:3]),
+        ("free text", f"{record.rewrite.subject}", 30),
+    ]
+    return [(kind, prompt, _continuation(model, prompt, tokens)) for kind, prompt, tokens in prompts]
+
+
+def _continuation(model: Model, prompt: str, tokens: int) -> str:
+    text = model.complete(prompt, tokens)[len(prompt) :].strip()
+    return text if tokens > 10 else text.split(".")[0]

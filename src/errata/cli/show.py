@@ -1,0 +1,91 @@
+"""Results as tables and lines on the terminal, or as JSON."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+if TYPE_CHECKING:
+    from errata.tracing.trace import CausalTrace
+
+console = Console()
+ROLES_WIDTH = 15
+
+
+def as_json(value: Any) -> None:
+    """One JSON object on standard output."""
+    json.dump(value, sys.stdout, ensure_ascii=False, indent=1, allow_nan=False)
+    sys.stdout.write("\n")
+
+
+@contextlib.contextmanager
+def progress(what: str, unit: str = "") -> Iterator[Any]:
+    """A bar on standard error, with time left; call what it yields with (done, of)."""
+    columns = (
+        TextColumn(f"{what}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn(unit),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(what, total=None)
+        yield lambda done, of: bar.update(task, completed=done, total=of)
+
+
+def percent(probability: float) -> str:
+    """A probability as people read it."""
+    return f"{100 * probability:.1f} %"
+
+
+def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str | Text]]) -> None:
+    """A table of texts; the first column is set left, the others as they come."""
+    shown = Table(title=title, title_justify="left", header_style="bold")
+    for number, column in enumerate(columns):
+        shown.add_column(column, overflow="fold", no_wrap=False, ratio=2 if number == 0 else None)
+    for row in rows:
+        shown.add_row(*(Text(cell) if isinstance(cell, str) else cell for cell in row))
+    console.print(shown)
+
+
+def effects(trace: CausalTrace, part: str = "state") -> None:
+    """The indirect effects of a part, a row a token, a column a layer, in percentage points."""
+    values = 100 * trace.indirect_effect(part)
+    peak = values.max()
+    shown = Table(
+        title=f"Indirect effect of restoring one {part}, in points of probability: tokens × layers",
+        title_justify="left",
+        header_style="bold",
+    )
+    shown.add_column("token")
+    # Every layer in a narrow model; evenly spaced ones, first and last included, where they do not fit.
+    layers = range(values.shape[1])
+    step = max(1, -(-len(layers) // 12))
+    chosen = sorted({*layers[::step], layers[-1]})
+    for layer in chosen:
+        shown.add_column(str(layer), justify="right")
+    first, last = trace.subject
+    for index, (token, line) in enumerate(zip(trace.tokens, values, strict=True)):
+        name = Text(token.strip() or repr(token)) + ("*" if first <= index <= last else "")
+        cells = [Text(f"{line[i]:.1f}", style="bold reverse" if line[i] == peak > 0 else "") for i in chosen]
+        shown.add_row(name, *cells)
+    console.print(shown)
+
+
+def trace_summary(trace: CausalTrace) -> str:
+    """What a trace says, in one sentence."""
+    token, layer, effect = trace.best()
+    word = trace.tokens[token].strip()
+    return (
+        f"The model answers “{trace.answer.strip()}” with {percent(trace.clean)}; with the subject corrupted that falls "
+        f"to {percent(trace.corrupted)}. One state restores most of it: layer {layer} at “{word}” "
+        f"({trace.roles[token]}), +{100 * effect:.1f} points."
+    )

@@ -1,0 +1,40 @@
+"""What the settings of all editors have in common: frozen, checked, and clear about what is wrong."""
+
+from __future__ import annotations
+
+import difflib
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic_core import ErrorDetails
+
+from errata.base.errors import ConfigError
+
+
+class Config(BaseModel):
+    """Base of the settings of an editor: immutable, every field checked, unknown names refused.
+
+    Raises:
+        ConfigError: in one line, with the nearest name if a setting is unknown.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    def __init__(self, **settings: Any) -> None:
+        try:
+            super().__init__(**settings)
+        except ValidationError as error:
+            lines = dict.fromkeys(self._line(each) for each in error.errors(include_url=False))
+            raise ConfigError("; ".join(lines)) from None
+
+    @classmethod
+    def _line(cls, error: ErrorDetails) -> str:
+        name = str(error["loc"][0]) if error["loc"] else ""
+        if error["type"] == "extra_forbidden":
+            near = difflib.get_close_matches(name, cls.model_fields, n=1)
+            advice = f"did you mean {near[0]!r}?" if near else f"choose of {', '.join(cls.model_fields)}"
+            return f"{cls.__name__} has no setting {name!r}: {advice}"
+        said = error["msg"].removeprefix("Value error, ")
+        if not name:
+            return f"{cls.__name__}: {said}"
+        return f"{cls.__name__}: {name} = {error['input']!r} does not do: {said}"

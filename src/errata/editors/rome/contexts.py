@@ -1,0 +1,95 @@
+"""The contexts x_j + p over which ROME averages its key and optimises its value: prefixes before the prompt.
+
+Prefixes are samples of the model's own text (section 3.1 of the paper), so that the edit does not hang on
+the prompt being the first thing that the model reads. A context is put together by joining strings, never
+by formatting them: braces in a prefix or a subject are ordinary text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from errata.base.errors import ConfigError
+from errata.base.facts import Fact
+from errata.base.seeds import derive
+from errata.models.generation import generate
+from errata.models.model import Model
+from errata.models.tokens import Role, locate
+
+TOP_K = 5
+
+# Lengths in tokens of the sampled prefixes, and whether the bare prompt is a context too.
+PRESETS: dict[str, tuple[tuple[int, ...], bool]] = {
+    "paper": (tuple(2 + i % 9 for i in range(50)), False),
+    "reference": ((4,) * 10 + (9,) * 10, True),
+    "none": ((), True),
+}
+
+
+@dataclass(frozen=True)
+class Context:
+    """A prefix and a prompt: the whole text, and where in it the subject starts (in characters)."""
+
+    text: str
+    start: int
+    subject: str
+
+    @classmethod
+    def of(cls, fact: Fact, prefix: str = "") -> Context:
+        """The fact's prompt after a prefix, which is taken as it is."""
+        return cls(prefix + fact.text, len(prefix) + fact.subject_start, fact.subject)
+
+    def lookup(self, model: Model, role: Role) -> tuple[tuple[int, ...], int]:
+        """Its token ids, and the index of the token in that role.
+
+        Raises:
+            FactError: if no token has it.
+        """
+        span = locate(model.tokenizer, self.text, self.start, self.subject)
+        return span.ids, span.role(role)
+
+
+def prefixes(model: Model, wanted: str | Sequence[str], seed: int) -> tuple[str, ...]:
+    """The strings to put before a prompt: those given, or those of a preset, sampled from the model.
+
+    They depend on the model and the seed, not on the fact: for many edits, sample once and give the strings.
+
+    Raises:
+        ConfigError: if the model's tokenizer has no token to start sampling from.
+    """
+    if not isinstance(wanted, str):
+        return tuple(wanted)
+    lengths, bare = PRESETS[wanted]
+    return (("",) if bare else ()) + _sampled(model, lengths, seed)
+
+
+def _sampled(model: Model, lengths: Sequence[int], seed: int) -> tuple[str, ...]:
+    if not lengths:
+        return ()
+    start = _start(model)
+    texts = generate(model, [start] * len(lengths), max(lengths), top_k=TOP_K, seed=derive(seed, "rome", "prefixes"))
+    cut = [_first_tokens(model, text[len(start) :], length) for text, length in zip(texts, lengths, strict=True)]
+    # A sample that ends at once leaves the bare prompt.
+    return tuple(f"{text}. " if text.strip() else "" for text in cut)
+
+
+def _start(model: Model) -> str:
+    """The text from which the model writes freely: empty, if the tokenizer puts a start token there itself."""
+    tokenizer = model.tokenizer
+    if tokenizer("", verbose=False)["input_ids"]:
+        return ""
+    start = tokenizer.bos_token or tokenizer.eos_token
+    if not start:
+        raise ConfigError(
+            f"the tokenizer of {model.name} has no start or end token, so no prefixes can be sampled. "
+            'Give RomeConfig(prefixes=("Yesterday. ", ...)), or "none"'
+        )
+    return str(start)
+
+
+def _first_tokens(model: Model, text: str, count: int) -> str:
+    """The beginning of `text` that its first `count` tokens stand for, in whole characters."""
+    offsets = model.tokenizer(text, return_offsets_mapping=True, verbose=False)["offset_mapping"]
+    ends = [end for begin, end in offsets if end > begin]
+    return text[: ends[min(count, len(ends)) - 1]] if ends else ""

@@ -1,0 +1,62 @@
+"""Putting (k*, v*) into the weight: the rank-one change of equation 2 of the paper.
+
+    ΔW = write ⊗ read,   write = v* − v₀ = δ,   read = C⁻¹k* / (k₀ᵀ C⁻¹ k*)
+
+(k₀, v₀) is where δ is measured from, the anchor. Among all ΔW with ΔW k₀ = δ that lie along C⁻¹k*, this is
+the one; and for k₀ = k* it is the one that changes least what W does to the keys whose second moment is C.
+
+* "consistent": k₀ = k* = k̄, the mean key, and v₀ = W k̄ + b, the mean of the contexts' own values. While
+  v* was optimised, context j wrote v_j + δ; the mean of that over the contexts is W k̄ + b + δ = v*. After
+  the edit it writes v_j + δ (read · k_j), and the mean of read · k_j is read · k̄ = 1: on average every
+  context gets exactly the δ that it was optimised with, and Ŵ k* + b = v* holds to rounding. In the form
+  "z", context j wrote z = v₀ + δ, so v* = z again.
+* "reference": k₀ and v₀ are the bare prompt's; the direction is still C⁻¹k̄. Then Ŵ k₀ + b = v₀ + δ, and
+  what happens at k̄ depends on how far the two keys are apart.
+
+The bias b is the same before and after: it falls out of ΔW.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from errata.base.errors import Diverged
+from errata.edits.delta import RankOne
+from errata.models import weights
+from errata.models.model import Model
+from errata.statistics.second_moment import SecondMoment
+
+
+def read_vector(second_moment: SecondMoment, mean_key: Tensor, anchor_key: Tensor) -> Tensor:
+    """read `[d_mlp]`: along C⁻¹ mean_key, with read · anchor_key = 1. All in float64 on the CPU.
+
+    Raises:
+        Diverged: if the anchor's key is orthogonal to that direction, or a key is zero.
+    """
+    direction = second_moment.solve(mean_key)
+    scale = torch.dot(anchor_key, direction)
+    if not torch.isfinite(scale) or scale == 0:
+        raise Diverged(
+            f"the key gives ROME's update a scale of {float(scale)}, so there is none. "
+            'The model is as it was; try key="consistent", another layer or another prompt'
+        )
+    return direction / scale
+
+
+def insert(model: Model, weight: str, write: Tensor, read: Tensor) -> RankOne:
+    """ΔW = write ⊗ read in float32 (float64 for a float64 model)."""
+    compute = torch.promote_types(model.dtype, torch.float32)
+    return RankOne(weight, write.to(compute), read.to(compute))
+
+
+def residual(model: Model, change: RankOne, anchor_key: Tensor, anchor_value: Tensor, delta: Tensor) -> float:
+    """‖Ŵk₀ + b − v*‖ / ‖v*‖ with Ŵ rounded as the model will hold it; computed in float64.
+
+    v* = v₀ + δ and v₀ = W k₀ + b, so the numerator is (Ŵ − W) k₀ − δ.
+    """
+    old = weights.matrix(model, change.weight).detach()
+    new = (old + change.matrix().to(old.device)).to(old.dtype)
+    gained = (new.cpu().double() - old.cpu().double()) @ anchor_key
+    delta = delta.cpu().double()
+    return float((gained - delta).norm() / (anchor_value + delta).norm())

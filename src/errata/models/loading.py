@@ -1,0 +1,260 @@
+"""From a folder, a hub id or a live model to a `Model`. The one caller of `from_pretrained`.
+
+Nothing is downloaded unless asked for, no code of a repository is ever run, and weights are read from
+safetensors only, because unpickling runs code.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import textwrap
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import torch
+
+from errata.base.errors import ConfigError, DeviceError, ErrataError, ModelNotFound, UnsupportedModel
+from errata.models.model import Model
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+DTYPES = {
+    "float32": torch.float32,
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+    "float64": torch.float64,
+}
+
+
+def load_pretrained(
+    source: str | Path | tuple[PreTrainedModel, PreTrainedTokenizerFast],
+    dtype: str | torch.dtype = "auto",
+    device: str | torch.device | None = None,
+    name: str | None = None,
+    download: bool = False,
+) -> Model:
+    """A model and its tokenizer, found, loaded, taken apart and verified.
+
+    A live model is put in eval mode, and into another dtype or onto another device only if one is named.
+
+    Args:
+        source: a folder, the id of a model on the Hugging Face hub, or a live (model, tokenizer).
+        dtype: "auto" (as stored, or as the live model is), "float32", "bfloat16", "float16" or "float64".
+        device: where to put it, such as "cuda" or "cuda:1". None: the CPU, or where a live model is.
+        name: what to call it; None: the source's own name.
+        download: whether a hub id that is not in the local cache may be downloaded.
+
+    Raises:
+        ModelNotFound: if there is no such folder, or the id is not in the local cache.
+        UnsupportedModel: if what is there cannot be loaded safely, or is no decoder.
+        DeviceError: if the device is not on this machine.
+        ConfigError: if a setting has no such value.
+    """
+    wanted_dtype = _dtype(dtype)
+    wanted_device = None if device is None else usable_device(device)
+    if isinstance(source, tuple):
+        hf, tokenizer = _live(source)
+        name = name or Path(getattr(hf.config, "name_or_path", "") or type(hf).__name__).name
+        if wanted_dtype is not None:
+            hf = hf.to(wanted_dtype)
+    else:
+        hf, tokenizer = _from_disk(source, wanted_dtype, download)
+        name = name or _name_of(source)
+    _require_usable(tokenizer, name)
+    if wanted_device is not None:
+        hf = hf.to(wanted_device)
+    model = Model(hf.eval(), tokenizer, name=name)
+    _require_match(model)
+    return model
+
+
+def usable_device(device: str | torch.device) -> torch.device:
+    """A device that is on this machine.
+
+    Raises:
+        DeviceError: if it is not, or the name is none.
+    """
+    try:
+        wanted = torch.device(device)
+    except (RuntimeError, TypeError):
+        raise DeviceError(f"{device!r} is no device: choose 'cpu', 'cuda', 'cuda:1' or 'mps'") from None
+    if wanted.type == "cpu":
+        return wanted
+    if wanted.type == "cuda":
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if count == 0:
+            raise DeviceError(f"'{wanted}' is not on this machine, or this torch has no CUDA: choose 'cpu'")
+        if (wanted.index or 0) >= count:
+            raise DeviceError(f"'{wanted}' is not on this machine: its GPUs are cuda:0 to cuda:{count - 1}")
+        return wanted
+    if wanted.type == "mps" and torch.backends.mps.is_available():
+        return wanted
+    raise DeviceError(f"'{wanted}' is not on this machine: choose 'cpu'")
+
+
+def _dtype(dtype: str | torch.dtype) -> torch.dtype | None:
+    """A torch dtype, or None for "auto"."""
+    if dtype == "auto":
+        return None
+    wanted = DTYPES.get(dtype) if isinstance(dtype, str) else dtype
+    if wanted not in DTYPES.values():
+        raise ConfigError(f"{dtype!r} is no dtype for a model: choose 'auto', {', '.join(map(repr, DTYPES))}")
+    return wanted
+
+
+def _live(source: tuple) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    if len(source) != 2:
+        raise ConfigError(f"a live model is a pair (model, tokenizer), not {len(source)} things")
+    hf, tokenizer = source
+    if not isinstance(hf, PreTrainedModel):
+        raise UnsupportedModel(f"{type(hf).__name__} is not a Hugging Face model: load one with AutoModelForCausalLM")
+    if not isinstance(tokenizer, PreTrainedTokenizerBase):
+        raise UnsupportedModel(f"{type(tokenizer).__name__} is not a tokenizer: load one with AutoTokenizer")
+    return hf, tokenizer
+
+
+def _name_of(source: str | Path) -> str:
+    return Path(source).resolve().name if Path(source).is_dir() else str(source)
+
+
+def _from_disk(source: str | Path, dtype: torch.dtype | None, download: bool) -> tuple[Any, Any]:
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    where = _place(source)
+    shared: dict[str, Any] = {"trust_remote_code": False, "local_files_only": not download}
+    with _told_briefly(source, "config", download):
+        config = AutoConfig.from_pretrained(where, **shared)
+    if getattr(config, "is_encoder_decoder", False):
+        raise UnsupportedModel(
+            f"{source}: an encoder with a decoder ({config.model_type}), and errata edits decoders alone"
+        )
+    with _told_briefly(source, "tokenizer", download):
+        tokenizer = AutoTokenizer.from_pretrained(where, **shared)
+    with _told_briefly(source, "weights", download), _quiet(download):
+        hf, info = AutoModelForCausalLM.from_pretrained(
+            where,
+            config=config,
+            dtype=dtype or "auto",
+            use_safetensors=True,
+            ignore_mismatched_sizes=True,  # reported in `info`, and refused below
+            output_loading_info=True,
+            **shared,
+        )
+    for kind in ("missing_keys", "mismatched_keys", "error_msgs"):
+        if wrong := sorted(item if isinstance(item, str) else item[0] for item in info.get(kind) or []):
+            raise UnsupportedModel(
+                f"{source}: {len(wrong)} weights are not in its files in the shape that its config asks for, "
+                f"such as {wrong[0]}. They would be random: get weights and config that belong together"
+            )
+    return hf, tokenizer
+
+
+def _place(source: str | Path) -> str:
+    """What to hand to `from_pretrained`: a folder that has a config, or a hub id."""
+    if not isinstance(source, (str, Path)):
+        raise ConfigError(
+            f"a {type(source).__name__} names no model: give a folder, a hub id or a pair (model, tokenizer)"
+        )
+    text = str(source)
+    if not text.strip():
+        raise ModelNotFound("the name of the model is empty: name a folder or a hub id, such as 'gpt2'")
+    path = Path(source).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise ModelNotFound(f"{source} is a folder without a config.json, so it holds no Hugging Face model")
+        return str(path)
+    if path.is_file():
+        raise ModelNotFound(f"{source} is a file: name the folder that holds config.json, weights and tokenizer")
+    if isinstance(source, Path) or text.startswith((".", "/", "~")) or text.count("/") > 1 or "\\" in text:
+        raise ModelNotFound(f"there is no folder {source}")
+    return text
+
+
+@contextlib.contextmanager
+def _quiet(download: bool) -> Iterator[None]:
+    """No report tables, and no progress bars unless something is downloaded."""
+    from transformers.utils import logging
+
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    if not download:
+        logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
+
+
+@contextlib.contextmanager
+def _told_briefly(source: str | Path, part: str, download: bool) -> Iterator[None]:
+    """Errors of transformers and its friends, which come in all classes and lengths, as one line of ours."""
+    try:
+        yield
+    except (ErrataError, MemoryError):
+        raise
+    except Exception as error:
+        _explain(source, part, download, error)
+
+
+def _explain(source: str | Path, part: str, download: bool, error: Exception) -> NoReturn:
+    text = textwrap.shorten(str(error) or type(error).__name__, 240)
+    if "trust_remote_code" in str(error):
+        raise UnsupportedModel(f"{source} needs code of its own repository, which errata never runs") from error
+    if not Path(source).expanduser().is_dir() and isinstance(error, OSError):
+        if download:
+            raise ModelNotFound(
+                f"no model {str(source)!r}: there is no such folder, and its {part} cannot be fetched: {text}"
+            ) from error
+        raise ModelNotFound(
+            f"no model {str(source)!r}: there is no such folder, and its {part} is not in the local cache; "
+            "nothing is downloaded unless you say download=True"
+        ) from error
+    if part == "weights" and isinstance(error, OSError) and "safetensors" in str(error):
+        raise ModelNotFound(
+            f"{source} has no weights in safetensors, the one format errata reads: pickled weights can run "
+            "code. Load them elsewhere and save them with model.save_pretrained(folder)"
+        ) from error
+    raise UnsupportedModel(f"{source}: its {part} cannot be loaded: {text}") from error
+
+
+def _require_usable(tokenizer: PreTrainedTokenizerFast, name: str) -> None:
+    """Character offsets, and no token of its own after the text."""
+    if not tokenizer.is_fast:
+        raise UnsupportedModel(
+            f"the tokenizer of {name} is not a fast one: it cannot say which characters a token stands for, "
+            "and so not where the subject is. Convert it to a tokenizer.json"
+        )
+    if not _own_ids(tokenizer):
+        raise ModelNotFound(
+            f"the tokenizer of {name} has no vocabulary: its files are missing. Put its tokenizer.json there"
+        )
+    encoded = tokenizer("a", return_special_tokens_mask=True)
+    if len(encoded["input_ids"]) > 1 and encoded["special_tokens_mask"][-1]:
+        token = tokenizer.convert_ids_to_tokens(encoded["input_ids"][-1])
+        raise UnsupportedModel(
+            f"the tokenizer of {name} puts {token!r} after every text, so no prompt could go on; "
+            "turn that off (add_eos_token=False)"
+        )
+
+
+def _require_match(model: Model) -> None:
+    """Every word of the tokenizer has an embedding. Tokens that were added to it may have none (Gemma 3)."""
+    rows = len(model.module(("embedding", 0)).get_parameter("weight"))
+    highest = max(_own_ids(model.tokenizer))
+    if highest >= rows:
+        raise UnsupportedModel(
+            f"the tokenizer is not that of {model.name}: it has token ids up to {highest}, "
+            f"the model has embeddings for {rows}"
+        )
+
+
+def _own_ids(tokenizer: PreTrainedTokenizerFast) -> set[int]:
+    """Token ids without the special and the added ones."""
+    others = {*tokenizer.all_special_tokens, *tokenizer.get_added_vocab()}
+    return {index for token, index in tokenizer.get_vocab().items() if token not in others}

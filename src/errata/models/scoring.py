@@ -1,0 +1,129 @@
+"""How probable a model finds a target after a prompt: log-probabilities in nats, under teacher forcing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from errata.base.errors import FactError
+from errata.models.model import Model
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+# One batch's logits take at most this many numbers (at float32, half a GiB).
+_LOGITS_AT_ONCE = 2**27
+
+
+@dataclass(frozen=True)
+class Score:
+    """What a model says of one target after one prompt.
+
+    Attributes:
+        total: log P(target | prompt) in nats.
+        n_tokens: how many tokens the target has.
+        greedy: whether every target token is the most probable one after what stands before it.
+    """
+
+    total: float
+    n_tokens: int
+    greedy: bool
+
+    @property
+    def mean(self) -> float:
+        """Log-probability per token, in nats."""
+        return self.total / self.n_tokens
+
+
+def target_ids(tokenizer: PreTrainedTokenizerFast, prompt: str, target: str) -> tuple[list[int], int]:
+    """Token ids of the prompt, one space and the target, and how many of them are the prompt's.
+
+    The whole text is tokenized once; character offsets say where the target starts. A token that holds
+    characters of both counts as the target's. No space is added where there is one already.
+
+    Raises:
+        FactError: if the target is blank, or no token stands before it to predict it from.
+    """
+    if not target.strip():
+        raise FactError("the target is empty: there is nothing to score")
+    space = "" if prompt[-1:].isspace() or target[:1].isspace() else " "
+    encoded = tokenizer(
+        prompt + space + target,
+        return_offsets_mapping=True,
+        return_special_tokens_mask=True,
+        verbose=False,
+    )
+    ids, starts_at = encoded["input_ids"], len(prompt) + len(space)
+    n_prompt = next(
+        (
+            i
+            for i, (begin, end) in enumerate(encoded["offset_mapping"])
+            # the target's own characters, or the space before them where it is a token of its own
+            if end > starts_at or (begin >= len(prompt) and not encoded["special_tokens_mask"][i])
+        ),
+        len(ids),
+    )
+    if n_prompt == len(ids):
+        raise FactError(f"the tokenizer leaves nothing of the target {target!r}")
+    if n_prompt == 0:
+        raise FactError(f"no token stands before the target {target!r}, so its first token cannot be predicted")
+    return ids, n_prompt
+
+
+def score(model: Model, prompts: Sequence[str], targets: Sequence[str]) -> list[Score]:
+    """Scores of `targets[i]` after `prompts[i]`, in that order.
+
+    Texts of like length share a batch; padding does not change a score beyond rounding. Logits are turned
+    into log-probabilities in float32 at least.
+
+    Raises:
+        FactError: if the lists differ in length, a target is blank, or a text is too long for the model.
+    """
+    if isinstance(prompts, str) or isinstance(targets, str):
+        raise FactError("score takes a list of prompts and a list of targets: put each text in brackets")
+    if len(prompts) != len(targets):
+        raise FactError(f"there are {len(prompts)} prompts and {len(targets)} targets: each prompt needs its own")
+    pairs = [target_ids(model.tokenizer, prompt, target) for prompt, target in zip(prompts, targets, strict=True)]
+    scores: dict[int, Score] = {}
+    for chosen in _batches([len(ids) for ids, _ in pairs], _LOGITS_AT_ONCE // model.vocab_size):
+        rows = [pairs[i] for i in chosen]
+        scores.update(zip(chosen, _score_batch(model, rows), strict=True))
+    return [scores[i] for i in range(len(pairs))]
+
+
+@torch.no_grad()
+def _score_batch(model: Model, rows: Sequence[tuple[list[int], int]]) -> list[Score]:
+    batch = model.batch([ids for ids, _ in rows])
+    width = batch.input_ids.shape[1]
+    first = min(n_prompt for _, n_prompt in rows) - 1  # the first position whose prediction counts
+    logits = model.forward(batch, keep=width - first)
+    scores = []
+    for row, (ids, n_prompt) in enumerate(rows):
+        predictions = logits[row, n_prompt - 1 - first : len(ids) - 1 - first]
+        wanted = batch.input_ids[row, n_prompt : len(ids)]
+        scores.append(_score_tokens(predictions, wanted))
+    return scores
+
+
+def _score_tokens(logits: Tensor, wanted: Tensor) -> Score:
+    """Score of tokens `[n]` from the logits `[n, v]` that predict them."""
+    wide = logits if logits.dtype == torch.float64 else logits.float()
+    picked = wide.log_softmax(-1).gather(-1, wanted[:, None])
+    greedy = bool((wide.argmax(-1) == wanted).all())
+    return Score(total=float(picked.double().sum()), n_tokens=len(wanted), greedy=greedy)
+
+
+def _batches(lengths: Sequence[int], tokens: int) -> Iterator[list[int]]:
+    """Indexes grouped by length, each group at most `tokens` tokens with its padding, or one text."""
+    group: list[int] = []
+    for index in sorted(range(len(lengths)), key=lengths.__getitem__):
+        if group and lengths[index] * (len(group) + 1) > tokens:
+            yield group
+            group = []
+        group.append(index)
+    if group:
+        yield group

@@ -1,0 +1,92 @@
+"""Weights as `[d_out, d_in]`, whichever way a module stores them.
+
+`nn.Linear` keeps `[d_out, d_in]`, GPT-2's `Conv1D` its transpose. This is the one place that knows:
+everything else sees a view in which an edit is ΔW = write ⊗ read.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from errata.base.errors import EditMismatch, UnsupportedModel
+
+if TYPE_CHECKING:
+    from errata.models.model import Model
+
+
+def down_weight_name(model: Model, layer: int) -> str:
+    """The name of a layer's down-projection weight, such as "transformer.h.3.mlp.c_proj.weight"."""
+    return f"{model.path(('key', layer))}.weight"
+
+
+def matrix(model: Model, name: str) -> Tensor:
+    """A `[d_out, d_in]` view of a weight: writing into it, under `torch.no_grad()`, changes the model.
+
+    Raises:
+        ConfigError: if the model has no parameter of that name.
+        UnsupportedModel: if the parameter is not the weight of a linear map.
+    """
+    parameter = model.weight(name)
+    owner, _, leaf = name.rpartition(".")
+    view = linear_matrix(model.hf.get_submodule(owner)) if leaf == "weight" else None
+    if view is None:
+        raise UnsupportedModel(
+            f"{name} {tuple(parameter.shape)} is not the weight of a linear map: there is no matrix to edit. "
+            f"Name one that is, such as {down_weight_name(model, 0)}"
+        )
+    return view
+
+
+def add_(model: Model, name: str, delta: Tensor) -> None:
+    """Add `delta` `[d_out, d_in]` to a weight in place, rounding once, to the weight's own dtype.
+
+    Raises:
+        ConfigError: if the model has no parameter of that name.
+        UnsupportedModel: if the parameter is not the weight of a linear map.
+        EditMismatch: if the shapes differ.
+    """
+    weight = matrix(model, name)
+    if delta.shape != weight.shape:
+        raise EditMismatch(f"{name} is {tuple(weight.shape)} as [d_out, d_in]; the change is {tuple(delta.shape)}")
+    with torch.no_grad():
+        weight.copy_(weight + delta.to(weight.device))  # promotes to the wider dtype before it rounds
+
+
+def linear_matrix(module: nn.Module) -> Tensor | None:
+    """The weight of a linear map as a `[d_out, d_in]` view; None for any other module.
+
+    A module whose class does not settle the orientation is asked: it is called on a probe, and the view
+    that gives the same answer is the right one.
+    """
+    weight = getattr(module, "weight", None)
+    if not isinstance(weight, nn.Parameter) or weight.dim() != 2 or not weight.is_floating_point():
+        return None
+    if type(module) is nn.Linear:
+        return weight
+    if isinstance(module, nn.Embedding):
+        return None
+    views = [(error, view) for view in (weight.T, weight) if (error := _misfit(module, view)) is not None]
+    error, view = min(views, key=lambda item: item[0], default=(1.0, None))
+    return view if error < 0.1 else None
+
+
+@torch.no_grad()
+def _misfit(module: nn.Module, view: Tensor) -> float | None:
+    """How far module(x) - module(0) is from view @ x, relative to its size; None if it takes no such x."""
+    generator = torch.Generator().manual_seed(0)
+    probe = torch.randn(view.shape[1], generator=generator).to(view.device, view.dtype)
+    try:
+        # forward, not __call__: a hook on the module is none of this measurement's business
+        answer = module.forward(torch.stack([probe, torch.zeros_like(probe)])[None])
+    except (RuntimeError, TypeError, ValueError, IndexError):
+        return None
+    if not isinstance(answer, Tensor) or answer.shape != (1, 2, view.shape[0]):
+        return None
+    wanted = (view @ probe).double()
+    answer = answer[0].double()
+    rounding = 4 * torch.finfo(view.dtype).eps * answer[1].abs().max()  # a large bias swallows digits
+    error = (answer[0] - answer[1] - wanted).abs().max() - rounding
+    return float(error / wanted.abs().max().clamp_min(torch.finfo(view.dtype).tiny))

@@ -1,0 +1,71 @@
+"""Functions on a model's streams, for the time of a `with` block."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from errata.models.model import Model, Stream
+
+Patch = Callable[[Tensor], Tensor | None]
+
+# Streams of one module run in the order in which the forward pass meets them.
+_ORDER = ("embedding", "key", "value", "mlp", "attention", "state")
+
+
+@contextlib.contextmanager
+def hooked(model: Model, patches: Mapping[Stream, Patch]) -> Iterator[None]:
+    """Inside the block, every forward pass hands each stream's tensor to its function.
+
+    A function is given the stream `[b, t, d]` and returns what takes its place, of the same shape, or None
+    to leave it. It sees what earlier functions made of the pass. All hooks are gone when the block ends,
+    however it ends.
+
+    Raises:
+        ConfigError: if the model has no such stream.
+        ValueError: if a function returns another shape.
+    """
+    modules = {stream: model.module(stream) for stream in patches}
+    rows: list[int] = [1]  # batch size of the pass under way
+    with contextlib.ExitStack() as stack:
+        # Some blocks (OPT) flatten [b, t, d] to [b * t, d] around their MLP: the batch size undoes it.
+        def note(module: nn.Module, args: tuple, output: Any) -> None:
+            rows[0] = _tensor_of(output).shape[0]
+
+        stack.callback(model.module(("embedding", 0)).register_forward_hook(note).remove)
+        for stream in sorted(patches, key=lambda stream: _ORDER.index(stream[0])):
+            stack.callback(_register(modules[stream], stream, patches[stream], rows).remove)
+        yield
+
+
+def _register(module: nn.Module, stream: Stream, patch: Patch, rows: list[int]) -> Any:
+    def patched(tensor: Tensor) -> Tensor | None:
+        seen = tensor.unflatten(0, (rows[0], -1)) if tensor.dim() == 2 else tensor
+        new = patch(seen)
+        if new is None:
+            return None
+        if new.shape != seen.shape:
+            raise ValueError(f"the patch of {stream} returned shape {tuple(new.shape)} for {tuple(seen.shape)}")
+        return new.reshape(tensor.shape)
+
+    def before(module: nn.Module, args: tuple) -> tuple | None:
+        new = patched(args[0])
+        return None if new is None else (new, *args[1:])
+
+    def after(module: nn.Module, args: tuple, output: Any) -> Any:
+        new = patched(_tensor_of(output))
+        if new is None:
+            return None
+        return (new, *output[1:]) if isinstance(output, tuple) else new
+
+    if stream[0] == "key":
+        return module.register_forward_pre_hook(before)
+    return module.register_forward_hook(after)
+
+
+def _tensor_of(output: Any) -> Tensor:
+    """Blocks and attentions return a tensor, or a tuple that starts with it."""
+    return output[0] if isinstance(output, tuple) else output

@@ -1,0 +1,8 @@
+"""Floor 3: second moments of MLP keys over a corpus, C = E[k kᵀ] of the paper, and where they are kept."""
+
+from errata.statistics.collect import collect
+from errata.statistics.corpus import Corpus
+from errata.statistics.second_moment import SecondMoment
+from errata.statistics.store import collect_cached, load, save
+
+__all__ = ["Corpus", "SecondMoment", "collect", "collect_cached", "load", "save"]

@@ -1,0 +1,377 @@
+"""Edits as values: on and off to the last bit, in order, on the right model, and on disk."""
+
+from __future__ import annotations
+
+import copy
+import json
+import pickle
+import random
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from errata.base.errors import ConfigError, EditFileError, EditMismatch, EditStateError, OutputError
+from errata.base.facts import Fact
+from errata.base.fingerprint import tensor_digest
+from errata.edits import Dense, Edit, RankOne
+from errata.models import weights
+from errata.models.loading import load_pretrained
+from tiny import byte_tokenizer, tiny
+
+REWRITE = Fact("The Space Needle", "{} is located in", "Seattle").rewrite("Paris")
+
+
+def model_of(family="gpt2", dtype=torch.float32, seed=0, name=None, **changes):
+    return load_pretrained((tiny(family, dtype=dtype, seed=seed, **changes), byte_tokenizer()), name=name or family)
+
+
+def down(model, layer=1):
+    return weights.down_weight_name(model, layer)
+
+
+def random_edit(model, seed=0, layer=1, scale=0.1, dense=False):
+    name, generator = down(model, layer), torch.Generator().manual_seed(seed)
+    d_out, d_in = weights.matrix(model, name).shape
+    if dense:
+        delta = Dense(name, scale * torch.randn(d_out, d_in, generator=generator))
+    else:
+        delta = RankOne(name, scale * torch.randn(d_out, generator=generator), torch.randn(d_in, generator=generator))
+    return Edit.of(model, [delta], "test", [REWRITE], config={"steps": 3, "names": ["a"]}, seed=seed)
+
+
+def digests(model):
+    return {name: tensor_digest(p) for name, p in model.hf.named_parameters()}
+
+
+# ---- on and off ----
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "gptj"])
+@pytest.mark.parametrize("dense", [False, True])
+def test_apply_adds_delta_and_undo_restores_every_byte(family, dense):
+    model = model_of(family)
+    before, old = digests(model), weights.matrix(model, down(model)).detach().clone()
+    edit = random_edit(model, dense=dense)
+    edit.apply(model)
+    torch.testing.assert_close(weights.matrix(model, down(model)).detach(), old + edit.deltas[0].matrix())
+    assert [name for name, digest in digests(model).items() if digest != before[name]] == [down(model)]
+    edit.undo(model)
+    assert digests(model) == before
+    assert model.applied == []
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_a_hundred_random_edits_on_and_off_leave_no_trace(dtype):
+    model = model_of(dtype=dtype)
+    before = digests(model)
+    choose, stack = random.Random(0), []
+    for number in range(100):
+        while stack and choose.random() < 0.45:
+            stack.pop().undo(model)
+        # made for the edited model, or for the model as it was
+        edit = random_edit(model, seed=number, layer=choose.randrange(3), scale=10.0 ** choose.randint(-6, 3))
+        edit.apply(model)
+        stack.append(edit)
+    while stack:
+        stack.pop().undo(model)
+    assert digests(model) == before
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_in_half_precision_the_sum_is_rounded_once(dtype):
+    model = model_of(dtype=dtype)
+    edit = random_edit(model, scale=1e-2)
+    wanted = (weights.matrix(model, down(model)).float() + edit.deltas[0].matrix()).to(dtype)
+    with edit.applied(model):
+        assert torch.equal(weights.matrix(model, down(model)), wanted)
+
+
+def test_applied_takes_the_edit_off_after_an_error_too():
+    model = model_of()
+    before = digests(model)
+    edit = random_edit(model)
+
+    def interrupted():
+        with edit.applied(model) as same:
+            assert same is model
+            assert digests(model) != before
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert digests(model) == before
+
+
+def test_edits_made_for_the_unedited_model_stack_and_so_do_sequential_ones():
+    model = model_of()
+    before = digests(model)
+    first, second = random_edit(model, 1), random_edit(model, 2)
+    first.apply(model)
+    third = random_edit(model, 3)  # made for the model with the first on it
+    with second.applied(model):
+        pass
+    third.apply(model)
+    second.apply(model)
+    fourth = random_edit(model, 4)
+    for edit in (second, third, first):
+        edit.undo(model)
+    assert digests(model) == before
+    for edit in (third, fourth):
+        with pytest.raises(EditMismatch, match="made for other weights"):
+            edit.apply(model)
+
+
+def test_several_deltas_of_one_edit_go_on_together_or_not_at_all():
+    model = model_of()
+    before = digests(model)
+    parts = [random_edit(model, seed, layer).deltas[0] for seed, layer in enumerate((0, 1, 1))]
+    edit = Edit.of(model, parts, "test")
+    wanted = weights.matrix(model, down(model)).detach() + parts[1].matrix() + parts[2].matrix()
+    with edit.applied(model):
+        torch.testing.assert_close(weights.matrix(model, down(model)).detach(), wanted)
+    assert digests(model) == before
+
+    for broken in (
+        RankOne(down(model, 2), torch.ones(3), torch.ones(4)),
+        RankOne("no.such.weight", torch.ones(16), torch.ones(24)),
+        RankOne("transformer.ln_f.weight", torch.ones(16), torch.ones(24)),
+    ):
+        prints = {**edit.fingerprints, broken.weight: "0"}
+        with pytest.raises(EditMismatch):
+            Edit((*parts, broken), "test", fingerprints=prints).apply(model)
+        assert digests(model) == before
+
+
+def test_an_overflow_in_half_precision_is_refused_and_nothing_stays():
+    model = model_of(dtype=torch.float16)
+    before = digests(model)
+    fine, huge = random_edit(model, layer=0).deltas[0], random_edit(model, layer=1, scale=1e6).deltas[0]
+    with pytest.raises(EditMismatch, match="overflows"):
+        Edit.of(model, [fine, huge], "test").apply(model)
+    assert digests(model) == before
+    assert model.applied == []
+
+
+def test_a_head_tied_to_the_embedding_is_one_weight():
+    model = model_of(tie_word_embeddings=True)
+    assert model.hf.lm_head.weight is model.hf.transformer.wte.weight
+    before = digests(model)
+    head = weights.matrix(model, "lm_head.weight")
+    edit = Edit.of(model, [RankOne("lm_head.weight", torch.ones(head.shape[0]), torch.ones(head.shape[1]))], "test")
+    with edit.applied(model):
+        assert not torch.equal(model.hf.transformer.wte.weight, edit.deltas[0].matrix())
+        assert digests(model) != before
+    assert digests(model) == before
+
+
+# ---- states and models that do not fit ----
+
+
+def test_every_wrong_order_has_its_own_line():
+    model, other = model_of(name="this"), model_of(name="that")
+    first, second = random_edit(model, 1), random_edit(model, 2)
+
+    def message(action, *args):
+        with pytest.raises(EditStateError) as caught:
+            action(*args)
+        assert "\n" not in str(caught.value)
+        return str(caught.value)
+
+    never = message(first.undo, model)
+    first.apply(model)
+    elsewhere = message(first.undo, other)
+    twice_on = message(first.apply, model)
+    second.apply(model)
+    order = message(first.undo, model)
+    second.undo(model)
+    first.undo(model)
+    twice_off = message(first.undo, model)
+    assert "is not applied to 'this'" in never
+    assert "another model, 'this'" in elsewhere
+    assert "already. Undo it before" in twice_on
+    assert "1 edit(s) were applied after it" in order
+    assert str(second) in order
+    assert "has been undone on 'this' already" in twice_off
+    assert len({never, elsewhere, twice_on, order, twice_off}) == 5
+
+
+def test_undo_refuses_to_throw_away_what_someone_else_did_to_the_weight():
+    model = model_of()
+    edit = random_edit(model)
+    edit.apply(model)
+    with torch.no_grad():
+        model.weight(down(model)).add_(1.0)
+    with pytest.raises(EditStateError, match="something other than an edit"):
+        edit.undo(model)
+
+
+def test_other_weights_or_another_dtype_are_refused():
+    edit = random_edit(model_of(name="made"))
+    for model in (model_of(seed=1), model_of(dtype=torch.bfloat16)):
+        before = digests(model)
+        with pytest.raises(EditMismatch, match="'made'"):
+            edit.apply(model)
+        assert digests(model) == before
+    with pytest.raises(EditMismatch, match="no weight named"):
+        edit.apply(model_of("llama"))
+    with pytest.raises(EditMismatch, match=r"is \[16, 20\]"):
+        edit.apply(model_of(n_inner=20))
+
+
+def test_relative_norm():
+    model = model_of()
+    for dense in (False, True):
+        edit = random_edit(model, dense=dense)
+        matrix = weights.matrix(model, down(model)).detach().double()
+        wanted = torch.linalg.matrix_norm(edit.deltas[0].matrix().double()) / torch.linalg.matrix_norm(matrix)
+        assert edit.relative_norm(model) == pytest.approx(float(wanted), rel=1e-6)
+
+
+# ---- as a value ----
+
+
+def test_an_edit_is_a_value():
+    model = model_of()
+    write, read = torch.ones(16), torch.ones(24)
+    edit = Edit.of(model, [RankOne(down(model), write, read)], "test", config={"a": {"b": [1, 2]}})
+    same = Edit.of(model, [RankOne(down(model), write, read)], "test", config={"a": {"b": (1, 2)}})
+    write.zero_()
+    assert edit == same
+    assert len({edit, same}) == 1
+    assert edit.deltas[0].write.sum() == 16
+    assert edit != Edit.of(model, [RankOne(down(model), torch.ones(16), read)], "other")
+    assert edit != "edit"
+    with pytest.raises(AttributeError):
+        edit.method = "other"
+    for change in (
+        lambda: edit.config.update(a=1),
+        lambda: edit.config["a"].pop("b"),
+        lambda: edit.config["a"].__setitem__("b", 2),
+    ):
+        with pytest.raises(TypeError, match="cannot be changed"):
+            change()
+    assert pickle.loads(pickle.dumps(edit)) == edit
+    assert copy.deepcopy(edit) == edit
+    assert "rank" not in str(edit)
+    assert len(repr(edit)) < 200
+
+
+@pytest.mark.parametrize(
+    ("deltas", "extra"),
+    [
+        ([], {}),
+        ([RankOne("w", torch.ones(2), torch.ones(2))], {"fingerprints": {}}),
+        ([RankOne("w", torch.ones(2), torch.ones(2))], {"notes": {"loss": float("nan")}}),
+        ([RankOne("w", torch.ones(2), torch.ones(2))], {"config": {"x": object()}}),
+    ],
+)
+def test_what_can_be_no_edit_is_refused(deltas, extra):
+    with pytest.raises(ConfigError):
+        Edit(deltas, "test", **{"fingerprints": {"w": "0"}, **extra})
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: RankOne("w", torch.ones(2, 2), torch.ones(2)),
+        lambda: RankOne("w", torch.ones(2), torch.tensor([1.0, float("nan")])),
+        lambda: RankOne("w", torch.ones(2), torch.tensor([1, 2])),
+        lambda: Dense("w", torch.ones(2)),
+        lambda: Dense("w", torch.full((2, 2), float("inf"))),
+        lambda: Dense("w", [[1.0]]),
+    ],
+)
+def test_what_can_be_no_delta_is_refused(make):
+    with pytest.raises(ConfigError, match="of w"):
+        make()
+
+
+# ---- on disk ----
+
+
+@pytest.mark.parametrize("dense", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_saved_and_loaded_it_is_the_same(tmp_path, dense, dtype):
+    model = model_of(dtype=dtype)
+    edit = random_edit(model, dense=dense)
+    edit.save(tmp_path / "new" / "edit.safetensors")
+    loaded = Edit.load(tmp_path / "new" / "edit.safetensors")
+    assert loaded == edit
+    assert loaded.rewrites == (REWRITE,)
+    assert loaded.config == {"steps": 3, "names": ("a",)}
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["edit.safetensors"]
+    edit.apply(model)
+    loaded.undo(model)  # equal is the same
+
+
+def test_the_header_can_be_read_by_a_person(tmp_path):
+    edit = random_edit(model_of())
+    edit.save(tmp_path / "e.safetensors")
+    raw = (tmp_path / "e.safetensors").read_bytes()
+    header = json.loads(raw[8 : 8 + int.from_bytes(raw[:8], "little")])
+    told = json.loads(header["__metadata__"]["errata"])
+    assert told["kind"] == "edit"
+    assert told["version"] == 1
+    assert told["id"] == edit.id
+    assert told["rewrites"][0]["new_object"] == "Paris"
+
+
+def rewritten(path, change_header=lambda told: None, change_tensors=lambda tensors: None):
+    raw = path.read_bytes()
+    header = json.loads(raw[8 : 8 + int.from_bytes(raw[:8], "little")])
+    told, tensors = json.loads(header["__metadata__"]["errata"]), load_file(path)
+    change_header(told)
+    change_tensors(tensors)
+    save_file(tensors, path, metadata={"errata": json.dumps(told)})
+
+
+@pytest.mark.parametrize(
+    ("damage", "says"),
+    [
+        (lambda path: path.write_bytes(path.read_bytes()[:-10]), "cut short"),
+        (lambda path: path.write_bytes(b""), "cut short"),
+        (lambda path: path.write_text("hello"), "cut short"),
+        (lambda path: path.unlink(), "no file"),
+        (lambda path: save_file({"a": torch.ones(2)}, path), "not written by errata"),
+        (
+            lambda path: save_file({"a": torch.ones(2)}, path, metadata={"errata": "{"}),
+            "not written by errata",
+        ),
+        (
+            lambda path: save_file({"a": torch.ones(2)}, path, metadata={"errata": "[1]"}),
+            "not written by errata",
+        ),
+        (lambda path: rewritten(path, lambda told: told.update(kind="trace")), "holds a trace"),
+        (lambda path: rewritten(path, lambda told: told.update(version=2)), "Upgrade"),
+        (lambda path: rewritten(path, lambda told: told.pop("deltas")), "broken"),
+        (lambda path: rewritten(path, lambda told: told.update(deltas=[])), "broken"),
+        (lambda path: rewritten(path, lambda told: told.update(deltas=3)), "broken"),
+        (lambda path: rewritten(path, lambda told: told["deltas"][0].update(kind="code")), "broken"),
+        (lambda path: rewritten(path, lambda told: told.pop("method")), "broken"),
+        (lambda path: rewritten(path, lambda told: told.update(rewrites=[{"subject": ""}])), "broken"),
+        (lambda path: rewritten(path, lambda told: told.update(method="mend")), "changed since"),
+        (lambda path: rewritten(path, lambda told: told.update(id="0")), "changed since"),
+        (lambda path: rewritten(path, change_tensors=lambda t: t["0.write"].add_(1e-6)), "changed since"),
+        (
+            lambda path: rewritten(path, change_tensors=lambda t: t.update({"0.write": torch.ones(2, 2)})),
+            "broken",
+        ),
+        (lambda path: rewritten(path, change_tensors=lambda t: t["0.read"].fill_(float("nan"))), "NaN"),
+        (lambda path: rewritten(path, change_tensors=lambda t: t.pop("0.read")), "broken"),
+        (lambda path: rewritten(path, change_tensors=lambda t: t.update({"x": torch.ones(1)})), "broken"),
+    ],
+)
+def test_a_damaged_file_is_refused_in_one_line(tmp_path, damage, says):
+    path = tmp_path / "edit.safetensors"
+    random_edit(model_of()).save(path)
+    damage(path)
+    with pytest.raises(EditFileError, match=says) as caught:
+        Edit.load(path)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_place_that_cannot_be_written(tmp_path):
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(OutputError):
+        random_edit(model_of()).save(tmp_path / "folder")

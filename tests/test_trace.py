@@ -1,0 +1,218 @@
+"""Causal tracing against plain forward passes with hooks of their own, one site at a time."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from tiny import byte_tokenizer, tiny
+
+from errata.base.errors import ConfigError, FactError, ResultFileError
+from errata.base.facts import Fact
+from errata.models.loading import load_pretrained
+from errata.tracing.average import average_effects
+from errata.tracing.corruption import subject_sigma
+from errata.tracing.trace import ROLES, CausalTrace, default_window, trace, window_layers
+
+FACT = Fact("The Space Needle", "Everyone says that {} is located in")
+
+# Paths of a block's list, of embedding, attention and MLP: by hand, not from the anatomy under test.
+PATHS = {
+    "gpt2": ("transformer.h", "transformer.wte", "attn", "mlp"),
+    "llama": ("model.layers", "model.embed_tokens", "self_attn", "mlp"),
+    "gpt_neox": ("gpt_neox.layers", "gpt_neox.embed_in", "attention", "mlp"),
+}
+
+
+def make(family: str, layers: int = 3):
+    return load_pretrained((tiny(family, layers=layers, dtype=torch.float64), byte_tokenizer()), name=family)
+
+
+def plain(model, family, ids, subject, part, layers, token, noise, answer):
+    """Mean probability of the answer with the parts of `layers` restored at `token`, sample after sample."""
+    blocks, embedding, attention, mlp = PATHS[family]
+    hf = model.hf
+    modules = {
+        "state": lambda layer: hf.get_submodule(f"{blocks}.{layer}"),
+        "attention": lambda layer: hf.get_submodule(f"{blocks}.{layer}.{attention}"),
+        "mlp": lambda layer: hf.get_submodule(f"{blocks}.{layer}.{mlp}"),
+    }
+    first = lambda output: output[0] if isinstance(output, tuple) else output  # noqa: E731
+    clean = {}
+
+    def run(hooks):
+        handles = [module.register_forward_hook(hook) for module, hook in hooks]
+        try:
+            with torch.no_grad():
+                return hf(torch.tensor([ids])).logits[0, -1].softmax(-1)
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def keep(layer):
+        return lambda module, args, output: clean.__setitem__(layer, first(output)[0, token].clone())
+
+    run([(modules[part](layer), keep(layer)) for layer in layers])
+
+    def put_back(layer):
+        def hook(module, args, output):
+            tensor = first(output).clone()
+            tensor[0, token] = clean[layer]
+            return (tensor, *output[1:]) if isinstance(output, tuple) else tensor
+
+        return hook
+
+    found = []
+    for sample in noise:
+
+        def disturb(module, args, output, sample=sample):
+            output = output.clone()
+            output[0, subject[0] : subject[1] + 1] += sample
+            return output
+
+        hooks = [(hf.get_submodule(embedding), disturb), *((modules[part](i), put_back(i)) for i in layers)]
+        found.append(float(run(hooks)[answer]))
+    return np.mean(found)
+
+
+@pytest.mark.parametrize("family", list(PATHS))
+def test_every_site_is_what_plain_passes_give(family):
+    model = make(family)
+    found = trace(model, FACT, samples=3, noise=0.7, window=2, seed=5)
+    ids = model.tokenizer(FACT.text)["input_ids"]
+    first, last = found.subject
+    noise = 0.7 * torch.from_numpy(np.random.RandomState(5).randn(3, last - first + 1, model.d_model))
+    answer = int(model.hf(torch.tensor([ids])).logits[0, -1].argmax())
+    rng = np.random.default_rng(0)
+    for part in ("state", "mlp", "attention"):
+        for token in {first, last, len(ids) - 1, *rng.integers(first, len(ids), 2).tolist()}:
+            for layer in range(3):
+                layers = [layer] if part == "state" else [i for i in (layer, layer + 1) if i < 3]
+                want = plain(model, family, ids, found.subject, part, layers, token, noise, answer)
+                assert found.restored[part][token, layer] == pytest.approx(want, rel=1e-9)
+
+
+def test_sites_before_the_subject_have_no_effect_and_the_last_state_has_all_of_it():
+    model = make("gpt2")
+    found = trace(model, FACT, samples=3, noise=0.7)
+    first, _ = found.subject
+    assert first > 0
+    assert np.all(found.indirect_effect("state")[:first] == 0)
+    assert found.indirect_effect("state")[-1, -1] == pytest.approx(found.total_effect, rel=1e-9)
+
+
+def test_batches_do_not_change_a_trace(monkeypatch):
+    model = make("llama")
+    whole = trace(model, FACT, samples=3, noise=0.7)
+    monkeypatch.setattr("errata.tracing.trace.ROWS", 3)
+    one_by_one = trace(model, FACT, samples=3, noise=0.7)
+    for part in whole.restored:
+        np.testing.assert_allclose(whole.restored[part], one_by_one.restored[part], rtol=1e-9)
+
+
+def test_seeds_decide_the_noise():
+    model = make("gpt2")
+    same, again, other = (trace(model, FACT, parts=["state"], samples=2, noise=0.5, seed=s) for s in (1, 1, 2))
+    assert np.array_equal(same.restored["state"], again.restored["state"])
+    assert not np.allclose(same.restored["state"], other.restored["state"])
+
+
+def test_sigma_is_measured_on_the_subjects_given():
+    model = make("gpt2")
+    rows = [model.tokenizer(s)["input_ids"] for s in ("Rome", "Dante Alighieri")]
+    numbers = torch.cat([model.hf.transformer.wte.weight[row].flatten() for row in rows])
+    assert subject_sigma(model, ["Rome", "Dante Alighieri"]) == pytest.approx(float(numbers.detach().std()))
+    found = trace(model, FACT, parts=["state"], samples=1, multiple=2.0, subjects=["Rome", "Dante Alighieri"])
+    assert found.settings["noise"] == pytest.approx(2 * float(numbers.detach().std()))
+
+
+def test_windows():
+    assert list(window_layers(15, 10, "paper", 48)) == list(range(11, 21))
+    assert list(window_layers(15, 10, "reference", 48)) == list(range(10, 20))
+    assert list(window_layers(0, 3, "paper", 8)) == [0, 1]
+    assert list(window_layers(7, 3, "reference", 8)) == [6, 7]
+    assert (default_window(48), default_window(28), default_window(8)) == (10, 6, 3)
+
+
+def test_a_trace_is_a_value(tmp_path):
+    found = trace(make("gpt2"), FACT, samples=2, noise=0.7)
+    found.save(tmp_path / "t.safetensors")
+    again = CausalTrace.load(tmp_path / "t.safetensors")
+    assert (again.fact, again.tokens, again.subject, again.roles) == (found.fact, found.tokens, found.subject, found.roles)
+    assert again.settings == found.settings
+    for part, values in found.restored.items():
+        assert np.array_equal(values, again.restored[part])
+    frame = again.to_frame()
+    assert len(frame) == 3 * len(found.tokens) * 3
+    assert frame["indirect_effect"].max() == max(found.indirect_effect(p).max() for p in found.restored)
+    for suffix in ("png", "svg", "pdf"):
+        again.plot(tmp_path / f"t.{suffix}")
+        assert (tmp_path / f"t.{suffix}").stat().st_size > 1000
+
+
+def test_a_broken_file_is_refused(tmp_path):
+    path = tmp_path / "t.safetensors"
+    trace(make("gpt2"), FACT, samples=1, noise=0.7, parts=["state"]).save(path)
+    path.write_bytes(path.read_bytes()[:-7])
+    with pytest.raises(ResultFileError, match="cut short"):
+        CausalTrace.load(path)
+
+
+def test_roles():
+    def roles(tokens, subject):
+        return CausalTrace(FACT, "", tuple(tokens), subject, 1, 0, {}, {}, "").roles
+
+    assert roles("abcdef", (1, 3)) == (
+        "before",
+        "first subject",
+        "middle subject",
+        "last subject",
+        "first after",
+        "last",
+    )
+    assert roles("ab", (0, 0)) == ("last subject", "last")
+    assert roles("a", (0, 0)) == ("last subject",)
+    assert roles("abcd", (0, 0)) == ("last subject", "first after", "further", "last")
+
+
+def test_averages():
+    def one(values, subject, tokens):
+        return CausalTrace(FACT, "", tokens, subject, 0.9, 0.1, {"state": np.array(values)}, {}, "")
+
+    two = [
+        one([[0.2, 0.3], [0.5, 0.7], [0.1, 0.9]], (0, 1), ("a", "b", "c")),
+        one([[0.4, 0.5], [0.3, 0.5], [0.3, 0.5]], (0, 0), ("a", "b", "c")),
+    ]
+    mean = average_effects(two)
+    assert mean.facts == 2
+    assert mean.total_effect == pytest.approx(0.8)
+    table = dict(zip(ROLES, mean.mean["state"], strict=True))
+    assert table["first subject"] == pytest.approx([0.1, 0.2])
+    assert table["last subject"] == pytest.approx([(0.4 + 0.3) / 2, (0.6 + 0.4) / 2])
+    assert table["last"] == pytest.approx([0.1, 0.6])
+    assert np.isnan(table["middle subject"]).all()
+    half = mean.interval["state"][ROLES.index("last subject")][0]
+    assert half == pytest.approx(1.96 * np.std([0.4, 0.3], ddof=1) / 2**0.5)
+    with pytest.raises(ConfigError, match="at least one"):
+        average_effects([])
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"parts": ["head"]}, "parts are"),
+        ({"samples": 0}, "samples is 0"),
+        ({"noise": 0.0}, "greater than zero"),
+        ({"window": 0}, "window is 0"),
+        ({"window_edges": "middle"}, "window_edges"),
+        ({"seed": -1}, "seed is -1"),
+    ],
+)
+def test_settings_out_of_range_are_refused(settings, message):
+    with pytest.raises(ConfigError, match=message):
+        trace(make("gpt2"), FACT, **settings)
+
+
+def test_a_prompt_longer_than_the_context_is_refused():
+    with pytest.raises(FactError, match="reads at most 96"):
+        trace(make("gpt2"), Fact("Rome " * 200, "{} is in"))
