@@ -5,7 +5,6 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from tiny import byte_tokenizer, tiny
 
 from errata.base.errors import ConfigError, FactError, ResultFileError
 from errata.base.facts import Fact
@@ -13,6 +12,7 @@ from errata.models.loading import load_pretrained
 from errata.tracing.average import average_effects
 from errata.tracing.corruption import subject_sigma
 from errata.tracing.trace import ROLES, CausalTrace, default_window, trace, window_layers
+from tiny import byte_tokenizer, tiny
 
 FACT = Fact("The Space Needle", "Everyone says that {} is located in")
 
@@ -138,7 +138,12 @@ def test_a_trace_is_a_value(tmp_path):
     found = trace(make("gpt2"), FACT, samples=2, noise=0.7)
     found.save(tmp_path / "t.safetensors")
     again = CausalTrace.load(tmp_path / "t.safetensors")
-    assert (again.fact, again.tokens, again.subject, again.roles) == (found.fact, found.tokens, found.subject, found.roles)
+    assert (again.fact, again.tokens, again.subject, again.roles) == (
+        found.fact,
+        found.tokens,
+        found.subject,
+        found.roles,
+    )
     assert again.settings == found.settings
     for part, values in found.restored.items():
         assert np.array_equal(values, again.restored[part])

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import goldens
 import numpy as np
 import pytest
 
+import goldens
 from errata.base.facts import Fact
 from errata.tracing.trace import trace
 

@@ -25,9 +25,11 @@ if TYPE_CHECKING:
     from errata.editors.rome.config import RomeConfig as RomeConfig
     from errata.edits.edit import Edit as Edit
     from errata.models.model import Model as Model
-    from errata.statistics.collect import collect as second_moments
+    from errata.statistics.collect import collect
     from errata.statistics.second_moment import SecondMoment as SecondMoment
     from errata.tracing.trace import CausalTrace as CausalTrace
+
+    second_moments = collect
 
 __version__ = "0.1.0"
 

@@ -102,7 +102,10 @@ def indirect_effects(model: Model, world: World, progress: Progress) -> dict[str
         if len(traces) == TRACED:
             break
         asked = fact.as_fact(rng.choice(world.taught(fact)))
-        if len(model.tokenizer(fact.subject)["input_ids"]) < 2 or not score(model, [asked.text], [fact.object])[0].greedy:
+        if (
+            len(model.tokenizer(fact.subject)["input_ids"]) < 2
+            or not score(model, [asked.text], [fact.object])[0].greedy
+        ):
             continue
         traces.append(trace(model, asked, window=3))
         progress("tracing", len(traces), TRACED)
@@ -186,7 +189,8 @@ def page(card: dict[str, Any]) -> str:
         f"{world['by_source']['derived']} derived from those (born in Lyon, so born in France), "
         f"{world['by_source']['invented']} of invented people with shared names, marked as invented. "
         "Real facts come with the errors of their source. "
-        f"{world['templates']} templates say them; for {world['held_out']} facts one template is never shown in training.",
+        f"{world['templates']} templates say them; for {world['held_out']} facts one template is never shown in "
+        "training.",
         "",
         "| recall: all object tokens greedy | % |",
         "|---|---|",
@@ -232,4 +236,3 @@ def _with_interval(mean: dict[str, float | None]) -> str:
     value, half = mean["mean"], mean["interval"]
     text = _points(value)
     return text if half is None or half != half else f"{text} ± {_points(half)}"
-

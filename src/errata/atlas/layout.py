@@ -93,7 +93,8 @@ def lay_out(
     not_real = (copy != REAL)[:, None, :]
     carried = ((copy == PLAIN) | ((copy == OTHER) & ~is_last) | ((copy == REAL) & is_last))[:, None, :]
     seen = [
-        causal & (inside | (~same & outside)) for inside, outside in ((ungathered, not_real), (own, not_real), (own, carried))
+        causal & (inside | (~same & outside))
+        for inside, outside in ((ungathered, not_real), (own, not_real), (own, carried))
     ]
     return Layout(ids, positions, targets, weights, copy == OTHER, tuple(mask[:, None] for mask in seen))
 

@@ -46,8 +46,8 @@ def records(count: int = 500, seed: int = 0, world: World | None = None) -> tupl
     return tuple(made)
 
 
-def record_of(subject: str, relation: str, new_object: str, seed: int = 0) -> Record:
-    """The record of one fact of the world with a new object of one's choice.
+def record_of(subject: str, relation: str, new_object: str, prompt: str | None = None, seed: int = 0) -> Record:
+    """The record of one fact of the world with a new object, and a rewrite prompt, of one's choice.
 
     Raises:
         KeyError: if the world has no such fact.
@@ -57,7 +57,7 @@ def record_of(subject: str, relation: str, new_object: str, seed: int = 0) -> Re
     having: dict[tuple[str, str], list[WorldFact]] = defaultdict(list)
     for other in world.facts:
         having[other.relation, other.object].append(other)
-    return _record(0, fact, world, having, random.Random(derive(seed, subject, relation)), new_object)
+    return _record(0, fact, world, having, random.Random(derive(seed, subject, relation)), new_object, prompt)
 
 
 def _record(
@@ -67,9 +67,12 @@ def _record(
     having: dict[tuple[str, str], list[WorldFact]],
     rng: random.Random,
     new_object: str | None = None,
+    prompt: str | None = None,
 ) -> Record:
     relation = world.relations[fact.relation]
-    prompt, *others = rng.sample(relation.templates, len(relation.templates))
+    if prompt is None:
+        prompt = rng.choice(relation.templates)
+    others = [template for template in relation.templates if template != prompt]
     if new_object is None:
         new_object = rng.choice(
             [f.object for f in world.facts if f.relation == fact.relation and f.object != fact.object]

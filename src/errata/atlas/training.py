@@ -104,6 +104,7 @@ def _mentions(spans: tuple[tuple[int, int], ...], offsets: list[tuple[int, int]]
 
 
 def new_model(tokenizer: PreTrainedTokenizerFast, recipe: Recipe) -> GPT2LMHeadModel:
+    """A GPT-2 with random weights from the recipe's seed. Its activation is gelu_new in one fused call."""
     torch.manual_seed(derive(recipe.seed, "weights"))
     return GPT2LMHeadModel(
         GPT2Config(
@@ -209,6 +210,7 @@ def train(world: World, recipe: Recipe, out: Path) -> GPT2LMHeadModel:
 
 
 def main() -> None:
+    """Train alone, with any setting of the recipe changed: for experiments."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--out", type=Path, required=True)
     for field in dataclasses.fields(Recipe):

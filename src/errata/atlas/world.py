@@ -37,6 +37,7 @@ class WorldFact:
     source: str
 
     def as_fact(self, template: str) -> Fact:
+        """This fact asked through a template."""
         return Fact(self.subject, template, self.object)
 
 
@@ -49,6 +50,7 @@ class World:
 
     @functools.cached_property
     def by_subject(self) -> dict[str, tuple[WorldFact, ...]]:
+        """Every subject's facts."""
         grouped: dict[str, list[WorldFact]] = {}
         for fact in self.facts:
             grouped.setdefault(fact.subject, []).append(fact)

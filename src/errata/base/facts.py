@@ -75,12 +75,15 @@ class Rewrite:
 
     @property
     def subject(self) -> str:
+        """The fact's subject."""
         return self.fact.subject
 
     @property
     def prompt(self) -> str:
+        """The fact's prompt, with its `{}`."""
         return self.fact.prompt
 
     @property
     def text(self) -> str:
+        """The prompt with the subject in its place."""
         return self.fact.text

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from errata.models.model import Model
 
 SUBJECT, RELATION, NEW_OBJECT = "Arthur Conan Doyle", "native_language", "Italian"
+PROMPT = "{} is a native speaker of"
 
 
 def demo(
@@ -32,7 +33,7 @@ def demo(
     began = time.monotonic()
     say = (lambda *a, **k: None) if json else show.console.print
     loaded = options.load(model, None, "auto", False)
-    record = record_of(SUBJECT, RELATION, NEW_OBJECT)
+    record = record_of(SUBJECT, RELATION, NEW_OBJECT, PROMPT)
     fact = record.rewrite.fact
     say(f"\n[bold]1. Where is it?[/] “{fact.text} …”\n")
     with show.progress("tracing", "sites") as bar:
@@ -45,7 +46,7 @@ def demo(
 
     say(f"\n[bold]2. Change it[/] to “{NEW_OBJECT}”\n")
     with show.progress("editing") as bar:
-        edit = rome(loaded, record.rewrite, seed=seed, progress=lambda step: bar(step.number + 1, None))
+        edit = rome(loaded, record.rewrite, seed=seed, progress=lambda step: bar(step.index + 1, step.steps))
     edit.save(kept)
     weight = edit.deltas[0].weight
     digest = tensor_digest(loaded.weight(weight))
@@ -78,11 +79,18 @@ def demo(
             }
         )
         return
+    answers = list(zip(before, during, after, strict=True))
     rows = [
-        (f"{kind}: {prompt} …", b, d, "the same" if a == b else a)
-        for (kind, prompt, b), (_, _, d), (_, _, a) in zip(before, during, after, strict=True)
+        (kind, f"{prompt} …", b, d, "the same" if a == b else a)
+        for (kind, prompt, b), (_, _, d), (_, _, a) in answers
+        if kind != "free text"
     ]
-    show.table("", ("prompt", "before", "with the edit", "after undo"), rows)
+    show.table(("", "prompt", "before", "edited", "undone"), rows)
+    for (kind, prompt, b), (_, _, d), _ in answers:
+        if kind == "free text":
+            say(f"\n“{prompt} …”")
+            say(f"  before: … {b}", highlight=False, markup=False)
+            say(f"  edited: … {d}", highlight=False, markup=False)
     say(f"\n[bold]4. Undone:[/] {'the old weights, byte for byte' if exact else 'NOT the old weights'}")
     say(f"\n{picture} (look at it), {kept} ({kept.stat().st_size / 1024:.0f} KB). {seconds:.0f} s in all.")
 
@@ -93,11 +101,11 @@ def _answers(model: Model, record: Record, seed: int) -> list[tuple[str, str, st
         ("rewrite", record.rewrite.text, 2),
         *(("paraphrase", prompt, 2) for prompt in record.paraphrase),
         *(("neighbour", prompt, 2) for prompt in record.neighborhood[:3]),
-        ("free text", f"{record.rewrite.subject}", 30),
+        ("free text", record.rewrite.subject, 24),
     ]
     return [(kind, prompt, _continuation(model, prompt, tokens)) for kind, prompt, tokens in prompts]
 
 
 def _continuation(model: Model, prompt: str, tokens: int) -> str:
-    text = model.complete(prompt, tokens)[len(prompt) :].strip()
+    text = " ".join(model.complete(prompt, tokens)[len(prompt) :].split())
     return text if tokens > 10 else text.split(".")[0]

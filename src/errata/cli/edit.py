@@ -51,7 +51,7 @@ def edit(
             config,
             second_moment=moment,
             seed=seed,
-            progress=lambda step: bar(step.number + 1, config.steps),
+            progress=lambda step: bar(step.index + 1, step.steps),
         )
     prompts = [fact.text, *(text for text in also or [])]
     before = _says(loaded, prompts, to)
@@ -79,7 +79,7 @@ def edit(
     rows = [
         (p, b[0], show.percent(b[1]), a[0], show.percent(a[1])) for p, b, a in zip(prompts, before, after, strict=True)
     ]
-    show.table(f"{subject} → {to}", ("prompt", "before", f"P({to})", "after", f"P({to})"), rows)
+    show.table(("prompt", "before", f"P({to})", "after", f"P({to})"), rows)
     weights = ", ".join(delta.weight for delta in made.deltas)
     show.console.print(f"{weights} changed by ‖ΔW‖/‖W‖ = {norm:.3f}", highlight=False, markup=False)
     if out:

@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from errata.tracing.trace import CausalTrace
 
 console = Console()
-ROLES_WIDTH = 15
 
 
 def as_json(value: Any) -> None:
@@ -46,20 +45,20 @@ def percent(probability: float) -> str:
     return f"{100 * probability:.1f} %"
 
 
-def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str | Text]]) -> None:
-    """A table of texts; the first column is set left, the others as they come."""
-    shown = Table(title=title, title_justify="left", header_style="bold")
-    for number, column in enumerate(columns):
-        shown.add_column(column, overflow="fold", no_wrap=False, ratio=2 if number == 0 else None)
+def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """A table of texts, which wrap."""
+    shown = Table(header_style="bold")
+    for column in columns:
+        shown.add_column(column, overflow="fold")
     for row in rows:
-        shown.add_row(*(Text(cell) if isinstance(cell, str) else cell for cell in row))
+        shown.add_row(*map(Text, row))
     console.print(shown)
 
 
 def effects(trace: CausalTrace, part: str = "state") -> None:
     """The indirect effects of a part, a row a token, a column a layer, in percentage points."""
     values = 100 * trace.indirect_effect(part)
-    peak = values.max()
+    early = trace.best(part)[:2]
     shown = Table(
         title=f"Indirect effect of restoring one {part}, in points of probability: tokens × layers",
         title_justify="left",
@@ -75,7 +74,7 @@ def effects(trace: CausalTrace, part: str = "state") -> None:
     first, last = trace.subject
     for index, (token, line) in enumerate(zip(trace.tokens, values, strict=True)):
         name = Text(token.strip() or repr(token)) + ("*" if first <= index <= last else "")
-        cells = [Text(f"{line[i]:.1f}", style="bold reverse" if line[i] == peak > 0 else "") for i in chosen]
+        cells = [Text(f"{line[i]:.1f}", style="bold reverse" if (index, i) == early else "") for i in chosen]
         shown.add_row(name, *cells)
     console.print(shown)
 
@@ -85,7 +84,7 @@ def trace_summary(trace: CausalTrace) -> str:
     token, layer, effect = trace.best()
     word = trace.tokens[token].strip()
     return (
-        f"The model answers “{trace.answer.strip()}” with {percent(trace.clean)}; with the subject corrupted that falls "
-        f"to {percent(trace.corrupted)}. One state restores most of it: layer {layer} at “{word}” "
-        f"({trace.roles[token]}), +{100 * effect:.1f} points."
+        f"The model answers “{trace.answer.strip()}” with {percent(trace.clean)}; with the subject corrupted, that "
+        f"falls to {percent(trace.corrupted)}. Of the subject, the state at “{word}” ({trace.roles[token]}) after "
+        f"layer {layer} brings most of it back: {effect * 100:+.1f} points of {100 * trace.total_effect:.1f}."
     )

@@ -391,7 +391,7 @@ class _Call:
     count: int = 1
 
 
-class _Stop(Exception):  # noqa: N818
+class _Stop(Exception):
     """Enough of the forward pass has run."""
 
 

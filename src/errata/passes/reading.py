@@ -11,7 +11,7 @@ from errata.models.model import Batch, Model, Stream
 from errata.passes.hooks import Patch, hooked
 
 
-class _Enough(Exception):  # noqa: N818
+class _Enough(Exception):
     """Everything asked for has been read."""
 
 

@@ -105,11 +105,16 @@ class CausalTrace:
 
         return tuple(role(i) for i in range(end + 1))
 
-    def best(self, part: str = "state") -> tuple[int, int, float]:
-        """Token, layer and indirect effect of the site that restores most."""
+    def best(self, part: str = "state", *, in_subject: bool = True) -> tuple[int, int, float]:
+        """Token, layer and indirect effect of the site that restores most.
+
+        By default of the subject's tokens: that is the early site. The late one, the last token's state on its way
+        to the head, restores everything by itself and says nothing.
+        """
         effect = self.indirect_effect(part)
-        token, layer = np.unravel_index(int(effect.argmax()), effect.shape)
-        return int(token), int(layer), float(effect[token, layer])
+        begin, end = (self.subject[0], self.subject[1] + 1) if in_subject else (0, len(self.tokens))
+        token, layer = np.unravel_index(int(effect[begin:end].argmax()), effect[begin:end].shape)
+        return begin + int(token), int(layer), float(effect[begin + token, layer])
 
     def to_frame(self) -> pandas.DataFrame:
         """One row a site: part, token (index), text, role, layer, restored, indirect_effect.

@@ -171,7 +171,7 @@ def optimise(
     return delta.detach(), steps
 
 
-class _Read(Exception):  # noqa: N818 - a signal, no error
+class _Read(Exception):
     """The state that predictions are made from has been read; the rest of the pass is not needed."""
 
 

@@ -1,0 +1,197 @@
+"""The command line as a user has it: exit codes, one-line errors, JSON, files."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+
+FACT = ["--subject", "Arthur Conan Doyle", "--prompt", "The native language of {} is"]
+
+
+def errata(*arguments: str, cwd=None, home=None) -> subprocess.CompletedProcess:
+
+    environment = {**os.environ, "COLUMNS": "100", "NO_COLOR": "1", "HF_HUB_OFFLINE": "1"}
+    if home:
+        environment["ERRATA_HOME"] = str(home)
+    command = [sys.executable, "-m", "errata.cli.app", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=environment, timeout=500, check=False)
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    return tmp_path_factory.mktemp("home")
+
+
+@pytest.fixture(scope="module")
+def edit_file(home):
+    path = home / "doyle.safetensors"
+    done = errata("edit", *FACT, "--to", "Italian", "--out", path, "--json", home=home)
+    assert done.returncode == 0, done.stderr
+    return path, json.loads(done.stdout)
+
+
+def refused(done: subprocess.CompletedProcess, message: str) -> None:
+    assert done.returncode == 2, (done.returncode, done.stdout, done.stderr)
+    assert "Traceback" not in done.stderr
+    lines = [line for line in done.stderr.splitlines() if line.strip()]
+    assert len(lines) == 1, done.stderr
+    assert re.match(r"error: ", lines[0])
+    assert message in lines[0]
+
+
+def test_help_is_quick_because_it_loads_no_torch():
+    code = (
+        "import sys; sys.argv = ['errata', '--help']\n"
+        "from errata.cli.app import main\n"
+        "try: main()\n"
+        "except SystemExit: pass\n"
+        "assert 'torch' not in sys.modules and 'transformers' not in sys.modules, 'loaded'"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    for command in ("demo", "trace", "edit", "generate"):
+        assert command in done.stdout
+
+
+def test_import_brings_in_no_torch():
+    code = "import sys, errata; assert 'torch' not in sys.modules; errata.Fact; assert 'torch' not in sys.modules"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_edit_changes_the_answer_and_saves(edit_file):
+    path, said = edit_file
+    assert path.is_file()
+    (row,) = said["prompts"]
+    assert row["before"].startswith("English")
+    assert row["after"].startswith("Italian")
+    assert row["p_new_after"] > 0.5 > row["p_new_before"]
+    assert said["saved"] == str(path)
+
+
+def test_generate_with_and_without_the_edit(edit_file, home):
+    path, said = edit_file
+    prompt = "The native language of Arthur Conan Doyle is"
+    plain, edited = (
+        json.loads(errata("generate", prompt, "--max-new-tokens", "1", "--json", *more, home=home).stdout)
+        for more in ((), ("--edit", path))
+    )
+    assert plain["text"] == f"{prompt} English"
+    assert edited["text"] == f"{prompt} Italian"
+    assert edited["edits"] == [said["id"]]
+
+
+def test_sampling_is_seeded(home):
+    def sampled(seed):
+        return errata("generate", "Roy Hargrove", "--top-k", "5", "--seed", seed, home=home).stdout
+
+    assert sampled(1) == sampled(1)
+    assert sampled(1) != sampled(2)
+
+
+def test_trace_prints_draws_and_saves(tmp_path, home):
+    picture, saved = tmp_path / "t.png", tmp_path / "t.safetensors"
+    done = errata("trace", *FACT, "--samples", "2", "--out", picture, "--save", saved, "--json", home=home)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["answer"].strip() == "English"
+    assert found["clean"] > found["corrupted"]
+    assert set(found["restored"]) == {"state", "mlp", "attention"}
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert saved.is_file()
+    shown = errata("trace", *FACT, "--samples", "2", home=home)
+    assert "Doyle" in shown.stdout
+    assert "last subject" in shown.stdout
+
+
+def test_demo_leaves_its_picture_and_edit(tmp_path, home):
+    done = errata("demo", "--json", cwd=tmp_path, home=home)
+    assert done.returncode == 0, done.stderr
+    said = json.loads(done.stdout)
+    assert said["exact_undo"] is True
+    by_kind = {}
+    for row in said["rows"]:
+        assert row["before"] == row["after"]
+        by_kind.setdefault(row["kind"], []).append(row)
+    assert all(r["during"].startswith("Italian") for r in [*by_kind["rewrite"], *by_kind["paraphrase"]])
+    assert all(r["during"] == r["before"] for r in by_kind["neighbour"])
+    assert by_kind["free text"][0]["during"] != by_kind["free text"][0]["before"]
+    assert (tmp_path / said["picture"]).is_file()
+    assert (tmp_path / said["edit"]).is_file()
+    again = errata("demo", cwd=tmp_path, home=home)
+    assert again.returncode == 0
+    assert "byte for byte" in again.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["trace", "--subject", "Rome", "--prompt", "Rome is in"], "0 places for the subject"),
+        (["trace", "--subject", "Rome", "--prompt", "{} and {} are in"], "2 places for the subject"),
+        (["trace", "--subject", " ", "--prompt", "{} is in"], "subject is empty"),
+        (["trace", "--subject", "Rome", "--prompt", ""], "prompt is empty"),
+        (["trace", "--subject", "Rome " * 400, "--prompt", "{} is in"], "reads at most"),
+        (["trace", *FACT, "--samples", "0"], "samples is 0"),
+        (["trace", *FACT, "--model", "no-such/model"], "no-such/model"),
+        (["trace", *FACT, "--model", "./no-such-folder"], "no-such-folder"),
+        (["trace", *FACT, "--device", "cuda:7"], "cuda:7"),
+        (["trace", *FACT, "--device", "abacus"], "abacus"),
+        (["trace", *FACT, "--dtype", "int3"], "int3"),
+        (["trace", *FACT, "--samples", "1", "--out", "t.xyz"], ".xyz"),
+        (["trace", *FACT, "--samples", "1", "--out", "/proc/none/t.png"], "cannot write"),
+        (["edit", *FACT, "--to", " "], "new object is empty"),
+        (["edit", *FACT, "--to", "Italian", "--layer", "8"], "layers 0 to 7"),
+        (["edit", *FACT, "--to", "Italian", "--layer", "-1"], "layer"),
+        (["edit", *FACT, "--to", "Italian", "--key", "golden"], "key"),
+        (["edit", *FACT, "--to", "Italian", "--out", "/proc/none/e.safetensors"], "cannot write"),
+        (["edit", *FACT, "--to", "Italian", "--corpus", "none.txt"], "none.txt"),
+        (["generate", " "], "prompt is empty"),
+        (["generate", "Rome", "--top-k", "0"], "top_k"),
+        (["generate", "Rome", "--edit", "none.safetensors"], "none.safetensors"),
+        (["demo", "--out", "/proc/none"], "cannot write"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(arguments, message, tmp_path, home):
+    refused(errata(*arguments, cwd=tmp_path, home=home), message)
+    assert not list(tmp_path.iterdir())
+
+
+def test_broken_and_foreign_edit_files(edit_file, tmp_path, home):
+    path, _ = edit_file
+    whole = path.read_bytes()
+    (tmp_path / "cut.safetensors").write_bytes(whole[: len(whole) // 2])
+    (tmp_path / "text.safetensors").write_text("not an edit at all")
+    for name in ("cut", "text"):
+        refused(errata("generate", "Rome", "--edit", tmp_path / f"{name}.safetensors", home=home), name)
+
+
+def test_an_edit_applied_twice_is_refused(edit_file, home):
+    path, _ = edit_file
+    refused(errata("generate", "Rome", "--edit", path, "--edit", path, home=home), "applied")
+
+
+def test_an_edit_for_other_weights_is_refused(edit_file, tmp_path, home):
+    from tiny import byte_tokenizer, tiny
+
+    tiny("gpt2").save_pretrained(tmp_path)
+    byte_tokenizer().save_pretrained(tmp_path)
+    refused(errata("generate", "Rome", "--model", tmp_path, "--edit", edit_file[0], home=home), "does not fit")
+
+
+def test_another_model_needs_a_corpus_and_a_layer(tmp_path, home):
+    from tiny import TEXT, byte_tokenizer, tiny
+
+    tiny("llama").save_pretrained(tmp_path / "m")
+    byte_tokenizer().save_pretrained(tmp_path / "m")
+    (tmp_path / "corpus.txt").write_text(TEXT)
+    common = ["edit", "--model", tmp_path / "m", "--subject", "Rome", "--prompt", "{} is in", "--to", "Paris"]
+    refused(errata(*common, "--layer", "1", home=home), "--corpus")
+    refused(errata(*common, "--corpus", tmp_path / "corpus.txt", home=home), "layer")
+    done = errata(*common, "--layer", "1", "--corpus", tmp_path / "corpus.txt", "--json", home=home)
+    assert done.returncode == 0, done.stderr
+    (row,) = json.loads(done.stdout)["prompts"]
+    assert row["p_new_after"] > row["p_new_before"]
