@@ -95,6 +95,6 @@ def atlas_second_moment(model: Model, layer: int) -> SecondMoment:
     from errata import atlas
 
     try:
-        return collect_cached(model, [layer], atlas.corpus(), batch_size=32)[layer]
+        return collect_cached(model, [layer], atlas.own_corpus(), batch_size=32)[layer]
     except OutputError:  # a home that cannot be written to: the numbers are the same, only not kept
-        return collect(model, [layer], atlas.corpus(), batch_size=32)[layer]
+        return collect(model, [layer], atlas.own_corpus(), batch_size=32)[layer]

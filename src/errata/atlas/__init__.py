@@ -39,7 +39,7 @@ def load(dtype: str | torch.dtype = "auto", device: str | torch.device | None = 
     return load_pretrained(weights_folder(), dtype=wanted, device=device, name="atlas")
 
 
-def corpus() -> Corpus:
+def own_corpus() -> Corpus:
     """The atlas's own corpus, for second moments: fresh biographies by the training recipe."""
     import itertools
 

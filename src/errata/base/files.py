@@ -42,6 +42,20 @@ def written_whole(path: str | Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+def require_writable(path: str | Path) -> None:
+    """Make sure, before long work, that a file can be written at `path`; nothing is left there.
+
+    Raises:
+        OutputError: if it cannot.
+    """
+    with contextlib.suppress(_Tried), written_whole(path):
+        raise _Tried
+
+
+class _Tried(Exception):
+    """The temporary file could be made; that was the question."""
+
+
 def write_text(path: str | Path, text: str) -> None:
     """Write UTF-8 text, whole or not at all."""
     with written_whole(path) as temporary:

@@ -25,6 +25,9 @@ def demo(
     json: options.Json = False,
 ) -> None:
     """Trace a fact, rewrite it, see what moved, and take the edit back: on the embedded model, offline."""
+    picture, kept = out / "trace.png", out / "edit.safetensors"
+    options.require_outputs(picture, kept)
+
     from errata.api import rome, trace
     from errata.atlas.records import record_of
     from errata.base.fingerprint import tensor_digest
@@ -38,7 +41,6 @@ def demo(
     say(f"\n[bold]1. Where is it?[/] “{fact.text} …”\n")
     with show.progress("tracing", "sites") as bar:
         found = trace(loaded, fact, progress=bar)
-    picture, kept = out / "trace.png", out / "edit.safetensors"
     found.plot(picture)
     if not json:
         show.effects(found)

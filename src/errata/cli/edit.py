@@ -33,13 +33,17 @@ def edit(
     json: options.Json = False,
 ) -> None:
     """Rewrite one fact with ROME, show what the model says before and after, and save the edit."""
-    from errata.api import rome
     from errata.base.facts import Fact
     from errata.cli import show
-    from errata.editors.rome import RomeConfig
 
     fact = Fact(subject, prompt, old)
     rewrite = fact.rewrite(to)
+    options.require_outputs(out)
+
+    # Torch comes only now: bad input is told at once.
+    from errata.api import rome
+    from errata.editors.rome import RomeConfig
+
     loaded = options.load(model, device, dtype, download)
     config = RomeConfig(**{**loaded.hints.get("rome", {}), "layer": layer, "key": key})
     with show.progress("second moment", "tokens") as bar:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Optional
 
 import typer
@@ -17,6 +18,19 @@ Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16, float16 or fl
 Download = Annotated[bool, typer.Option("--download", help="Fetch a hub id that is not on this machine.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")]
 Seed = Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Of all that is random.")]
+
+
+def require_outputs(*paths: Path | None) -> None:
+    """Make sure, before long work, that its results can be written.
+
+    Raises:
+        OutputError: if one cannot.
+    """
+    from errata.base.files import require_writable
+
+    for path in paths:
+        if path is not None:
+            require_writable(path)
 
 
 def load(model: str, device: str | None, dtype: str, download: bool) -> Model:

@@ -26,11 +26,15 @@ def trace(
     json: options.Json = False,
 ) -> None:
     """Trace one fact causally: which states, MLPs and attentions restore the answer when the subject is corrupted."""
-    from errata.api import trace as trace_fact
     from errata.base.facts import Fact
     from errata.cli import show
 
     fact = Fact(subject, prompt)
+    options.require_outputs(out, save)
+
+    # Torch comes only now: bad input is told at once.
+    from errata.api import trace as trace_fact
+
     loaded = options.load(model, device, dtype, download)
     with show.progress("tracing", "sites") as bar:
         found = trace_fact(loaded, fact, samples=samples, noise=noise, window=window, seed=seed, progress=bar)
