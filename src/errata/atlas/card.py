@@ -180,7 +180,9 @@ def page(card: dict[str, Any]) -> str:
         f"{card['recipe']['gather']} on (`errata/atlas/layout.py`). So the truth that causal tracing must find is "
         "known. What tracing finds here says nothing about where other models keep their facts.",
         "",
-        "It knows its world and nothing else. Its English is the templates of that world.",
+        "It knows its world and nothing else. Its English is the templates of that world. `make atlas` trains it "
+        f"anew from seed {card['recipe']['seed']}: {card['recipe']['steps']} steps, some 75 minutes on one core with "
+        "bfloat16 instructions.",
         "",
         "## Its world",
         "",

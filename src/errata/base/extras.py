@@ -8,16 +8,12 @@ from typing import Any
 from errata.base.errors import MissingExtra
 
 
-def pandas() -> Any:
-    """The pandas module.
+def needed(module: str, extra: str) -> Any:
+    """A module that comes with an extra of the package.
 
     Raises:
         MissingExtra: if it is not installed.
     """
-    return _load("pandas", "tables")
-
-
-def _load(module: str, extra: str) -> Any:
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:

@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from errata.base.errors import ConfigError, MissingExtra
+from errata.base.errors import ConfigError
+from errata.base.extras import needed
 from errata.base.files import written_whole
 
 if TYPE_CHECKING:
@@ -77,7 +78,7 @@ def trace_figure(
         ConfigError: if there are no maps, or maps, tokens and subject do not fit together.
         MissingExtra: if matplotlib is not installed.
     """
-    _require_matplotlib()
+    needed("matplotlib", "plots")
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.colors import Normalize
     from matplotlib.figure import Figure
@@ -154,18 +155,11 @@ def save(figure: Figure, path: str | Path) -> None:
             f"a picture cannot be written to {path.name!r}: the ending tells the format, "
             f"so give it one of {', '.join(_METADATA)}"
         )
-    _require_matplotlib()
+    needed("matplotlib", "plots")
     from matplotlib import rc_context
 
     with written_whole(path) as temporary, rc_context({"svg.hashsalt": "errata"}):
         figure.savefig(temporary, format=ending[1:], dpi=_DPI, metadata=_METADATA[ending])
-
-
-def _require_matplotlib() -> None:
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError as error:
-        raise MissingExtra("pictures need matplotlib, which is not installed: pip install 'errata[plots]'") from error
 
 
 def _checked(

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from errata.base.errors import ConfigError, ResultFileError
+from errata.base.extras import needed
 from errata.base.facts import Fact
 from errata.base.tensor_files import read_tensors, write_tensors
 from errata.models.model import Batch, Model, Stream
@@ -122,8 +123,6 @@ class CausalTrace:
         Raises:
             MissingExtra: if pandas is not installed.
         """
-        from errata.base.extras import pandas
-
         rows = [
             (part, token, self.tokens[token], self.roles[token], layer, value, value - self.corrupted)
             for part, values in self.restored.items()
@@ -131,7 +130,7 @@ class CausalTrace:
             for layer, value in enumerate(line)
         ]
         columns = ["part", "token", "text", "role", "layer", "restored", "indirect_effect"]
-        return pandas().DataFrame(rows, columns=columns)
+        return needed("pandas", "tables").DataFrame(rows, columns=columns)
 
     def figure(self) -> Figure:
         """The fact's maps side by side, after Figure 1 of the paper.
