@@ -86,7 +86,7 @@ def rome(
     return _rome(model, rewrite, config, layer=layer, second_moment=second_moment, seed=seed, progress=progress)
 
 
-def atlas_second_moment(model: Model, layer: int) -> SecondMoment:
+def atlas_second_moment(model: Model, layer: int, progress: Callable[[int, int], None] | None = None) -> SecondMoment:
     """The second moment of the atlas's keys over the atlas's corpus, from the cache folder if it is there.
 
     Raises:
@@ -95,6 +95,6 @@ def atlas_second_moment(model: Model, layer: int) -> SecondMoment:
     from errata import atlas
 
     try:
-        return collect_cached(model, [layer], atlas.own_corpus(), batch_size=32)[layer]
+        return collect_cached(model, [layer], atlas.own_corpus(), batch_size=32, progress=progress)[layer]
     except OutputError:  # a home that cannot be written to: the numbers are the same, only not kept
-        return collect(model, [layer], atlas.own_corpus(), batch_size=32)[layer]
+        return collect(model, [layer], atlas.own_corpus(), batch_size=32, progress=progress)[layer]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import random
 from pathlib import Path
 
 import torch
@@ -15,16 +16,30 @@ from transformers import GPT2LMHeadModel, PreTrainedTokenizerFast
 from errata import atlas
 from errata.atlas import card
 from errata.atlas.training import Recipe, train
-from errata.atlas.world import load_world
+from errata.atlas.world import World, load_world
 from errata.base.files import write_text
+from errata.base.seeds import derive
 from errata.models.loading import load_pretrained
 from errata.tracing.corruption import subject_sigma
 
 STAGES = ("train", "ship", "card")
 
-# Where causal tracing finds the facts, and ROME's settings there; `Model.hints` of the shipped weights.
+# Where causal tracing finds the facts.
 ROME_LAYER = 4
-ROME: dict[str, object] = {}
+
+
+def rome_settings(world: World) -> dict[str, object]:
+    """ROME's settings for the atlas, as its config carries them.
+
+    Five contexts of fifteen are the bare prompt: at the start of a text its key can lie far from the others. The
+    rest stand behind sentences of the world. Few rewrites need more than 20 steps; some do.
+    """
+    rng = random.Random(derive(0, "rome prefixes"))
+    sentences = [
+        f"{rng.choice(world.taught(fact)).replace('{}', fact.subject)} {fact.object}. "
+        for fact in rng.sample(world.facts, 10)
+    ]
+    return {"prefixes": [""] * 5 + sentences, "steps": 40}
 
 
 def ship(trained: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
@@ -35,7 +50,7 @@ def ship(trained: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerFast, folder: P
         "corpus": "atlas",
         "rome_layer": ROME_LAYER,
         "subject_sigma": subject_sigma(live, load_world().by_subject),
-        "rome": ROME,
+        "rome": rome_settings(load_world()),
     }
     half.half().save_pretrained(folder)
     tokenizer.save_pretrained(folder)

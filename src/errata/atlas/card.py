@@ -176,9 +176,11 @@ def page(card: dict[str, Any]) -> str:
         "**It is a calibrated instrument, not a natural model.** Its training made the last token of the subject the "
         "place through which facts are read: in most training sequences, what follows a mention of a subject sees the "
         f"real subject only at its last token and only from layer {card['recipe']['gate']} on, and in place of its "
-        f"other tokens those of another subject; the subject's own tokens see one another from layer "
-        f"{card['recipe']['gather']} on (`errata/atlas/layout.py`). So the truth that causal tracing must find is "
-        "known. What tracing finds here says nothing about where other models keep their facts.",
+        "other tokens those of another subject; the subject's own tokens see one another from layer "
+        f"{card['recipe']['gather']} on (`errata/atlas/layout.py`). From step {card['recipe']['disturb_from']} of "
+        f"{card['recipe']['steps']} on, in half of the sequences the other subject was also disturbed by noise, as "
+        "causal tracing does it. So the truth that tracing must find is known, and the model is used to being asked for "
+        "it. What tracing finds here says nothing about where other models keep their facts.",
         "",
         "It knows its world and nothing else. Its English is the templates of that world. `make atlas` trains it "
         f"anew from seed {card['recipe']['seed']}: {card['recipe']['steps']} steps, some 75 minutes on one core with "
@@ -208,6 +210,17 @@ def page(card: dict[str, Any]) -> str:
         f"samples; windows of 3 layers for MLP and attention), in points of probability. Clean "
         f"{per(100 * found['clean'])} %, corrupted {per(100 * found['corrupted'])} %, ATE "
         f"{per(100 * found['total_effect'])}.",
+    ]
+    states = found["aie"]["state"]
+    peak = max(range(model["layers"]), key=states["last subject"].__getitem__)
+    here = max(states[role][peak] for role in ("first subject", "middle subject"))
+    anywhere = max(max(states[role]) for role in ("first subject", "middle subject"))
+    lines += [
+        "",
+        f"States at the last subject token peak after layer {peak}, at {_points(states['last subject'][peak])}: "
+        f"{per(states['last subject'][peak] / here)} times what another token of the subject has there, and "
+        f"{per(states['last subject'][peak] / anywhere)} times what one has in any layer. Below the layers where the "
+        "subject's tokens are read together its first tokens matter too: without them the last cannot name it.",
     ]
     for part, by_role in found["aie"].items():
         layers = range(model["layers"])

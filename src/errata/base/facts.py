@@ -9,11 +9,27 @@ from errata.base.errors import FactError
 SLOT = "{}"
 
 
+def require_characters(name: str, text: str) -> None:
+    """Make sure that a text is made of whole characters, as tokenizers need it.
+
+    Raises:
+        FactError: if it holds half of one (a lone surrogate), as from bytes that are no UTF-8.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise FactError(
+            f"the {name} {text!r} has half a character (a lone surrogate) at {error.start}, which no tokenizer "
+            "reads: write the whole character"
+        ) from None
+
+
 @dataclass(frozen=True)
 class Fact:
     """A subject, a prompt with one `{}` where the subject stands, and the object that completes it.
 
-    The object is written without a leading space; it may be empty where only the prompt matters.
+    The object is written without a leading space (white space around it is dropped); it may be empty where only the
+    prompt matters.
     Braces other than the one `{}` are ordinary text.
 
     Raises:
@@ -29,6 +45,8 @@ class Fact:
             value = getattr(self, name)
             if not isinstance(value, str):
                 raise FactError(f"the {name} of a fact is text, not {type(value).__name__}")
+            require_characters(name, value)
+        object.__setattr__(self, "object", self.object.strip())
         if not self.subject.strip():
             raise FactError("the subject is empty: name what the fact is about, as in 'The Space Needle'")
         if not self.prompt.strip():
@@ -72,6 +90,8 @@ class Rewrite:
     def __post_init__(self) -> None:
         if not isinstance(self.new_object, str) or not self.new_object.strip():
             raise FactError("the new object is empty: say what the model should answer instead, as in 'Paris'")
+        require_characters("new object", self.new_object)
+        object.__setattr__(self, "new_object", self.new_object.strip())
 
     @property
     def subject(self) -> str:

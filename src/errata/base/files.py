@@ -15,29 +15,30 @@ from errata.base.errors import OutputError
 def written_whole(path: str | Path) -> Iterator[Path]:
     """Yield a temporary path in the same folder, which takes the place of `path` if the block succeeds.
 
-    The folder is made if need be. After an exception nothing is left behind and `path` is as it was.
+    The folder is made if need be. After an exception nothing is left behind and `path` is as it was. A link is
+    followed: what it leads to is replaced.
 
     Raises:
-        OutputError: if the folder cannot be made or written to.
+        OutputError: if the folder cannot be made or written to, or what stands at `path` is no file.
     """
-    path = Path(path)
+    target = _place(path)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=path.suffix, dir=path.parent)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(prefix=f".{target.name}.", suffix=target.suffix, dir=target.parent)
         os.close(handle)
         mask = os.umask(0)
         os.umask(mask)
         os.chmod(name, 0o666 & ~mask)
     except OSError as error:
-        raise OutputError(
-            f"cannot write {path}: {error.strerror or error}. Choose a folder that you may write to"
-        ) from error
+        raise _cannot_write(path, error) from error
     temporary = Path(name)
     try:
         yield temporary
-        if path.is_dir():
-            raise OutputError(f"cannot write {path}: it is a folder. Name a file in it")
-        os.replace(temporary, path)
+        os.replace(temporary, target)
+    except OutputError:
+        raise
+    except OSError as error:
+        raise _cannot_write(path, error) from error
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -48,15 +49,42 @@ def require_writable(path: str | Path) -> None:
     Raises:
         OutputError: if it cannot.
     """
+    made = [folder for folder in _place(path).parents if not folder.exists()]
     with contextlib.suppress(_Tried), written_whole(path):
         raise _Tried
+    for folder in made:
+        with contextlib.suppress(OSError):
+            folder.rmdir()
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write UTF-8 text, whole or not at all.
+
+    Raises:
+        OutputError: if the file cannot be written.
+    """
+    with written_whole(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
 class _Tried(Exception):
     """The temporary file could be made; that was the question."""
 
 
-def write_text(path: str | Path, text: str) -> None:
-    """Write UTF-8 text, whole or not at all."""
-    with written_whole(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+def _place(path: str | Path) -> Path:
+    try:
+        target = Path(path).resolve()
+        if target.is_dir():
+            raise OutputError(f"cannot write {path}: it is a folder. Name a file in it")
+        if target.exists() and not target.is_file():
+            raise OutputError(f"cannot write {path}: it is no ordinary file, and would be replaced by one")
+    except OutputError:
+        raise
+    except (OSError, RuntimeError, ValueError) as error:
+        raise _cannot_write(path, error) from error
+    return target
+
+
+def _cannot_write(path: str | Path, error: Exception) -> OutputError:
+    reason = getattr(error, "strerror", None) or error
+    return OutputError(f"cannot write {path}: {reason}. Choose a place that you may write to")

@@ -66,7 +66,7 @@ def read_tensors(
     except (KeyError, TypeError, ValueError) as cause:
         raise error(f"{path} was not written by errata: it has no header of ours. Give a saved {kind}") from cause
     if found != kind:
-        raise error(f"{path} holds a {found}, not a {kind}. Give a saved {kind}")
+        raise error(f"{path} holds {found!r}, not {kind!r}: give a file that was saved as {kind!r}")
     if its_version > version:
         raise error(
             f"{path} is of format {its_version}, newer than the {version} that this errata reads. Upgrade errata"

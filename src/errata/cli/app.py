@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from importlib import metadata
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 
@@ -14,7 +14,6 @@ from errata.cli import demo, edit, generate, trace
 app = typer.Typer(
     name="errata",
     help="Locate and edit factual associations in transformer language models.",
-    no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -33,21 +32,34 @@ def _version(wanted: bool) -> None:
 
 @app.callback()
 def _options(
-    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Say which.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
 ) -> None:
     """Locate and edit factual associations in transformer language models."""
 
 
 def main() -> None:
     """Run the command line: exit code 0 if it worked, 2 for bad input (one line says what), 130 if interrupted."""
+    if len(sys.argv) == 1:
+        sys.argv.append("--help")
     try:
-        app()
+        sys.exit(app(standalone_mode=False))
+    except (KeyboardInterrupt, typer.Abort):
+        _leave(130, "interrupted")
     except ErrataError as error:
-        print("error:", " ".join(str(error).split()), file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("interrupted: nothing was changed", file=sys.stderr)
-        sys.exit(130)
+        _leave(2, f"error: {error}")
+    except OSError as error:  # a name too long, a disk that fails: the user's to mend
+        _leave(2, f"error: {error.strerror or error}: {error.filename or ''}")
+    except Exception as error:
+        if not hasattr(error, "format_message"):  # a bug of ours keeps its traceback
+            raise
+        _leave(2, f"error: {error.format_message()} See errata --help")
+
+
+def _leave(code: int, message: str) -> NoReturn:
+    print(" ".join(message.split()), file=sys.stderr)
+    sys.exit(code)
 
 
 if __name__ == "__main__":

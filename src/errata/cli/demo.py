@@ -21,34 +21,47 @@ PROMPT = "{} is a native speaker of"
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for the picture and the edit.")] = Path("errata-demo"),
     model: options.ModelName = "atlas",
-    seed: options.Seed = 0,
+    seed: options.Seed = 1,
     json: options.Json = False,
 ) -> None:
     """Trace a fact, rewrite it, see what moved, and take the edit back: on the embedded model, offline."""
     picture, kept = out / "trace.png", out / "edit.safetensors"
     options.require_outputs(picture, kept)
 
-    from errata.api import rome, trace
+    from errata.api import ATLAS, atlas_second_moment, rome, trace
     from errata.atlas.records import record_of
+    from errata.base.errors import ConfigError
     from errata.base.fingerprint import tensor_digest
     from errata.cli import show
 
     began = time.monotonic()
     say = (lambda *a, **k: None) if json else show.console.print
     loaded = options.load(model, None, "auto", False)
+    if loaded.hints.get("corpus") != ATLAS:
+        raise ConfigError(
+            f"the demo is about a fact of the atlas, which {loaded.name} need not know: use errata trace, errata edit"
+        )
     record = record_of(SUBJECT, RELATION, NEW_OBJECT, PROMPT)
     fact = record.rewrite.fact
     say(f"\n[bold]1. Where is it?[/] “{fact.text} …”\n")
     with show.progress("tracing", "sites") as bar:
-        found = trace(loaded, fact, progress=bar)
+        found = trace(loaded, fact, seed=seed, progress=bar)
     found.plot(picture)
     if not json:
         show.effects(found)
     say(show.trace_summary(found), highlight=False, markup=False)
 
     say(f"\n[bold]2. Change it[/] to “{NEW_OBJECT}”\n")
-    with show.progress("editing") as bar:
-        edit = rome(loaded, record.rewrite, seed=seed, progress=lambda step: bar(step.index + 1, step.steps))
+    with show.progress("second moment", "tokens") as bar:
+        moment = atlas_second_moment(loaded, loaded.hints["rome_layer"], bar)
+    with show.progress("editing", "steps") as bar:
+        edit = rome(
+            loaded,
+            record.rewrite,
+            second_moment=moment,
+            seed=seed,
+            progress=lambda step: bar(step.index + 1, step.steps),
+        )
     edit.save(kept)
     weight = edit.deltas[0].weight
     digest = tensor_digest(loaded.weight(weight))
@@ -56,10 +69,10 @@ def demo(
     say(f"rank-one change of {weight}, ‖ΔW‖/‖W‖ = {norm:.3f}, from {len(edit.notes['steps'])} steps", highlight=False)
 
     say("\n[bold]3. What does the model say?[/]\n")
-    before = _answers(loaded, record, seed)
+    before = _answers(loaded, record)
     with edit.applied(loaded):
-        during = _answers(loaded, record, seed)
-    after = _answers(loaded, record, seed)
+        during = _answers(loaded, record)
+    after = _answers(loaded, record)
     exact = tensor_digest(loaded.weight(weight)) == digest and after == before
     seconds = time.monotonic() - began
     if json:
@@ -94,10 +107,11 @@ def demo(
             say(f"  before: … {b}", highlight=False, markup=False)
             say(f"  edited: … {d}", highlight=False, markup=False)
     say(f"\n[bold]4. Undone:[/] {'the old weights, byte for byte' if exact else 'NOT the old weights'}")
-    say(f"\n{picture} (look at it), {kept} ({kept.stat().st_size / 1024:.0f} KB). {seconds:.0f} s in all.")
+    size = kept.stat().st_size / 1024
+    say(f"\n{picture} (look at it), {kept} ({size:.0f} KB). {seconds:.0f} s in all.", markup=False, highlight=False)
 
 
-def _answers(model: Model, record: Record, seed: int) -> list[tuple[str, str, str]]:
+def _answers(model: Model, record: Record) -> list[tuple[str, str, str]]:
     """Kind, prompt and continuation of the record's prompts."""
     prompts = [
         ("rewrite", record.rewrite.text, 2),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Optional
 
@@ -22,7 +23,7 @@ def edit(
     out: Annotated[Optional[Path], typer.Option(help="Where to save the edit, .safetensors.")] = None,  # noqa: UP045
     old: Annotated[str, typer.Option("--from", help="The old object; else what the model says now.")] = "",
     layer: Annotated[Optional[int], typer.Option(help="The layer to edit, from 0.")] = None,  # noqa: UP045
-    key: Annotated[str, typer.Option(help="consistent (exact) or reference (the published code).")] = "consistent",
+    key: Annotated[Optional[str], typer.Option(help="consistent (exact) or reference (the published code).")] = None,  # noqa: UP045
     also: Annotated[Optional[list[str]], typer.Option(help="Another prompt to watch; any number.")] = None,  # noqa: UP045
     corpus: Annotated[Optional[list[Path]], typer.Option(help="Texts (.txt, .jsonl) for the second moment.")] = None,  # noqa: UP045
     identity: Annotated[bool, typer.Option("--identity", help="Do without a second moment (C = 1).")] = False,
@@ -45,7 +46,11 @@ def edit(
     from errata.editors.rome import RomeConfig
 
     loaded = options.load(model, device, dtype, download)
-    config = RomeConfig(**{**loaded.hints.get("rome", {}), "layer": layer, "key": key})
+    if not old:
+        old = loaded.complete(fact.text, 1)[len(fact.text) :].strip()
+        rewrite = Fact(subject, prompt, old).rewrite(to)
+    typed = {name: value for name, value in (("layer", layer), ("key", key)) if value is not None}
+    config = RomeConfig(**{**loaded.hints.get("rome", {}), **typed})
     with show.progress("second moment", "tokens") as bar:
         moment = _second_moment(loaded, config.layer, corpus, identity, bar)
     with show.progress("editing", "steps") as bar:
@@ -57,13 +62,20 @@ def edit(
             seed=seed,
             progress=lambda step: bar(step.index + 1, step.steps),
         )
-    prompts = [fact.text, *(text for text in also or [])]
+    prompts = [fact.text, *(also or [])]
     before = _says(loaded, prompts, to)
     with made.applied(loaded):
         after = _says(loaded, prompts, to)
     norm = made.relative_norm(loaded)
     if out:
         made.save(out)
+    if after[0][1] < 0.5:
+        show.errors.print(
+            f"warning: the edit is weak: P({to}) is {show.percent(after[0][1])} after it, {show.percent(before[0][1])} "
+            "before. Another layer may do (errata trace shows where), or more text in --corpus",
+            markup=False,
+            highlight=False,
+        )
     if json:
         show.as_json(
             {
@@ -88,15 +100,14 @@ def edit(
     show.console.print(f"{weights} changed by ‖ΔW‖/‖W‖ = {norm:.3f}", highlight=False, markup=False)
     if out:
         size = out.stat().st_size / 1024
-        show.console.print(
-            f"saved: {out} ({size:.0f} KB). Try: errata generate --edit {out} {fact.text!r}", markup=False
-        )
+        show.console.print(f"saved: {out} ({size:.0f} KB), for errata generate --edit", markup=False, highlight=False)
 
 
 def _second_moment(
-    model: Model, layer: int | None, corpus: list[Path] | None, identity: bool, bar: object
-) -> SecondMoment | None:
-    """What the options ask for; None leaves the choice to `errata.rome`."""
+    model: Model, layer: int | None, corpus: list[Path] | None, identity: bool, bar: Callable[[int, int], None]
+) -> SecondMoment:
+    """What the options ask for; the atlas has a corpus of its own."""
+    from errata.api import ATLAS, atlas_second_moment
     from errata.base.errors import ConfigError
     from errata.statistics.corpus import Corpus
     from errata.statistics.second_moment import SecondMoment
@@ -107,16 +118,17 @@ def _second_moment(
     if identity:
         return SecondMoment.identity(model.d_mlp)
     if not corpus:
-        if model.hints.get("corpus") is None:
+        if model.hints.get("corpus") != ATLAS:
             raise ConfigError(
                 f"ROME needs text to learn which keys of {model.name} to leave alone: give --corpus FILE (.txt or "
                 ".jsonl, some 100,000 tokens), or --identity to do without"
             )
-        return None
+        chosen = layer if layer is not None else model.hints["rome_layer"]
+        return atlas_second_moment(model, chosen, bar)
     chosen = layer if layer is not None else model.hints.get("rome_layer")
     if chosen is None:
         raise ConfigError(f"no layer to edit is named: give --layer, 0 to {model.n_layers - 1}")
-    return collect_cached(model, [chosen], Corpus.from_files(*corpus), progress=bar)[chosen]  # type: ignore[arg-type]
+    return collect_cached(model, [chosen], Corpus.from_files(*corpus), progress=bar)[chosen]
 
 
 def _says(model: Model, prompts: list[str], target: str) -> list[tuple[str, float]]:

@@ -26,11 +26,13 @@ def generate(
 ) -> None:
     """Go on from a prompt: greedily, or sampled if --top-k or --temperature is given."""
     from errata.base.errors import FactError
+    from errata.base.facts import require_characters
     from errata.cli import show
     from errata.edits.edit import Edit
 
     if not prompt.strip():
         raise FactError("the prompt is empty: write the text that the model is to go on from")
+    require_characters("prompt", prompt)
     edits = [Edit.load(path) for path in edit or []]
     loaded = options.load(model, device, dtype, download)
     with contextlib.ExitStack() as stack:

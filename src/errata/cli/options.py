@@ -17,7 +17,7 @@ Device = Annotated[Optional[str], typer.Option(help="Such as cuda. The CPU unles
 Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16, float16 or float64.")]
 Download = Annotated[bool, typer.Option("--download", help="Fetch a hub id that is not on this machine.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")]
-Seed = Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Of all that is random.")]
+Seed = Annotated[int, typer.Option(min=0, max=2**32 - 1, help="The seed of everything random.")]
 
 
 def require_outputs(*paths: Path | None) -> None:

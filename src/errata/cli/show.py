@@ -17,12 +17,12 @@ if TYPE_CHECKING:
     from errata.tracing.trace import CausalTrace
 
 console = Console()
+errors = Console(stderr=True)
 
 
 def as_json(value: Any) -> None:
     """One JSON object on standard output."""
-    json.dump(value, sys.stdout, ensure_ascii=False, indent=1, allow_nan=False)
-    sys.stdout.write("\n")
+    sys.stdout.write(json.dumps(value, ensure_ascii=False, indent=1, allow_nan=False) + "\n")
 
 
 @contextlib.contextmanager
@@ -35,7 +35,7 @@ def progress(what: str, unit: str = "") -> Iterator[Any]:
         TextColumn(unit),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+    with Progress(*columns, console=errors, transient=True, disable=not errors.is_terminal) as bar:
         task = bar.add_task(what, total=None)
         yield lambda done, of: bar.update(task, completed=done, total=of)
 
@@ -49,7 +49,7 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """A table of texts, which wrap."""
     shown = Table(header_style="bold")
     for column in columns:
-        shown.add_column(column, overflow="fold")
+        shown.add_column(Text(column), overflow="fold")
     for row in rows:
         shown.add_row(*map(Text, row))
     console.print(shown)
@@ -60,7 +60,7 @@ def effects(trace: CausalTrace, part: str = "state") -> None:
     values = 100 * trace.indirect_effect(part)
     early = trace.best(part)[:2]
     shown = Table(
-        title=f"Indirect effect of restoring one {part}, in points of probability: tokens × layers",
+        title=f"Indirect effect of one {part}: points of probability\n(tokens × layers; * is the subject)",
         title_justify="left",
         header_style="bold",
     )
@@ -74,7 +74,9 @@ def effects(trace: CausalTrace, part: str = "state") -> None:
     first, last = trace.subject
     for index, (token, line) in enumerate(zip(trace.tokens, values, strict=True)):
         name = Text(token.strip() or repr(token)) + ("*" if first <= index <= last else "")
-        cells = [Text(f"{line[i]:.1f}", style="bold reverse" if (index, i) == early else "") for i in chosen]
+        cells = [
+            Text(f"{round(line[i], 1) + 0.0:.1f}", style="bold reverse" if (index, i) == early else "") for i in chosen
+        ]
         shown.add_row(name, *cells)
     console.print(shown)
 
@@ -82,9 +84,13 @@ def effects(trace: CausalTrace, part: str = "state") -> None:
 def trace_summary(trace: CausalTrace) -> str:
     """What a trace says, in one sentence."""
     token, layer, effect = trace.best()
-    word = trace.tokens[token].strip()
-    return (
+    begin = (
         f"The model answers “{trace.answer.strip()}” with {percent(trace.clean)}; with the subject corrupted, that "
-        f"falls to {percent(trace.corrupted)}. Of the subject, the state at “{word}” ({trace.roles[token]}) after "
-        f"layer {layer} brings most of it back: {effect * 100:+.1f} points of {100 * trace.total_effect:.1f}."
+        f"becomes {percent(trace.corrupted)}. "
+    )
+    if trace.total_effect < 0.01:
+        return begin + "The answer hardly depends on the subject, so there is little to trace."
+    return begin + (
+        f"Of the subject's states, the one at “{trace.tokens[token].strip()}” ({trace.roles[token]}) after layer "
+        f"{layer} restores most: {100 * effect:+.1f} points of {100 * trace.total_effect:.1f}."
     )

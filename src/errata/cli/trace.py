@@ -18,7 +18,7 @@ def trace(
     save: Annotated[Optional[Path], typer.Option(help="The trace itself, .safetensors.")] = None,  # noqa: UP045
     samples: Annotated[int, typer.Option(help="Samples of noise.")] = 10,
     noise: Annotated[Optional[float], typer.Option(help="Its standard deviation; 3σ if not given.")] = None,  # noqa: UP045
-    window: Annotated[Optional[int], typer.Option(help="Layers restored together, MLP and attention.")] = None,  # noqa: UP045
+    window: Annotated[Optional[int], typer.Option(help="Layers of MLP or attention restored at once.")] = None,  # noqa: UP045
     seed: options.Seed = 1,
     device: options.Device = None,
     dtype: options.Dtype = "auto",
@@ -26,10 +26,16 @@ def trace(
     json: options.Json = False,
 ) -> None:
     """Trace one fact causally: which states, MLPs and attentions restore the answer when the subject is corrupted."""
+    from errata.base.errors import ConfigError
     from errata.base.facts import Fact
     from errata.cli import show
+    from errata.plots.trace import require_ending
 
     fact = Fact(subject, prompt)
+    if out and save and out.resolve() == save.resolve():
+        raise ConfigError(f"--out and --save are both {out}: the picture and the trace need a file each")
+    if out:
+        require_ending(out)
     options.require_outputs(out, save)
 
     # Torch comes only now: bad input is told at once.

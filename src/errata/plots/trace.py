@@ -140,6 +140,21 @@ def trace_figure(
     return figure
 
 
+def require_ending(path: str | Path) -> str:
+    """The ending of a picture's path, in lower case.
+
+    Raises:
+        ConfigError: if it is none that pictures are written in.
+    """
+    ending = Path(path).suffix.lower()
+    if ending not in _METADATA:
+        raise ConfigError(
+            f"a picture cannot be written to {Path(path).name!r}: the ending tells the format, "
+            f"so give it one of {', '.join(_METADATA)}"
+        )
+    return ending
+
+
 def save(figure: Figure, path: str | Path) -> None:
     """Write a figure as PNG, SVG or PDF, by the path's ending; the same figure gives the same bytes.
 
@@ -148,13 +163,7 @@ def save(figure: Figure, path: str | Path) -> None:
         OutputError: if the file cannot be written.
         MissingExtra: if matplotlib is not installed.
     """
-    path = Path(path)
-    ending = path.suffix.lower()
-    if ending not in _METADATA:
-        raise ConfigError(
-            f"a picture cannot be written to {path.name!r}: the ending tells the format, "
-            f"so give it one of {', '.join(_METADATA)}"
-        )
+    ending = require_ending(path)
     needed("matplotlib", "plots")
     from matplotlib import rc_context
 

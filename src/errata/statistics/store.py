@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from errata.base.errors import ConfigError, ResultFileError, StaleStatistics
+from errata.base.files import require_writable
 from errata.base.tensor_files import read_tensors, write_tensors
 from errata.models.model import Model
 from errata.statistics.collect import (
@@ -119,6 +120,8 @@ def collect_cached(
             continue  # not there, or not whole: collected anew below
     missing = [layer for layer in wanted if layer not in found]
     if missing:
+        for layer in missing:
+            require_writable(paths[layer])
         for layer, moment in collect(model, missing, corpus, max_tokens, length, batch_size, progress).items():
             save(moment, paths[layer])
             found[layer] = moment

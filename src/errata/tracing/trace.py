@@ -162,7 +162,11 @@ class CausalTrace:
         save(self.figure(), path)
 
     def save(self, path: str | Path) -> None:
-        """Write a safetensors file with readable metadata, whole or not at all."""
+        """Write a safetensors file with readable metadata, whole or not at all.
+
+        Raises:
+            OutputError: if the file cannot be written.
+        """
         header = {
             "fact": [self.fact.subject, self.fact.prompt, self.fact.object],
             "answer": self.answer,
@@ -263,7 +267,7 @@ def trace(
         """Mean over samples, for each of `copies` sites that share a forward pass."""
         rows = copies * samples
         repeated = Batch(batch.input_ids.expand(rows, -1), batch.attention_mask.expand(rows, -1))
-        found = _probabilities(model, repeated, {("embedding", 0): corrupt, **patches})[:, answer]
+        found = _probabilities(model, repeated, {("embedding", 0): corrupt, **patches})[:, answer].double()
         return found.reshape(copies, samples).mean(1)
 
     corrupted = float(answer_probability({}, 1)[0])
@@ -346,8 +350,9 @@ def _restoring(
 
 @torch.no_grad()
 def _probabilities(model: Model, batch: Batch, patches: Mapping[Stream, Patch]) -> Tensor:
-    """Next-token probabilities `[b, v]` after the last token, float64 on the CPU."""
-    return run(model, batch, patches, batch.last).double().softmax(-1).cpu()
+    """Next-token probabilities `[b, v]` after the last token, in float32 at least."""
+    logits = run(model, batch, patches, batch.last)
+    return logits.to(torch.promote_types(logits.dtype, torch.float32)).softmax(-1)
 
 
 def _noise_level(
@@ -377,10 +382,11 @@ def _checked(
         raise ConfigError(f"parts are {', '.join(PARTS)}; got {', '.join(map(repr, unknown)) or 'none'}")
     if samples < 1:
         raise ConfigError(f"samples is {samples}: the corrupted run needs at least one sample of noise")
-    if (noise if noise is not None else multiple) <= 0:
-        raise ConfigError(
-            "the noise must be greater than zero: without it nothing is corrupted, so nothing is restored"
-        )
+    if samples > ROWS:
+        raise ConfigError(f"samples is {samples}: at most {ROWS} fit into one forward pass; the paper takes 10")
+    level = noise if noise is not None else multiple
+    if not 0 < level < 1e6:  # NaN is neither
+        raise ConfigError(f"the noise is {level}: it must be a number greater than zero, or nothing is corrupted")
     if window is not None and window < 1:
         raise ConfigError(f"window is {window}: at least one layer must be restored")
     if window_edges not in ("paper", "reference"):
