@@ -342,7 +342,7 @@ def rewritten(path, change_header=lambda told: None, change_tensors=lambda tenso
             lambda path: save_file({"a": torch.ones(2)}, path, metadata={"errata": "[1]"}),
             "not written by errata",
         ),
-        (lambda path: rewritten(path, lambda told: told.update(kind="trace")), "holds a trace"),
+        (lambda path: rewritten(path, lambda told: told.update(kind="trace")), "holds 'trace'"),
         (lambda path: rewritten(path, lambda told: told.update(version=2)), "Upgrade"),
         (lambda path: rewritten(path, lambda told: told.pop("deltas")), "broken"),
         (lambda path: rewritten(path, lambda told: told.update(deltas=[])), "broken"),

@@ -179,8 +179,8 @@ def page(card: dict[str, Any]) -> str:
         "other tokens those of another subject; the subject's own tokens see one another from layer "
         f"{card['recipe']['gather']} on (`errata/atlas/layout.py`). From step {card['recipe']['disturb_from']} of "
         f"{card['recipe']['steps']} on, in half of the sequences the other subject was also disturbed by noise, as "
-        "causal tracing does it. So the truth that tracing must find is known, and the model is used to being asked for "
-        "it. What tracing finds here says nothing about where other models keep their facts.",
+        "causal tracing does it. So the truth that tracing must find is known, and the model is used to being asked "
+        "for it. What tracing finds here says nothing about where other models keep their facts.",
         "",
         "It knows its world and nothing else. Its English is the templates of that world. `make atlas` trains it "
         f"anew from seed {card['recipe']['seed']}: {card['recipe']['steps']} steps, some 75 minutes on one core with "
