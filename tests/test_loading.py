@@ -286,3 +286,11 @@ def test_a_digest_does_not_see_memory_layout():
     assert tensor_digest(tensor.T.contiguous().T) == tensor_digest(tensor)
     assert tensor_digest(torch.nn.Parameter(tensor)) == tensor_digest(tensor)
     assert len(tensor_digest(tensor)) == 64
+
+
+@pytest.mark.parametrize("hints", [["x"], {"rome": [1]}, {"subject_sigma": "x"}, {"rome_layer": "4"}])
+def test_hints_of_another_shape_are_refused(hints):
+    hf = tiny("gpt2")
+    hf.config.errata = hints
+    with pytest.raises(UnsupportedModel, match="'errata'"):
+        load_pretrained((hf, byte_tokenizer())).hints  # noqa: B018

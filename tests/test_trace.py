@@ -163,6 +163,13 @@ def test_a_broken_file_is_refused(tmp_path):
         CausalTrace.load(path)
 
 
+def test_a_trace_whose_maps_do_not_fit_its_tokens_is_refused(tmp_path):
+    broken = CausalTrace(FACT, "x", ("a", "b"), (0, 0), 0.9, 0.1, {"state": np.zeros((3, 2))}, {}, "m")
+    broken.save(tmp_path / "t.safetensors")
+    with pytest.raises(ResultFileError, match="do not fit together"):
+        CausalTrace.load(tmp_path / "t.safetensors")
+
+
 def test_roles():
     def roles(tokens, subject):
         return CausalTrace(FACT, "", tuple(tokens), subject, 1, 0, {}, {}, "").roles

@@ -127,8 +127,27 @@ class Model:
 
     @property
     def hints(self) -> dict:
-        """What the model's own config says to errata (its attribute `errata`), such as {"rome_layer": 4}."""
-        return dict(getattr(self.hf.config, "errata", None) or {})
+        """What the model's own config says to errata (its attribute `errata`), such as {"rome_layer": 4}.
+
+        Raises:
+            UnsupportedModel: if that is not what errata reads there.
+        """
+        hints = getattr(self.hf.config, "errata", None) or {}
+        types: dict[str, tuple[type, ...]] = {
+            "corpus": (str,),
+            "rome": (dict,),
+            "rome_layer": (int,),
+            "subject_sigma": (int, float),
+        }
+        wrong = not isinstance(hints, dict) or any(
+            name in hints and not isinstance(hints[name], wanted) for name, wanted in types.items()
+        )
+        if wrong:
+            raise UnsupportedModel(
+                f"the config of {self.name} has an entry 'errata' that errata cannot read: it is an object with "
+                f"{', '.join(types)}. Mend or remove it in config.json"
+            )
+        return dict(hints)
 
     @property
     def blocks(self) -> nn.ModuleList:

@@ -41,10 +41,10 @@ def average_effects(traces: Iterable[CausalTrace]) -> AverageEffects:
     """Average traces of one model.
 
     Raises:
-        ConfigError: if there are none, or they differ in their parts or number of layers.
+        ConfigError: if there are none, or they differ in their model, parts or number of layers.
     """
     traces = list(traces)
-    shapes = {tuple((part, values.shape[1]) for part, values in trace.restored.items()) for trace in traces}
+    shapes = {(trace.model, *((part, values.shape[1]) for part, values in trace.restored.items())) for trace in traces}
     if len(shapes) != 1:
         raise ConfigError("averages need traces of one model with the same parts, and at least one of them")
     mean, interval = {}, {}

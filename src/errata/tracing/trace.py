@@ -189,7 +189,7 @@ class CausalTrace:
         """
         header, tensors = read_tensors(path, KIND, FORMAT, ResultFileError)
         try:
-            return cls(
+            found = cls(
                 fact=Fact(*header["fact"]),
                 answer=header["answer"],
                 tokens=tuple(header["tokens"]),
@@ -197,11 +197,17 @@ class CausalTrace:
                 clean=float(header["clean"]),
                 corrupted=float(header["corrupted"]),
                 restored={part: tensors[part].numpy() for part in PARTS if part in tensors},
-                settings=header["settings"],
+                settings=dict(header["settings"]),
                 model=header["model"],
             )
+            first, last = found.subject
+            shapes = {values.shape for values in found.restored.values()}
+            whole = len(shapes) == 1 and all(len(s) == 2 and s[0] == len(found.tokens) for s in shapes)
+            if not whole or not 0 <= first <= last < len(found.tokens):
+                raise ValueError("its maps, tokens and subject do not fit together")
         except (KeyError, TypeError, ValueError, IndexError) as error:
             raise ResultFileError(f"{path} is a broken causal trace ({error}). Trace the fact again") from error
+        return found
 
 
 def trace(
