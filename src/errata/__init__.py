@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from errata.api import load_model as load_model
     from errata.api import rome as rome
-    from errata.api import trace as trace
     from errata.base.errors import ErrataError as ErrataError
     from errata.base.facts import Fact as Fact
     from errata.base.facts import Rewrite as Rewrite
@@ -28,6 +27,7 @@ if TYPE_CHECKING:
     from errata.statistics.collect import collect
     from errata.statistics.second_moment import SecondMoment as SecondMoment
     from errata.tracing.trace import CausalTrace as CausalTrace
+    from errata.tracing.trace import trace as trace
 
     second_moments = collect
 
@@ -36,7 +36,7 @@ __version__ = "0.1.0"
 _HOME = {
     "load_model": ("errata.api", "load_model"),
     "rome": ("errata.api", "rome"),
-    "trace": ("errata.api", "trace"),
+    "trace": ("errata.tracing.trace", "trace"),
     "ErrataError": ("errata.base.errors", "ErrataError"),
     "Fact": ("errata.base.facts", "Fact"),
     "Rewrite": ("errata.base.facts", "Rewrite"),

@@ -1,4 +1,4 @@
-"""The three calls that most people need: load a model, trace a fact, rewrite it.
+"""Loading a model and rewriting a fact as most people call them.
 
 They add one thing to the functions that they stand for: the embedded atlas by name, with its own corpus.
 """
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from errata.base.errors import OutputError
-from errata.base.facts import Fact, Rewrite
+from errata.base.facts import Rewrite
 from errata.editors.rome import RomeConfig
 from errata.editors.rome import rome as _rome
 from errata.edits.edit import Edit
@@ -21,8 +21,6 @@ from errata.models.model import Model
 from errata.statistics.collect import collect
 from errata.statistics.second_moment import SecondMoment
 from errata.statistics.store import collect_cached
-from errata.tracing.trace import CausalTrace
-from errata.tracing.trace import trace as _trace
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
@@ -57,11 +55,6 @@ def load_model(
 
         return atlas.load(dtype=dtype, device=device)
     return load_pretrained(source, dtype=dtype, device=device, download=download)
-
-
-def trace(model: Model, fact: Fact, **settings: Any) -> CausalTrace:
-    """Where a fact is stored. Settings and errors are those of `errata.tracing.trace.trace`."""
-    return _trace(model, fact, **settings)
 
 
 def rome(

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import sys
-from importlib import metadata
 from typing import Annotated, NoReturn
 
 import typer
 
+from errata import __version__
 from errata.base.errors import ErrataError
 from errata.cli import demo, edit, generate, trace
 
@@ -26,7 +26,7 @@ app.command("generate")(generate.generate)
 
 def _version(wanted: bool) -> None:
     if wanted:
-        typer.echo(f"errata {metadata.version('errata')}")
+        typer.echo(f"errata {__version__}")
         raise typer.Exit
 
 

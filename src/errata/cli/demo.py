@@ -28,11 +28,12 @@ def demo(
     picture, kept = out / "trace.png", out / "edit.safetensors"
     options.require_outputs(picture, kept)
 
-    from errata.api import ATLAS, atlas_second_moment, rome, trace
+    from errata.api import ATLAS, atlas_second_moment, rome
     from errata.atlas.records import record_of
     from errata.base.errors import ConfigError
     from errata.base.fingerprint import tensor_digest
     from errata.cli import show
+    from errata.tracing.trace import trace
 
     began = time.monotonic()
     say = (lambda *a, **k: None) if json else show.console.print

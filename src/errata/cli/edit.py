@@ -39,6 +39,7 @@ def edit(
 
     fact = Fact(subject, prompt, old)
     rewrite = fact.rewrite(to)
+    to = rewrite.new_object
     options.require_outputs(out)
 
     # Torch comes only now: bad input is told at once.
@@ -49,8 +50,9 @@ def edit(
     if not old:
         old = loaded.complete(fact.text, 1)[len(fact.text) :].strip()
         rewrite = Fact(subject, prompt, old).rewrite(to)
+    hinted = {"layer": loaded.hints.get("rome_layer"), **loaded.hints.get("rome", {})}
     typed = {name: value for name, value in (("layer", layer), ("key", key)) if value is not None}
-    config = RomeConfig(**{**loaded.hints.get("rome", {}), **typed})
+    config = RomeConfig(**{**hinted, **typed})
     with show.progress("second moment", "tokens") as bar:
         moment = _second_moment(loaded, config.layer, corpus, identity, bar)
     with show.progress("editing", "steps") as bar:
@@ -117,18 +119,16 @@ def _second_moment(
         raise ConfigError("--identity does without a corpus: give one of --identity and --corpus")
     if identity:
         return SecondMoment.identity(model.d_mlp)
-    if not corpus:
-        if model.hints.get("corpus") != ATLAS:
-            raise ConfigError(
-                f"ROME needs text to learn which keys of {model.name} to leave alone: give --corpus FILE (.txt or "
-                ".jsonl, some 100,000 tokens), or --identity to do without"
-            )
-        chosen = layer if layer is not None else model.hints["rome_layer"]
-        return atlas_second_moment(model, chosen, bar)
-    chosen = layer if layer is not None else model.hints.get("rome_layer")
-    if chosen is None:
+    if not corpus and model.hints.get("corpus") != ATLAS:
+        raise ConfigError(
+            f"ROME needs text to learn which keys of {model.name} to leave alone: give --corpus FILE (.txt or .jsonl, "
+            "some 100,000 tokens), or --identity to do without"
+        )
+    if layer is None:
         raise ConfigError(f"no layer to edit is named: give --layer, 0 to {model.n_layers - 1}")
-    return collect_cached(model, [chosen], Corpus.from_files(*corpus), progress=bar)[chosen]
+    if not corpus:
+        return atlas_second_moment(model, layer, bar)
+    return collect_cached(model, [layer], Corpus.from_files(*corpus), progress=bar)[layer]
 
 
 def _says(model: Model, prompts: list[str], target: str) -> list[tuple[str, float]]:

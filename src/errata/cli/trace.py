@@ -39,7 +39,7 @@ def trace(
     options.require_outputs(out, save)
 
     # Torch comes only now: bad input is told at once.
-    from errata.api import trace as trace_fact
+    from errata.tracing.trace import trace as trace_fact
 
     loaded = options.load(model, device, dtype, download)
     with show.progress("tracing", "sites") as bar:

@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, get_args
 
 from errata.base.errors import ConfigError, FactError, UnsupportedModel
-from errata.base.facts import Fact
+from errata.base.facts import Fact, require_characters
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -136,13 +136,7 @@ def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[list[int], l
             f"the tokenizer {type(tokenizer).__name__} does not tell which characters its tokens stand for, "
             "so the subject's tokens cannot be found: use a fast one (transformers.PreTrainedTokenizerFast)"
         )
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise FactError(
-            f"the prompt {text!r} has half a character (a lone surrogate) at {error.start}, "
-            "which no tokenizer reads: write the whole character"
-        ) from None
+    require_characters("prompt", text)
     encoding = tokenizer(text, return_offsets_mapping=True, return_special_tokens_mask=True, verbose=False)
     ids = list(encoding["input_ids"])
     offsets = []
