@@ -19,7 +19,7 @@ from errata.atlas.world import load_world
 from errata.metrics.counterfact import score_record, summarise
 from errata.models.scoring import score
 from errata.tracing.average import average_effects
-from errata.tracing.trace import ROLES
+from errata.tracing.result import ROLES
 
 
 @pytest.fixture(scope="module")

@@ -38,7 +38,7 @@ def rows(figure) -> list[str]:
 
 def labels(*tokens: str, subject=(0, 0)) -> list[str]:
     """The labels of these rows in a picture that is really drawn: warnings are errors here."""
-    figure = trace_figure(maps(len(tokens), 3), tokens, subject)
+    figure = trace_figure(maps(len(tokens), 3, ["state"]), tokens, subject)
     figure.canvas.draw()
     return rows(figure)
 
@@ -116,7 +116,7 @@ def test_ends_of_the_scale(values, low, expected):
     ],
 )
 def test_layer_ticks(layers, expected):
-    figure = trace_figure(maps(2, layers), ["a", "b"], (0, 0))
+    figure = trace_figure(maps(2, layers, ["state"]), ["a", "b"], (0, 0))
     figure.canvas.draw()
     for axis in panels(figure)[0]:
         assert axis.get_xticks().tolist() == expected
@@ -129,7 +129,9 @@ def test_layer_ticks(layers, expected):
         ("state", 10, "states restored\nin one layer", "layer"),
         ("mlp", 1, "MLP outputs restored\nin one layer", "layer"),
         ("mlp", None, "MLP outputs restored\nin a window", "layer at the window's centre"),
-        ("severed", 4, "severed restored\nin a window of 4 layers", "layer at the window's centre"),
+        ("other", 4, "other restored\nin a window of 4 layers", "layer at the window's centre"),
+        ("severed_mlp", 4, "states restored,\nMLPs severed", "layer"),
+        ("severed_attention", None, "states restored,\nattention severed", "layer"),
     ],
 )
 def test_a_single_map(part, window, title, below):
@@ -137,9 +139,25 @@ def test_a_single_map(part, window, title, below):
     assert (axis.get_title(), axis.get_xlabel(), bar.get_ylabel()) == (title, below, "p(answer)")
 
 
+def test_severed_maps_have_the_colours_of_states():
+    axes, _ = panels(trace_figure(maps(parts=["state", "severed_mlp", "severed_attention"]), TOKENS, SUBJECT))
+    assert {axis.images[0].get_cmap().name for axis in axes} == {"Purples"}
+
+
+def test_colour_bars_are_as_high_as_their_maps():
+    figure = trace_figure(maps(), TOKENS, SUBJECT, low=0.3, high=0.8, title="one line\nand a second")
+    figure.canvas.draw()
+    for axis, bar in zip(*panels(figure), strict=True):
+        box, beside = axis.get_window_extent(), bar.get_tightbbox(for_layout_only=True)
+        assert bar.get_window_extent().y1 == pytest.approx(box.y1)
+        assert box.x1 < beside.x0
+        assert beside.y0 == pytest.approx(box.y0, abs=2), "with its arrow"
+
+
 def test_no_heading_without_words():
-    assert trace_figure(maps(), TOKENS, SUBJECT).get_suptitle() == ""
-    assert trace_figure(maps(), TOKENS, SUBJECT, low=0.0).get_suptitle() == "p(answer): corrupted 0"
+    state = maps(parts=["state"])
+    assert trace_figure(state, TOKENS, SUBJECT).get_suptitle() == ""
+    assert trace_figure(state, TOKENS, SUBJECT, low=0.0).get_suptitle() == "p(answer): corrupted 0"
 
 
 def test_long_headings_stay_inside():
@@ -178,15 +196,15 @@ def test_long_tokens_are_cut():
 def test_text_is_never_mathematics():
     hostile = ("$a$", "$", r"$\frac{$", "_x^2", "%", r"\alpha", "{}")
     assert labels(*hostile)[1:] == list(hostile[1:])
-    figure = trace_figure(maps(), TOKENS, SUBJECT, low=0.1, answer=r"$\frac{$", title="$_$\nsecond 東")
+    figure = trace_figure(maps(parts=["state"]), TOKENS, SUBJECT, low=0.1, answer=r"$\frac{$", title="$_$\nsecond 東")
     figure.canvas.draw()
     assert figure.get_suptitle() == "$_$\nsecond \\u{6771}\np($\\frac{$): corrupted 0.1"
 
 
 @pytest.mark.parametrize(("answer", "shown"), [("\n", "p(↵)"), ("  Paris ", "p(Paris)"), ("", "p(answer)")])
 def test_answers(answer, shown):
-    _, bars = panels(trace_figure(maps(), TOKENS, SUBJECT, answer=answer))
-    assert {bar.get_ylabel() for bar in bars} == {shown}
+    _, (bar,) = panels(trace_figure(maps(parts=["state"]), TOKENS, SUBJECT, answer=answer))
+    assert bar.get_ylabel() == shown
 
 
 def test_other_fonts_are_asked_for_their_glyphs():
@@ -213,6 +231,8 @@ def test_other_fonts_are_asked_for_their_glyphs():
         (maps(5), TOKENS, SUBJECT, r"'state' has the shape \[5, 12\] and there are 6 tokens"),
         ({"mlp": np.zeros(6)}, TOKENS, SUBJECT, r"'mlp' has the shape \[6\]"),
         ({"mlp": np.zeros((6, 0))}, TOKENS, SUBJECT, r"'mlp' has the shape \[6, 0\]"),
+        ({"mlp": [["a"]] * 6}, TOKENS, SUBJECT, "'mlp' make no array of numbers"),
+        ({"mlp": [[0.1], [0.1, 0.2]]}, TOKENS, SUBJECT, "'mlp' make no array of numbers"),
         (maps(), TOKENS, (3, 2), "tokens 3 to 2 of 6"),
         (maps(), TOKENS, (0, 6), "tokens 0 to 6 of 6"),
         (maps(), TOKENS, (-1, 2), "tokens -1 to 2 of 6"),
@@ -225,11 +245,11 @@ def test_what_does_not_fit_together(drawn, tokens, subject, message):
 
 @pytest.mark.parametrize(
     ("name", "begins"),
-    [("a.png", b"\x89PNG"), ("a.svg", b"<?xml"), ("a.pdf", b"%PDF"), ("A.PNG", b"\x89PNG")],
+    [("a.svg", b"<?xml"), ("a.pdf", b"%PDF"), ("A.PNG", b"\x89PNG")],
 )
 def test_files_are_repeatable(tmp_path, name, begins):
     for folder in ("one", "two"):
-        figure = trace_figure(maps(), TOKENS, SUBJECT, low=0.1, high=0.7, answer="Seattle", window=3)
+        figure = trace_figure(maps(6, 3, ["mlp"]), TOKENS, SUBJECT, low=0.1, high=0.7, answer="Seattle", window=3)
         save(figure, tmp_path / folder / name)
     save(figure, tmp_path / "again" / name)
     first, *others = [(tmp_path / folder / name).read_bytes() for folder in ("one", "two", "again")]
@@ -241,19 +261,19 @@ def test_files_are_repeatable(tmp_path, name, begins):
 @pytest.mark.parametrize("name", ["a.jpg", "a", "a.png.gz", ".svg"])
 def test_other_endings(tmp_path, name):
     with pytest.raises(ConfigError, match=r"\.png, \.svg, \.pdf"):
-        save(trace_figure(maps(), TOKENS, SUBJECT), tmp_path / name)
+        save(trace_figure(maps(1, 1, ["mlp"]), ["a"], (0, 0)), tmp_path / name)
     assert not list(tmp_path.iterdir())
 
 
 def test_no_place_to_write(tmp_path):
     (tmp_path / "file").write_text("kept")
     with pytest.raises(OutputError):
-        save(trace_figure(maps(), TOKENS, SUBJECT), tmp_path / "file" / "a.png")
+        save(trace_figure(maps(1, 1, ["mlp"]), ["a"], (0, 0)), tmp_path / "file" / "a.png")
     assert (tmp_path / "file").read_text() == "kept"
 
 
 def test_without_matplotlib(monkeypatch, tmp_path):
-    figure = trace_figure(maps(), TOKENS, SUBJECT)
+    figure = trace_figure(maps(1, 1, ["mlp"]), ["a"], (0, 0))
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(MissingExtra, match=r"pip install 'errata\[plots\]'"):
         trace_figure(maps(), TOKENS, SUBJECT)

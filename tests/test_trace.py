@@ -10,8 +10,11 @@ from errata.base.errors import ConfigError, FactError, ResultFileError
 from errata.base.facts import Fact
 from errata.models.loading import load_pretrained
 from errata.tracing.average import average_effects
+from errata.tracing.config import TraceConfig
 from errata.tracing.corruption import subject_sigma
-from errata.tracing.trace import ROLES, CausalTrace, default_window, trace, window_layers
+from errata.tracing.result import ROLES, CausalTrace
+from errata.tracing.sweep import window_layers
+from errata.tracing.trace import trace
 from tiny import byte_tokenizer, tiny
 
 FACT = Fact("The Space Needle", "Everyone says that {} is located in")
@@ -101,13 +104,15 @@ def test_sites_before_the_subject_have_no_effect_and_the_last_state_has_all_of_i
     assert found.indirect_effect("state")[-1, -1] == pytest.approx(found.total_effect, rel=1e-9)
 
 
-def test_batches_do_not_change_a_trace(monkeypatch):
+def test_a_small_memory_changes_no_trace(monkeypatch):
     model = make("llama")
     whole = trace(model, FACT, samples=3, noise=0.7)
-    monkeypatch.setattr("errata.tracing.trace.ROWS", 3)
-    one_by_one = trace(model, FACT, samples=3, noise=0.7)
+    monkeypatch.setattr("errata.passes.replay._tokens_at_once", lambda model: 1)
+    monkeypatch.setattr("errata.tracing.trace._LOGITS_AT_ONCE", 1)
+    piecemeal = trace(model, FACT, samples=3, noise=0.7, memory=1)
+    assert piecemeal.corrupted == pytest.approx(whole.corrupted, rel=1e-9)
     for part in whole.restored:
-        np.testing.assert_allclose(whole.restored[part], one_by_one.restored[part], rtol=1e-9)
+        np.testing.assert_allclose(whole.restored[part], piecemeal.restored[part], rtol=1e-9)
 
 
 def test_seeds_decide_the_noise():
@@ -122,7 +127,7 @@ def test_sigma_is_measured_on_the_subjects_given():
     rows = [model.tokenizer(s)["input_ids"] for s in ("Rome", "Dante Alighieri")]
     numbers = torch.cat([model.hf.transformer.wte.weight[row].flatten() for row in rows])
     assert subject_sigma(model, ["Rome", "Dante Alighieri"]) == pytest.approx(float(numbers.detach().std()))
-    found = trace(model, FACT, parts=["state"], samples=1, multiple=2.0, subjects=["Rome", "Dante Alighieri"])
+    found = trace(model, FACT, parts=["state"], samples=1, noise="s2", subjects=["Rome", "Dante Alighieri"])
     assert found.settings["noise"] == pytest.approx(2 * float(numbers.detach().std()))
 
 
@@ -131,13 +136,14 @@ def test_windows():
     assert list(window_layers(15, 10, "reference", 48)) == list(range(10, 20))
     assert list(window_layers(0, 3, "paper", 8)) == [0, 1]
     assert list(window_layers(7, 3, "reference", 8)) == [6, 7]
-    assert (default_window(48), default_window(28), default_window(8)) == (10, 6, 3)
+    assert [TraceConfig().width(layers) for layers in (48, 28, 8)] == [10, 6, 3]
+    assert TraceConfig(window=4).width(48) == 4
 
 
 def test_a_trace_is_a_value(tmp_path):
     found = trace(make("gpt2"), FACT, samples=2, noise=0.7)
-    found.save(tmp_path / "t.safetensors")
-    again = CausalTrace.load(tmp_path / "t.safetensors")
+    found.save(tmp_path / "t.jsonl")
+    again = CausalTrace.load(tmp_path / "t.jsonl")
     assert (again.fact, again.tokens, again.subject, again.roles) == (
         found.fact,
         found.tokens,
@@ -156,7 +162,7 @@ def test_a_trace_is_a_value(tmp_path):
 
 
 def test_a_broken_file_is_refused(tmp_path):
-    path = tmp_path / "t.safetensors"
+    path = tmp_path / "t.jsonl"
     trace(make("gpt2"), FACT, samples=1, noise=0.7, parts=["state"]).save(path)
     path.write_bytes(path.read_bytes()[:-7])
     with pytest.raises(ResultFileError, match="cut short"):
@@ -165,9 +171,9 @@ def test_a_broken_file_is_refused(tmp_path):
 
 def test_a_trace_whose_maps_do_not_fit_its_tokens_is_refused(tmp_path):
     broken = CausalTrace(FACT, "x", ("a", "b"), (0, 0), 0.9, 0.1, {"state": np.zeros((3, 2))}, {}, "m")
-    broken.save(tmp_path / "t.safetensors")
+    broken.save(tmp_path / "t.jsonl")
     with pytest.raises(ResultFileError, match="do not fit together"):
-        CausalTrace.load(tmp_path / "t.safetensors")
+        CausalTrace.load(tmp_path / "t.jsonl")
 
 
 def test_roles():
@@ -212,12 +218,18 @@ def test_averages():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"parts": ["head"]}, "parts are"),
-        ({"samples": 0}, "samples is 0"),
-        ({"noise": 0.0}, "greater than zero"),
-        ({"window": 0}, "window is 0"),
+        ({"parts": ["head"]}, "parts = 'head' does not do"),
+        ({"parts": []}, "parts"),
+        ({"samples": 0}, "samples = 0"),
+        ({"noise": 0.0}, "noise"),
+        ({"noise": "z9"}, "s3"),
+        ({"window": 0}, "window = 0"),
         ({"window_edges": "middle"}, "window_edges"),
-        ({"seed": -1}, "seed is -1"),
+        ({"seed": -1}, "seed = -1"),
+        ({"windw": 3}, "did you mean 'window'"),
+        ({"scored": "whole"}, "answer='object'"),
+        ({"config": TraceConfig(), "seed": 1}, "given twice"),
+        ({"memory": 0}, "memory is 0"),
     ],
 )
 def test_settings_out_of_range_are_refused(settings, message):

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from errata.models.model import Model as Model
     from errata.statistics.collect import collect
     from errata.statistics.second_moment import SecondMoment as SecondMoment
-    from errata.tracing.trace import CausalTrace as CausalTrace
+    from errata.tracing.result import CausalTrace as CausalTrace
     from errata.tracing.trace import trace as trace
 
     second_moments = collect
@@ -45,7 +45,7 @@ _HOME = {
     "Model": ("errata.models.model", "Model"),
     "second_moments": ("errata.statistics.collect", "collect"),
     "SecondMoment": ("errata.statistics.second_moment", "SecondMoment"),
-    "CausalTrace": ("errata.tracing.trace", "CausalTrace"),
+    "CausalTrace": ("errata.tracing.result", "CausalTrace"),
 }
 
 __all__ = [*sorted(_HOME), "__version__"]

@@ -23,7 +23,8 @@ from errata.models.model import Model
 from errata.models.scoring import score
 from errata.statistics.collect import collect
 from errata.tracing.average import average_effects
-from errata.tracing.trace import ROLES, CausalTrace, trace
+from errata.tracing.result import ROLES, CausalTrace
+from errata.tracing.trace import trace
 
 TRACED = 200
 EDITED = 200

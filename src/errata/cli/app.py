@@ -9,7 +9,7 @@ import typer
 
 from errata import __version__
 from errata.base.errors import ErrataError
-from errata.cli import demo, edit, generate, trace
+from errata.cli import demo, edit, facts, generate, trace
 
 app = typer.Typer(
     name="errata",
@@ -22,6 +22,7 @@ app.command("demo")(demo.demo)
 app.command("trace")(trace.trace)
 app.command("edit")(edit.edit)
 app.command("generate")(generate.generate)
+app.command("facts")(facts.facts)
 
 
 def _version(wanted: bool) -> None:

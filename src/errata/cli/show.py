@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 if TYPE_CHECKING:
-    from errata.tracing.trace import CausalTrace
+    from errata.tracing.result import CausalTrace
 
 console = Console()
 errors = Console(stderr=True)

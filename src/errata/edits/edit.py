@@ -16,17 +16,16 @@ import weakref
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from errata import __version__
 from errata.base.errors import ConfigError, EditFileError, EditMismatch, EditStateError, ErrataError
 from errata.base.facts import Fact, Rewrite
 from errata.base.fingerprint import tensor_digest
+from errata.base.versions import library_versions
 from errata.edits import files
 from errata.edits.delta import Delta
 from errata.models import weights
@@ -65,11 +64,6 @@ def frozen(value: Any) -> Any:
     if value is None or isinstance(value, (str, bool, int, float)):
         return value
     raise ConfigError(f"a {type(value).__name__} cannot be kept in an edit's settings or notes: only JSON values can")
-
-
-def library_versions() -> dict[str, str]:
-    """Versions of what computes an edit."""
-    return {"errata": __version__, **{name: metadata.version(name) for name in ("torch", "transformers")}}
 
 
 @dataclass(frozen=True, eq=False, repr=False)

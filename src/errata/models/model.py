@@ -27,7 +27,7 @@ from errata.models.families import Anatomy, find_anatomy, softcapped, verify
 from errata.models.weights import linear_matrix
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerFast
+    from transformers import Cache, PreTrainedModel, PreTrainedTokenizerFast
 
 Stream = tuple[str, int]
 
@@ -247,10 +247,10 @@ class Model:
             mask[index, : len(row)].fill_(1)
         return Batch(ids, mask).to(self.device)
 
-    def forward(self, batch: Batch, keep: int = 0) -> Tensor:
+    def forward(self, batch: Batch, keep: int = 0, cache: Cache | None = None) -> Tensor:
         """Logits `[b, t, v]` of the model as it stands, or `[b, keep, v]` at the last `keep` positions alone.
 
-        Logits at padded positions mean nothing.
+        Logits at padded positions mean nothing. An empty `cache` is filled with attention's keys and values.
         """
         # No mask: padding is on the right, where no token looks. With one, positions that may see no
         # token at all come out as NaN in some families (Gemma 2 in float64) and spoil the next layer.
@@ -260,7 +260,7 @@ class Model:
         }
         if keep and "logits_to_keep" in inspect.signature(self.hf.forward).parameters:
             inputs["logits_to_keep"] = keep
-        logits = self.hf(**inputs, use_cache=False).logits
+        logits = self.hf(**inputs, use_cache=cache is not None, past_key_values=cache).logits
         return logits[:, -keep:]
 
     def unembed(self, states: Tensor) -> Tensor:

@@ -41,6 +41,15 @@ def hooked(model: Model, patches: Mapping[Stream, Patch]) -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def hooked_block(model: Model, patches: Mapping[Stream, Patch], rows: int) -> Iterator[None]:
+    """As `hooked`, while blocks are called on their own: the batch size is given, as no embedding runs to tell it."""
+    with contextlib.ExitStack() as stack:
+        for stream in sorted(patches, key=lambda stream: _ORDER.index(stream[0])):
+            stack.callback(_register(model.module(stream), stream, patches[stream], [rows]).remove)
+        yield
+
+
 def _register(module: nn.Module, stream: Stream, patch: Patch, rows: list[int]) -> Any:
     def patched(tensor: Tensor) -> Tensor | None:
         seen = tensor.unflatten(0, (rows[0], -1)) if tensor.dim() == 2 else tensor

@@ -1,6 +1,6 @@
-"""Causal tracing of one fact: Figure 1 of the paper.
+"""Causal tracing: Figure 1 of the paper, for one fact or for some of one length together.
 
-Three runs of the model on the fact's prompt:
+Three runs of the model on a fact's prompt:
 
 - clean: as it is. The answer is its most probable next token, with probability P[o].
 - corrupted: noise on the subject's embeddings. The answer's probability is P*[o].
@@ -9,220 +9,49 @@ Three runs of the model on the fact's prompt:
 Total effect TE = P[o] − P*[o]; indirect effect of a site IE = P*,clean[o] − P*[o]. Probabilities are means over
 samples of noise. A `state` site is one block output h. An `mlp` or `attention` site is a window of layers around
 its layer, in which the module's outputs at that token are restored together, since one of them alone does little.
+
+Clean and corrupted runs are recorded once; restored runs are replayed from them (`sweep`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from errata.base.errors import ConfigError, ResultFileError
-from errata.base.extras import needed
+from errata.base.errors import ConfigError, FactError
 from errata.base.facts import Fact
-from errata.base.tensor_files import read_tensors, write_tensors
-from errata.models.model import Batch, Model, Stream
-from errata.models.tokens import check_length, locate_fact
-from errata.passes.hooks import Patch
-from errata.passes.patching import run
-from errata.passes.reading import read
-from errata.tracing.corruption import gaussian, subject_sigma
+from errata.models.fingerprint import weights_digest
+from errata.models.memory import free_memory
+from errata.models.model import Model
+from errata.models.scoring import target_ids
+from errata.models.tokens import Span, check_length, locate_fact
+from errata.passes.replay import Recording, record
+from errata.tracing.config import TraceConfig
+from errata.tracing.corruption import Disturbance
+from errata.tracing.result import CausalTrace, token_roles
+from errata.tracing.sweep import Start, plan, sweep
 
-if TYPE_CHECKING:
-    import pandas
-    from matplotlib.figure import Figure
+Progress = Callable[[int, int], None]  # (sites done, sites in all)
 
-PARTS = ("state", "mlp", "attention")
-ROLES = ("first subject", "middle subject", "last subject", "first after", "further", "last")
-
-WindowEdges = Literal["paper", "reference"]
-FORMAT = 1
-KIND = "causal trace"
-# Rows of one forward pass; one row is one noise sample of one site.
-ROWS = 512
-
-
-@dataclass(frozen=True, eq=False)
-class CausalTrace:
-    """What causal tracing found for one fact.
-
-    Attributes:
-        fact: the fact that was traced.
-        answer: the clean run's most probable next token, as text.
-        tokens: the prompt's tokens, readable.
-        subject: indexes of the subject's first and last token, both inclusive.
-        clean: P[o], a probability.
-        corrupted: P*[o], mean over noise samples.
-        restored: for each part, P*,clean[o] as float64 `[tokens, layers]`, mean over noise samples.
-        settings: noise level, samples, window, seed and all else that decides the numbers.
-        model: name of the model.
-    """
-
-    fact: Fact
-    answer: str
-    tokens: tuple[str, ...]
-    subject: tuple[int, int]
-    clean: float
-    corrupted: float
-    restored: Mapping[str, np.ndarray]
-    settings: Mapping[str, Any]
-    model: str
-
-    @property
-    def total_effect(self) -> float:
-        """TE: what the corruption takes from the answer's probability."""
-        return self.clean - self.corrupted
-
-    def indirect_effect(self, part: str = "state") -> np.ndarray:
-        """IE of every site of a part, `[tokens, layers]`: what restoring it gives back.
-
-        Raises:
-            ConfigError: if the part was not traced.
-        """
-        if part not in self.restored:
-            raise ConfigError(f"{part!r} was not traced; this trace has {', '.join(self.restored)}")
-        return self.restored[part] - self.corrupted
-
-    @property
-    def roles(self) -> tuple[str, ...]:
-        """The role of each token, one of `ROLES`, or "before" in front of the subject.
-
-        A one-token subject is a *last subject*; a token that ends both subject and prompt too.
-        """
-        first, last = self.subject
-        end = len(self.tokens) - 1
-
-        def role(i: int) -> str:
-            if i < first:
-                return "before"
-            if i <= last:
-                return "last subject" if i == last else "first subject" if i == first else "middle subject"
-            return "last" if i == end else "first after" if i == last + 1 else "further"
-
-        return tuple(role(i) for i in range(end + 1))
-
-    def best(self, part: str = "state", *, in_subject: bool = True) -> tuple[int, int, float]:
-        """Token, layer and indirect effect of the site that restores most.
-
-        By default of the subject's tokens: that is the early site. The late one, the last token's state on its way
-        to the head, restores everything by itself and says nothing.
-        """
-        effect = self.indirect_effect(part)
-        begin, end = (self.subject[0], self.subject[1] + 1) if in_subject else (0, len(self.tokens))
-        token, layer = np.unravel_index(int(effect[begin:end].argmax()), effect[begin:end].shape)
-        return begin + int(token), int(layer), float(effect[begin + token, layer])
-
-    def to_frame(self) -> pandas.DataFrame:
-        """One row a site: part, token (index), text, role, layer, restored, indirect_effect.
-
-        Raises:
-            MissingExtra: if pandas is not installed.
-        """
-        rows = [
-            (part, token, self.tokens[token], self.roles[token], layer, value, value - self.corrupted)
-            for part, values in self.restored.items()
-            for token, line in enumerate(values.tolist())
-            for layer, value in enumerate(line)
-        ]
-        columns = ["part", "token", "text", "role", "layer", "restored", "indirect_effect"]
-        return needed("pandas", "tables").DataFrame(rows, columns=columns)
-
-    def figure(self) -> Figure:
-        """The fact's maps side by side, after Figure 1 of the paper.
-
-        Raises:
-            MissingExtra: if matplotlib is not installed.
-        """
-        from errata.plots.trace import trace_figure
-
-        return trace_figure(
-            self.restored,
-            self.tokens,
-            self.subject,
-            low=self.corrupted,
-            high=self.clean,
-            answer=self.answer,
-            window=self.settings["window"],
-        )
-
-    def plot(self, path: str | Path) -> None:
-        """Write `figure()` as PNG, SVG or PDF, by the path's ending.
-
-        Raises:
-            ConfigError: if the ending is another.
-            OutputError: if the file cannot be written.
-        """
-        from errata.plots.trace import save
-
-        save(self.figure(), path)
-
-    def save(self, path: str | Path) -> None:
-        """Write a safetensors file with readable metadata, whole or not at all.
-
-        Raises:
-            OutputError: if the file cannot be written.
-        """
-        header = {
-            "fact": [self.fact.subject, self.fact.prompt, self.fact.object],
-            "answer": self.answer,
-            "tokens": list(self.tokens),
-            "subject": list(self.subject),
-            "clean": self.clean,
-            "corrupted": self.corrupted,
-            "settings": dict(self.settings),
-            "model": self.model,
-        }
-        tensors = {part: torch.from_numpy(values) for part, values in self.restored.items()}
-        write_tensors(path, KIND, FORMAT, header, tensors)
-
-    @classmethod
-    def load(cls, path: str | Path) -> CausalTrace:
-        """A saved trace.
-
-        Raises:
-            ResultFileError: if the file is missing, cut short or no trace of ours.
-        """
-        header, tensors = read_tensors(path, KIND, FORMAT, ResultFileError)
-        try:
-            found = cls(
-                fact=Fact(*header["fact"]),
-                answer=header["answer"],
-                tokens=tuple(header["tokens"]),
-                subject=(int(header["subject"][0]), int(header["subject"][1])),
-                clean=float(header["clean"]),
-                corrupted=float(header["corrupted"]),
-                restored={part: tensors[part].numpy() for part in PARTS if part in tensors},
-                settings=dict(header["settings"]),
-                model=header["model"],
-            )
-            first, last = found.subject
-            shapes = {values.shape for values in found.restored.values()}
-            whole = len(shapes) == 1 and all(len(s) == 2 and s[0] == len(found.tokens) for s in shapes)
-            if not whole or not 0 <= first <= last < len(found.tokens):
-                raise ValueError("its maps, tokens and subject do not fit together")
-        except (KeyError, TypeError, ValueError, IndexError) as error:
-            raise ResultFileError(f"{path} is a broken causal trace ({error}). Trace the fact again") from error
-        return found
+# What one trace may take by default: more would not make it faster.
+_ENOUGH = {"cpu": 2 * 2**30, "cuda": 24 * 2**30}
+_LOGITS_AT_ONCE = 2**25
 
 
 def trace(
     model: Model,
     fact: Fact,
+    config: TraceConfig | None = None,
     *,
-    parts: Sequence[str] = PARTS,
-    samples: int = 10,
-    noise: float | None = None,
-    multiple: float = 3.0,
     subjects: Sequence[str] = (),
-    window: int | None = None,
-    window_edges: WindowEdges = "paper",
-    seed: int = 1,
-    progress: Callable[[int, int], None] | None = None,
+    memory: int | None = None,
+    progress: Progress | None = None,
+    **settings: Any,
 ) -> CausalTrace:
     """Trace one fact: restore every site from the subject's first token on, and see what comes back.
 
@@ -230,173 +59,310 @@ def trace(
 
     Args:
         model: any decoder.
-        fact: its object is not needed: the answer is what the clean model says.
-        parts: which maps to make, of "state", "mlp", "attention".
-        samples: noise samples, 10 in the paper.
-        noise: standard deviation ν of the noise; if None, `multiple` times σ.
-        multiple: the paper's 3.
+        fact: its object is not needed, unless the settings say answer="object".
+        config: the settings; or give them by name, as in `trace(model, fact, samples=5, noise="u3")`.
         subjects: where σ is measured; if none are given, on what the model's config says
             (`errata["subject_sigma"]`), and failing that on this fact's subject.
-        window: layers restored together for `mlp` and `attention`; if None 10, as in the paper, or a fifth of the
-            layers (at least 3) in models with fewer than 30.
-        window_edges: "paper": 10 layers around l are [l−4, l+5]; "reference": [l−5, l+4], the published code's.
-        seed: of the noise; 1 gives the published code's.
+        memory: bytes that the runs may take beside the model; None: half of what is free, at most 2 GiB (24 on a GPU).
         progress: called with sites done and sites in all.
+        **settings: of `TraceConfig`.
 
     Raises:
-        ConfigError: if a setting is out of range.
-        FactError: if the prompt does not fit the model's context.
+        ConfigError: if a setting is unknown or out of range.
+        FactError: if the prompt does not fit the model's context, or there is no object where one is needed.
+        UnsupportedModel: if the model's blocks cannot be resumed.
     """
-    parts = _checked(parts, samples, noise, multiple, window, window_edges, seed)
+    config = chosen(config, settings)
+    prepared = prepare(model, fact, config)
+    disturbance = config.corruption.measure(model, subjects, own=fact.subject)
+    budget = checked_memory(memory, model)
+    return trace_together(model, [prepared], config, [disturbance], budget, progress)[0]
+
+
+def chosen(config: TraceConfig | None, settings: dict[str, Any]) -> TraceConfig:
+    """The settings, given as a value or by name.
+
+    Raises:
+        ConfigError: if given both ways, or out of range.
+    """
+    if config is not None and settings:
+        raise ConfigError(f"settings are given twice, as config and by name ({', '.join(settings)}): give them one way")
+    return config or TraceConfig(**settings)
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A fact as the model will read it.
+
+    Attributes:
+        fact: the fact.
+        span: the prompt's tokens and the subject among them.
+        target: token ids of the answer that is scored; None: the model's own.
+        begins: the first token id of the fact's object; None if it has none.
+    """
+
+    fact: Fact
+    span: Span
+    target: tuple[int, ...] | None
+    begins: int | None
+
+    @property
+    def ids(self) -> tuple[int, ...]:
+        """What is run: the prompt, and of a longer answer all but its last token."""
+        return (*self.span.ids, *(self.target or ())[:-1])
+
+
+def prepare(model: Model, fact: Fact, config: TraceConfig) -> Prepared:
+    """Tokens of a fact.
+
+    Raises:
+        FactError: if the text does not fit the model's context, or there is no object where one is needed.
+    """
     span = locate_fact(model.tokenizer, fact)
     check_length(span, model.max_length)
-    batch = model.batch([span.ids])
-    level, sigma = _noise_level(model, fact, noise, multiple, subjects)
-    width = window or default_window(model.n_layers)
-
-    clean = read(
-        model, batch, [("embedding", 0), *((part, layer) for part in parts for layer in range(model.n_layers))]
-    )
-    probabilities = _probabilities(model, batch, {})[0]
-    answer = int(probabilities.argmax())
-
-    subject = slice(span.first, span.last + 1)
-    noisy = level * gaussian(samples, span.last + 1 - span.first, clean["embedding", 0].shape[-1], seed)
-
-    def corrupt(embedding: Tensor) -> Tensor:
-        copies = len(embedding) // samples
-        disturbed = embedding.clone()
-        disturbed[:, subject] += noisy.repeat(copies, 1, 1).to(embedding)
-        return disturbed
-
-    def answer_probability(patches: Mapping[Stream, Patch], copies: int) -> Tensor:
-        """Mean over samples, for each of `copies` sites that share a forward pass."""
-        rows = copies * samples
-        repeated = Batch(batch.input_ids.expand(rows, -1), batch.attention_mask.expand(rows, -1))
-        found = _probabilities(model, repeated, {("embedding", 0): corrupt, **patches})[:, answer].double()
-        return found.reshape(copies, samples).mean(1)
-
-    corrupted = float(answer_probability({}, 1)[0])
-    restored = {part: np.full((len(span.ids), model.n_layers), corrupted) for part in parts}
-    sites = [
-        (part, layer, token)
-        for part in parts
-        for token in range(span.first, len(span.ids))
-        for layer in range(model.n_layers)
-    ]
-    share = max(1, ROWS // samples)
-    for begin in range(0, len(sites), share):
-        chosen = sites[begin : begin + share]
-        patches = _restoring(chosen, clean, samples, model.n_layers, width, window_edges)
-        for (part, layer, token), value in zip(chosen, answer_probability(patches, len(chosen)).tolist(), strict=True):
-            restored[part][token, layer] = value
-        if progress:
-            progress(min(begin + share, len(sites)), len(sites))
-
-    return CausalTrace(
-        fact=fact,
-        answer=str(model.tokenizer.decode([answer])),
-        tokens=span.tokens,
-        subject=(span.first, span.last),
-        clean=float(probabilities[answer]),
-        corrupted=corrupted,
-        restored=restored,
-        settings={
-            "samples": samples,
-            "noise": level,
-            "multiple": None if noise is not None else multiple,
-            "sigma": sigma,
-            "window": width,
-            "window_edges": window_edges,
-            "seed": seed,
-            "dtype": str(model.dtype).removeprefix("torch."),
-        },
-        model=model.name,
-    )
+    if not fact.object:
+        if config.answer == "object":
+            raise FactError(f"the fact on {fact.subject!r} names no object, and answer='object' asks for one")
+        return Prepared(fact, span, None, None)
+    ids, n_prompt = target_ids(model.tokenizer, fact.text, fact.object)
+    if config.answer == "model":
+        return Prepared(fact, span, None, ids[n_prompt])
+    if tuple(ids[:n_prompt]) != span.ids:
+        raise FactError(
+            f"the prompt {fact.text!r} has other tokens when {fact.object!r} follows, so its answer cannot be scored: "
+            "end it without white space or half a word"
+        )
+    target = tuple(ids[n_prompt:] if config.scored == "whole" else ids[n_prompt : n_prompt + 1])
+    prepared = Prepared(fact, span, target, ids[n_prompt])
+    if len(prepared.ids) > model.max_length:
+        raise FactError(f"prompt and answer on {fact.subject!r} have more than {model.max_length} tokens: shorten them")
+    return prepared
 
 
-def default_window(layers: int) -> int:
-    """10 as in the paper, or a fifth of the layers, at least 3, in models with fewer than 30."""
-    return 10 if layers >= 30 else max(3, round(layers / 5))
+def checked_memory(memory: int | None, model: Model) -> int:
+    """Bytes that runs may take.
+
+    Raises:
+        ConfigError: if they are fewer than one.
+    """
+    if memory is not None and memory < 1:
+        raise ConfigError(f"memory is {memory}: give the bytes that runs may take, or None to have them measured")
+    return memory or min(_ENOUGH.get(model.device.type, 2**31), free_memory(model.device) // 2)
 
 
-def window_layers(layer: int, width: int, edges: WindowEdges, layers: int) -> range:
-    """The layers of the window around one layer, cut at both ends of the model."""
-    before = (width - 1) // 2 if edges == "paper" else width // 2
-    return range(max(0, layer - before), min(layers, layer - before + width))
-
-
-def _restoring(
-    sites: Sequence[tuple[str, int, int]],
-    clean: Mapping[Stream, Tensor],
-    samples: int,
-    layers: int,
-    width: int,
-    edges: WindowEdges,
-) -> dict[Stream, Patch]:
-    """Patches that restore site i in rows `i·samples` to `(i+1)·samples`."""
-    where: dict[Stream, list[tuple[int, int]]] = {}
-    for number, (part, layer, token) in enumerate(sites):
-        for other in [layer] if part == "state" else window_layers(layer, width, edges, layers):
-            where.setdefault((part, other), []).append((number, token))
-
-    def restore(stream: Stream) -> Patch:
-        rows = torch.tensor([number * samples + k for number, _ in where[stream] for k in range(samples)])
-        tokens = torch.tensor([token for _, token in where[stream] for _ in range(samples)])
-
-        def put_back(tensor: Tensor) -> Tensor:
-            patched = tensor.clone()
-            patched[rows, tokens] = clean[stream][0, tokens]
-            return patched
-
-        return put_back
-
-    return {stream: restore(stream) for stream in where}
+def rows_at_once(model: Model, length: int, config: TraceConfig, memory: int) -> int:
+    """How many rows of `length` tokens may be recorded together: at least two, a clean and a corrupted one."""
+    # A state, keys and values for each layer, and the outputs that are restored or held.
+    streams = 3 + len(_kept_parts(config))
+    per_row = length * model.n_layers * streams * model.d_model * model.dtype.itemsize
+    return max(2, memory // 2 // per_row)
 
 
 @torch.no_grad()
-def _probabilities(model: Model, batch: Batch, patches: Mapping[Stream, Patch]) -> Tensor:
-    """Next-token probabilities `[b, v]` after the last token, in float32 at least."""
-    logits = run(model, batch, patches, batch.last)
-    return logits.to(torch.promote_types(logits.dtype, torch.float32)).softmax(-1)
+def trace_together(
+    model: Model,
+    facts: Sequence[Prepared],
+    config: TraceConfig,
+    disturbances: Sequence[Disturbance],
+    memory: int,
+    progress: Progress | None = None,
+) -> list[CausalTrace]:
+    """Trace facts whose rows have the same length in tokens. `disturbances` are each fact's own.
+
+    Raises:
+        ValueError: if the lengths differ.
+    """
+    runs = _Runs(model, facts, config, memory)
+    noise = [
+        disturbance.draw(config.samples, len(runs.corrupted_tokens(fact)), config.seed)
+        for fact, disturbance in zip(facts, disturbances, strict=True)
+    ]
+    share = max(1, min(config.samples, rows_at_once(model, runs.length, config, memory) // len(facts) - 1))
+    pieces = range(0, config.samples, share)
+    for number, begin in enumerate(pieces):
+        samples = [each[begin : begin + share] for each in noise]
+
+        def tell(done: int, of: int, number: int = number) -> None:
+            if progress:
+                progress(number * of + done, len(pieces) * of)
+
+        runs.add(samples, config.corruption.replace, tell)
+    common = {
+        "parts": list(config.parts),
+        "samples": config.samples,
+        "window": config.width(model.n_layers),
+        "window_edges": config.window_edges,
+        "seed": config.seed,
+        "answer": config.answer,
+        "scored": config.scored,
+        "tokens": list(config.tokens) if config.tokens else None,
+        "dtype": str(model.dtype).removeprefix("torch."),
+    }
+    fingerprint = weights_digest(model.hf)
+    return [
+        CausalTrace(
+            fact=fact.fact,
+            answer=str(model.tokenizer.decode(runs.targets[index].tolist())),
+            tokens=fact.span.tokens,
+            subject=(fact.span.first, fact.span.last),
+            clean=float(runs.clean[index]),
+            corrupted=float(runs.corrupted[index]) / config.samples,
+            restored={part: values[index] / config.samples for part, values in runs.restored.items()},
+            settings={**disturbance.settings, **common},
+            model=model.name,
+            known=None if fact.begins is None else bool(runs.said[index] == fact.begins),
+            fingerprint=fingerprint,
+        )
+        for index, (fact, disturbance) in enumerate(zip(facts, disturbances, strict=True))
+    ]
 
 
-def _noise_level(
-    model: Model, fact: Fact, noise: float | None, multiple: float, subjects: Sequence[str]
-) -> tuple[float, float | None]:
-    """The noise's standard deviation, and the σ that it came from, if it did."""
-    if noise is not None:
-        return noise, None
-    known = model.hints.get("subject_sigma")
-    sigma = float(known) if known and not subjects else subject_sigma(model, subjects or [fact.subject])
-    return multiple * sigma, sigma
+class _Runs:
+    """Clean, corrupted and restored runs of facts of one length, summed over samples of noise.
+
+    Attributes:
+        length: tokens in every row.
+        clean: P[o] of each fact.
+        corrupted: P*[o] of each fact, summed over samples.
+        restored: for each part P*,clean[o] `[facts, tokens, layers]`, summed over samples.
+        targets: token ids of the answers `[facts, scored]`.
+        said: each fact's most probable next token.
+    """
+
+    def __init__(self, model: Model, facts: Sequence[Prepared], config: TraceConfig, memory: int):
+        self.model, self.facts, self.config, self.memory = model, facts, config, memory
+        lengths = {(len(fact.ids), len(fact.span.ids)) for fact in facts}
+        if len(lengths) != 1:
+            raise ValueError(f"facts that are traced together have one length, not {sorted(lengths)}")
+        ((self.length, self.prompt),) = lengths
+        self.starts = plan(config.parts, model.n_layers, config.width(model.n_layers), config.window_edges)
+        self.clean = torch.zeros(len(facts), dtype=torch.float64)
+        self.corrupted = torch.zeros(len(facts), dtype=torch.float64)
+        shape = (len(facts), self.prompt, model.n_layers)
+        self.restored: dict[str, np.ndarray] = {part: np.zeros(shape) for part in config.parts}
+        self.targets = torch.empty(0)
+        self.said = torch.empty(0)
+
+    @property
+    def scored(self) -> int:
+        """How many positions at the end predict the answer."""
+        return self.length - self.prompt + 1
+
+    def corrupted_tokens(self, fact: Prepared) -> range:
+        """The tokens of a fact that are disturbed."""
+        return range(fact.span.first, min(fact.span.last + 1 + self.config.corruption.after, self.prompt))
+
+    def add(self, noise: Sequence[Tensor], replace: bool, tell: Progress) -> None:
+        """Run all of it with some samples of noise, `[samples, tokens, d_model]` for each fact."""
+        count, samples = len(self.facts), len(noise[0])
+        owner = torch.arange(count).repeat_interleave(samples)  # of each corrupted row: its fact
+        ids = torch.tensor([fact.ids for fact in self.facts])
+        batch = self.model.batch(torch.cat([ids, ids[owner]]).tolist())
+
+        def corrupt(embedding: Tensor) -> Tensor:
+            disturbed = embedding.clone()
+            for index, (fact, its_noise) in enumerate(zip(self.facts, noise, strict=True)):
+                rows = slice(count + index * samples, count + (index + 1) * samples)
+                tokens = self.corrupted_tokens(fact)
+                place = disturbed[rows, tokens.start : tokens.stop]
+                place.copy_(its_noise) if replace else place.add_(its_noise.to(place))
+            return disturbed
+
+        keep = [(part, layer) for part in _kept_parts(self.config) for layer in range(self.model.n_layers)]
+        recording = record(self.model, batch, {("embedding", 0): corrupt}, keep)
+        last = recording.states[-1][:, -self.scored :]
+        self._read_answers(last[:count])
+        found = self._probabilities(last, torch.cat([self.targets, self.targets[owner]]))
+        self.clean = found[:count]
+        corrupted = found[count:].reshape(count, samples).sum(1)
+        self.corrupted += corrupted
+        self._restore(recording, owner, corrupted.numpy(), samples, tell)
+
+    def _read_answers(self, clean: Tensor) -> None:
+        """What the model says, and what is scored, from the last states `[facts, scored, d_model]` of clean runs."""
+        self.said = self.model.unembed(clean[:, 0]).argmax(-1).cpu()
+        own = [(int(token),) for token in self.said]
+        self.targets = torch.tensor([fact.target or mine for fact, mine in zip(self.facts, own, strict=True)])
+
+    def _restore(
+        self, recording: Recording, owner: Tensor, corrupted: np.ndarray, samples: int, tell: Progress
+    ) -> None:
+        """Add restored runs, token by token."""
+        layers = self.model.n_layers
+        roles = [token_roles(self.prompt, fact.span.first, fact.span.last) for fact in self.facts]
+        todo: list[tuple[int, list[int]]] = []
+        for token in range(self.prompt):
+            traced = []
+            for index, fact in enumerate(self.facts):
+                wanted = self.config.tokens is None or roles[index][token] in self.config.tokens
+                untouched = token < fact.span.first
+                for values in self.restored.values():
+                    values[index, token] += corrupted[index] if wanted or untouched else np.nan
+                if wanted and not untouched:
+                    traced.append(index)
+            todo.append((token, traced))
+        sites = sum(len(traced) for _, traced in todo) * len(self.config.parts) * layers
+        done = 0
+        for token, traced in todo:
+            if traced:
+                rows = torch.isin(owner, torch.tensor(traced)).nonzero()[:, 0]
+                self._sweep(recording, token, rows, owner[rows], traced, corrupted)
+            done += len(traced) * len(self.config.parts) * layers
+            tell(done, sites)
+
+    def _sweep(
+        self,
+        recording: Recording,
+        token: int,
+        rows: Tensor,
+        owner: Tensor,
+        traced: Sequence[int],
+        corrupted: np.ndarray,
+    ) -> None:
+        """Put restored runs of one token of some facts in the place of corrupted ones. `rows` are without clean ones."""
+        device, count = self.model.device, len(self.facts)
+        # What the last block writes at a token that is not scored reaches nothing.
+        reaching = self.model.n_layers if token >= self.prompt - 1 else self.model.n_layers - 1
+        starts = [start for start in self.starts if start.layer < reaching]
+        for some in _shares(starts, len(rows) * (self.length - token) * self.model.d_model, self._numbers()):
+            lanes, states = sweep(
+                recording, some, token, (rows + count).to(device), owner.to(device), scored=self.scored
+            )
+            targets = self.targets[owner].repeat(len(lanes), 1)
+            found = self._probabilities(states.flatten(0, 1), targets).reshape(len(lanes), len(traced), -1).sum(-1)
+            for (part, layers), values in zip(lanes, found.numpy(), strict=True):
+                for layer in layers:
+                    self.restored[part][traced, token, layer] += values - corrupted[traced]
+
+    def _numbers(self) -> int:
+        """How many numbers the states of a sweep may have: they are there thrice when rows join."""
+        return self.memory // 4 // 3 // self.model.dtype.itemsize
+
+    def _probabilities(self, states: Tensor, targets: Tensor) -> Tensor:
+        """Probability `[rows]`, float64 on the CPU, of answers `[rows, scored]` after states `[rows, scored, d_model]`."""
+        share = max(1, _LOGITS_AT_ONCE // self.model.vocab_size // self.scored)
+        found = []
+        for some, wanted in zip(states.split(share), targets.to(states.device).split(share), strict=True):
+            logits = self.model.unembed(some)
+            wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+            found.append(wide.softmax(-1).gather(-1, wanted[..., None])[..., 0].cpu().double().prod(-1))
+        return torch.cat(found)
 
 
-def _checked(
-    parts: Sequence[str],
-    samples: int,
-    noise: float | None,
-    multiple: float,
-    window: int | None,
-    window_edges: str,
-    seed: int,
-) -> tuple[str, ...]:
-    if isinstance(parts, str):
-        parts = [parts]
-    unknown = [part for part in parts if part not in PARTS]
-    if unknown or not parts:
-        raise ConfigError(f"parts are {', '.join(PARTS)}; got {', '.join(map(repr, unknown)) or 'none'}")
-    if samples < 1:
-        raise ConfigError(f"samples is {samples}: the corrupted run needs at least one sample of noise")
-    if samples > ROWS:
-        raise ConfigError(f"samples is {samples}: at most {ROWS} fit into one forward pass; the paper takes 10")
-    level = noise if noise is not None else multiple
-    if not 0 < level < 1e6:  # NaN is neither
-        raise ConfigError(f"the noise is {level}: it must be a number greater than zero, or nothing is corrupted")
-    if window is not None and window < 1:
-        raise ConfigError(f"window is {window}: at least one layer must be restored")
-    if window_edges not in ("paper", "reference"):
-        raise ConfigError(f"window_edges is 'paper' or 'reference', not {window_edges!r}")
-    if not 0 <= seed < 2**32:
-        raise ConfigError(f"seed is {seed}: it must be from 0 to 2**32 - 1")
-    return tuple(parts)
+def _shares(starts: Sequence[Start], lane: int, most: int) -> Iterator[list[Start]]:
+    """Starts in groups whose lanes, of `lane` numbers each, have at most `most` numbers, or one start."""
+    group: list[Start] = []
+    lanes = 0
+    for start in starts:
+        if group and (lanes + len(start.ends)) * lane > most:
+            yield group
+            group, lanes = [], 0
+        group.append(start)
+        lanes += len(start.ends)
+    if group:
+        yield group
+
+
+def _kept_parts(config: TraceConfig) -> list[str]:
+    """The modules whose outputs are restored or held."""
+    return [name for name in ("mlp", "attention") if any(part.endswith(name) for part in config.parts)]

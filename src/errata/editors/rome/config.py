@@ -6,9 +6,9 @@ from typing import Literal
 
 from pydantic import Field, field_validator
 
+from errata.base.config import Config
 from errata.base.errors import FactError
 from errata.base.facts import Fact
-from errata.editors.config import Config
 from errata.models.tokens import Role
 
 Preset = Literal["paper", "reference", "none"]

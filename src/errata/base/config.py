@@ -1,4 +1,4 @@
-"""What the settings of all editors have in common: frozen, checked, and clear about what is wrong."""
+"""What all settings have in common: frozen, checked, and clear about what is wrong."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from errata.base.errors import ConfigError
 
 
 class Config(BaseModel):
-    """Base of the settings of an editor: immutable, every field checked, unknown names refused.
+    """Base of the settings of an editor or a trace: immutable, every field checked, unknown names refused.
 
     Raises:
         ConfigError: in one line, with the nearest name if a setting is unknown.

@@ -1,0 +1,153 @@
+"""`errata facts`: check a table of facts, convert it, and keep what a model knows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Optional
+
+import typer
+
+from errata.cli import options
+
+if TYPE_CHECKING:
+    from errata.benchmarks.fact_table import BadLine, FactRow, FactTable
+    from errata.models.model import Model
+
+KIND = "continuations"
+VERSION = 1
+
+
+def facts(
+    file: Annotated[Path, typer.Argument(help="A table of facts: .csv, .tsv, .jsonl or .json.")],
+    known: Annotated[bool, typer.Option("--known", help="Keep the facts whose object the model names first.")] = False,
+    model: options.ModelName = "atlas",
+    out: Annotated[Optional[Path], typer.Option(help="Where to write the table: .csv, .tsv or .jsonl.")] = None,  # noqa: UP045
+    strict: Annotated[bool, typer.Option("--strict", help="Stop at the first bad line.")] = False,
+    all_answers: Annotated[
+        bool, typer.Option("--all-answers", help="Any object competes, not only those of the same relation or prompt.")
+    ] = False,
+    ignore_case: Annotated[bool, typer.Option("--ignore-case", help="Answers may be in other letter case.")] = False,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="How far the model goes on.")] = 20,
+    batch_size: Annotated[int, typer.Option(min=1, help="Facts at once.")] = 32,
+    device: options.Device = None,
+    dtype: options.Dtype = "auto",
+    download: options.Download = False,
+    json: options.Json = False,
+) -> None:
+    """Check a table of facts (subject, prompt, object, relation), convert it, and keep what a model knows.
+
+    Bad lines are named, and the others used; the exit code is 1 then. A run with --known that was stopped goes on
+    where it was if it is started again.
+    """
+    from errata.base.errors import ConfigError
+    from errata.benchmarks.fact_table import BadLine, read_facts, require_table_ending, write_facts
+    from errata.cli import show
+
+    if known and not out:
+        raise ConfigError("--known needs a place for the facts that it keeps: give --out, .csv, .tsv or .jsonl")
+    if out:
+        require_table_ending(out)
+        if out.resolve() == file.resolve():
+            raise ConfigError(f"--out is {file} itself, which it would replace: name another file")
+    table = read_facts(file)
+    options.require_outputs(out)
+    bad = [*table.bad]
+    if known:
+        bad += [BadLine(row.line, "it has no object to know") for row in table.rows if not row.fact.object]
+    _tell(bad, file, table, strict)
+    kept: Sequence[FactRow] = table.rows
+    result: dict[str, object] = {"file": str(file), "facts": len(kept)}
+    summary = f"{len(kept)} facts in {file}"
+    if known and out:
+        # Torch comes only now: bad input is told at once.
+        from errata.metrics.knowledge import judge, refusal
+
+        loaded = options.load(model, device, dtype, download)
+        refused = [BadLine(r.line, reason) for r in kept if r.fact.object and (reason := refusal(loaded, r.fact.text))]
+        _tell(refused, file, table, strict)
+        bad += refused
+        unusable = {each.line for each in bad}
+        rows = [row for row in kept if row.line not in unusable]
+        progress = out.with_name(f"{out.name}.progress.jsonl")
+        said = _ask(loaded, rows, progress, table.digest, max_new_tokens, batch_size)
+        verdicts = judge(rows, said, all_answers=all_answers, ignore_case=ignore_case)
+        kept = [each.row for each in verdicts if each.known]
+        summary = f"{loaded.name} knows {len(kept)} of {len(rows)} facts in {file}"
+        result |= {
+            "model": loaded.name,
+            "known": len(kept),
+            "verdicts": [
+                {
+                    table.unit: each.row.line,
+                    "subject": each.row.fact.subject,
+                    "object": each.row.fact.object,
+                    "named": each.named,
+                    "known": each.known,
+                    "continuation": each.continuation,
+                }
+                for each in verdicts
+            ],
+        }
+        write_facts(out, kept)
+        progress.unlink()
+    elif out:
+        write_facts(out, kept)
+    if json:
+        told = [{table.unit: each.line, "reason": each.reason} for each in bad]
+        show.as_json({**result, "bad": told, "written": str(out) if out else None})
+    else:
+        typer.echo(summary)
+        if out:
+            typer.echo(f"written: {out}")
+    if bad:
+        typer.echo(f"left out: {len(bad)} of {len(table.rows) + len(table.bad)}", err=True)
+        raise typer.Exit(1)
+
+
+def _tell(bad: Sequence[BadLine], file: Path, table: FactTable, strict: bool) -> None:
+    """Name bad lines on standard error.
+
+    Raises:
+        FactError: of the first, if strict.
+    """
+    from errata.base.errors import FactError
+
+    for each in sorted(bad, key=lambda one: one.line):
+        told = f"{file}, {table.unit} {each.line}: {each.reason}"
+        if strict:
+            raise FactError(told)
+        typer.echo(" ".join(told.split()), err=True)
+
+
+def _ask(
+    model: Model, rows: Sequence[FactRow], progress: Path, facts: str, max_new_tokens: int, batch_size: int
+) -> list[str]:
+    """How the model goes on from each fact. What it said is kept as it comes, and not asked again."""
+    from errata.base.journal import Journal
+    from errata.cli import show
+    from errata.metrics.knowledge import continuations
+    from errata.models.fingerprint import weights_digest
+
+    header = {
+        "model": model.name,
+        "weights": weights_digest(model.hf),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "facts": facts,
+        "max_new_tokens": max_new_tokens,
+    }
+    with Journal.open(progress, KIND, VERSION, header) as journal, show.progress("asking", "facts") as bar:
+        said = {record["line"]: record["continuation"] for record in journal.records}
+        left = [row for row in rows if row.line not in said]
+        bar(len(said), len(rows))
+        try:
+            for index, continuation in continuations(
+                model, [row.fact.text for row in left], max_new_tokens=max_new_tokens, batch_size=batch_size
+            ):
+                journal.append({"line": left[index].line, "continuation": continuation})
+                said[left[index].line] = continuation
+                bar(len(said), len(rows))
+        except KeyboardInterrupt:
+            typer.echo(f"{len(said)} of {len(rows)} facts are asked: start again to go on", err=True)
+            raise
+    return [said[row.line] for row in rows]

@@ -1,0 +1,77 @@
+"""The settings of a trace."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from errata.base.config import Config
+from errata.tracing.corruption import Corruption
+
+Part = Literal["state", "mlp", "attention", "severed_mlp", "severed_attention"]
+TokenRole = Literal["first subject", "middle subject", "last subject", "first after", "further", "last"]
+
+
+class TraceConfig(Config):
+    """Settings of `trace`, all checked, none to be changed afterwards. The defaults are the paper's.
+
+    Attributes:
+        parts: which maps to make. "state": one block output is restored. "mlp", "attention": the outputs of a window
+            of layers. "severed_mlp", "severed_attention": one state, while from there on the token's MLP (or
+            attention) outputs are held at their corrupted values (Figure 3).
+        samples: of noise.
+        noise: a `Corruption`, its short form ("s3": normal, 3σ; "u3", "m", "t5", ...), or a number, the standard
+            deviation of normal noise.
+        window: layers restored together in "mlp" and "attention"; None: 10 as in the paper, or a fifth of the layers,
+            at least 3, in models with fewer than 30.
+        window_edges: "paper": 10 layers around l are [l−4, l+5]; "reference": [l−5, l+4], the published code's.
+        seed: of the noise; 1 gives the published code's.
+        answer: whose probability is traced: what the "model" itself says next, or the fact's "object".
+        scored: the "first" token of the answer, or the joint probability of the "whole" object.
+        tokens: roles of the tokens at which sites are restored; None: all from the subject's first on.
+    """
+
+    parts: tuple[Part, ...] = Field(("state", "mlp", "attention"), min_length=1)
+    samples: int = Field(10, ge=1)
+    noise: str = "s3"
+    window: int | None = Field(None, ge=1)
+    window_edges: Literal["paper", "reference"] = "paper"
+    seed: int = Field(1, ge=0, lt=2**32)
+    answer: Literal["model", "object"] = "model"
+    scored: Literal["first", "whole"] = "first"
+    tokens: tuple[TokenRole, ...] | None = Field(None, min_length=1)
+
+    @field_validator("parts", "tokens", mode="before")
+    @classmethod
+    def _several(cls, value: Any) -> Any:
+        return (value,) if isinstance(value, str) else value
+
+    @field_validator("parts")
+    @classmethod
+    def _each_once(cls, value: tuple[Part, ...]) -> tuple[Part, ...]:
+        return tuple(dict.fromkeys(value))
+
+    @field_validator("noise", mode="before")
+    @classmethod
+    def _short_form(cls, value: Any) -> str:
+        if isinstance(value, Corruption):
+            return value.name
+        if isinstance(value, (int, float)) and not isinstance(value, bool):
+            return Corruption(level=value).name
+        return Corruption.parse(str(value)).name
+
+    @model_validator(mode="after")
+    def _whole_answers_are_given(self) -> TraceConfig:
+        if self.scored == "whole" and self.answer != "object":
+            raise ValueError("scored='whole' needs answer='object': the model's own answer has no end")
+        return self
+
+    @property
+    def corruption(self) -> Corruption:
+        """The noise as a value."""
+        return Corruption.parse(self.noise)
+
+    def width(self, layers: int) -> int:
+        """The window in a model of so many layers."""
+        return self.window or (10 if layers >= 30 else max(3, round(layers / 5)))

@@ -1,0 +1,261 @@
+"""What causal tracing found for one fact, as a value: it saves, loads and draws itself.
+
+A file of traces is a journal (`base.journal`): a header line, then one line a trace. One fact's trace is such a file
+with one line, so that whatever reads one reads a thousand. Numbers come back as they were, bit for bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from errata.base.errors import ConfigError, ResultFileError
+from errata.base.extras import needed
+from errata.base.facts import Fact
+from errata.base.journal import read_journal, write_journal
+from errata.base.versions import library_versions
+
+if TYPE_CHECKING:
+    import pandas
+    from matplotlib.figure import Figure
+
+ROLES = ("first subject", "middle subject", "last subject", "first after", "further", "last")
+
+FORMAT = 2
+KIND = "causal traces"
+
+
+@dataclass(frozen=True, eq=False)
+class CausalTrace:
+    """What causal tracing found for one fact.
+
+    Attributes:
+        fact: the fact that was traced.
+        answer: the token, or the whole object, whose probability was traced, as text.
+        tokens: the prompt's tokens, readable.
+        subject: indexes of the subject's first and last token, both inclusive.
+        clean: P[o], a probability.
+        corrupted: P*[o], mean over noise samples.
+        restored: for each part, P*,clean[o] as float64 `[tokens, layers]`, mean over noise samples; NaN at tokens
+            that were not traced.
+        settings: noise level, samples, window, seed and all else that decides the numbers.
+        model: name of the model.
+        known: whether the model's most probable next token begins the fact's object; None where the fact names none.
+        fingerprint: digest of the model's weights.
+        versions: of the libraries that computed it.
+    """
+
+    fact: Fact
+    answer: str
+    tokens: tuple[str, ...]
+    subject: tuple[int, int]
+    clean: float
+    corrupted: float
+    restored: Mapping[str, np.ndarray]
+    settings: Mapping[str, Any]
+    model: str
+    known: bool | None = None
+    fingerprint: str = ""
+    versions: Mapping[str, str] = field(default_factory=library_versions)
+
+    @property
+    def total_effect(self) -> float:
+        """TE: what the corruption takes from the answer's probability."""
+        return self.clean - self.corrupted
+
+    def indirect_effect(self, part: str = "state") -> np.ndarray:
+        """IE of every site of a part, `[tokens, layers]`: what restoring it gives back.
+
+        Raises:
+            ConfigError: if the part was not traced.
+        """
+        if part not in self.restored:
+            raise ConfigError(f"{part!r} was not traced; this trace has {', '.join(self.restored)}")
+        return self.restored[part] - self.corrupted
+
+    @property
+    def roles(self) -> tuple[str, ...]:
+        """The role of each token, one of `ROLES`, or "before" in front of the subject.
+
+        A one-token subject is a *last subject*; a token that ends both subject and prompt too.
+        """
+        return token_roles(len(self.tokens), *self.subject)
+
+    def best(self, part: str = "state", *, in_subject: bool = True) -> tuple[int, int, float]:
+        """Token, layer and indirect effect of the site that restores most.
+
+        By default of the subject's tokens: that is the early site. The late one, the last token's state on its way
+        to the head, restores everything by itself and says nothing.
+
+        Raises:
+            ConfigError: if none of these tokens was traced.
+        """
+        effect = self.indirect_effect(part)
+        begin, end = (self.subject[0], self.subject[1] + 1) if in_subject else (0, len(self.tokens))
+        if np.isnan(effect[begin:end]).all():
+            raise ConfigError("none of the subject's tokens was traced, so no site of theirs is the best")
+        token, layer = np.unravel_index(int(np.nanargmax(effect[begin:end])), effect[begin:end].shape)
+        return begin + int(token), int(layer), float(effect[begin + token, layer])
+
+    def to_frame(self) -> pandas.DataFrame:
+        """One row a site: part, token (index), text, role, layer, restored, indirect_effect.
+
+        Raises:
+            MissingExtra: if pandas is not installed.
+        """
+        rows = [
+            (part, token, self.tokens[token], self.roles[token], layer, value, value - self.corrupted)
+            for part, values in self.restored.items()
+            for token, line in enumerate(values.tolist())
+            for layer, value in enumerate(line)
+        ]
+        columns = ["part", "token", "text", "role", "layer", "restored", "indirect_effect"]
+        return needed("pandas", "tables").DataFrame(rows, columns=columns)
+
+    def figure(self) -> Figure:
+        """The fact's maps side by side, after Figure 1 of the paper.
+
+        Raises:
+            MissingExtra: if matplotlib is not installed.
+        """
+        from errata.plots.trace import trace_figure
+
+        return trace_figure(
+            self.restored,
+            self.tokens,
+            self.subject,
+            low=self.corrupted,
+            high=self.clean,
+            answer=self.answer,
+            window=self.settings["window"],
+        )
+
+    def plot(self, path: str | Path) -> None:
+        """Write `figure()` as PNG, SVG or PDF, by the path's ending.
+
+        Raises:
+            ConfigError: if the ending is another.
+            OutputError: if the file cannot be written.
+        """
+        from errata.plots.drawing import save
+
+        save(self.figure(), path)
+
+    def save(self, path: str | Path) -> None:
+        """Write a file of this one trace, whole or not at all.
+
+        Raises:
+            OutputError: if the file cannot be written.
+        """
+        save_traces(path, [self])
+
+    @classmethod
+    def load(cls, path: str | Path) -> CausalTrace:
+        """The trace in a file of one.
+
+        Raises:
+            ResultFileError: if the file is missing, cut short, no file of traces, or one of several.
+        """
+        found = load_traces(path)
+        if not found:
+            raise ResultFileError(f"{path} holds no whole trace: it was cut short, or its run has not got that far")
+        if len(found) != 1:
+            raise ResultFileError(f"{path} holds {len(found)} traces, not one: read it by load_traces")
+        return found[0]
+
+
+def token_roles(tokens: int, first: int, last: int) -> tuple[str, ...]:
+    """Roles of a prompt's tokens whose subject stands at `first` to `last`; see `CausalTrace.roles`."""
+
+    def role(i: int) -> str:
+        if i < first:
+            return "before"
+        if i <= last:
+            return "last subject" if i == last else "first subject" if i == first else "middle subject"
+        return "last" if i == tokens - 1 else "first after" if i == last + 1 else "further"
+
+    return tuple(role(i) for i in range(tokens))
+
+
+def save_traces(path: str | Path, traces: Iterable[CausalTrace]) -> None:
+    """Write traces of one model to a file, whole or not at all.
+
+    Raises:
+        ConfigError: if there are none, or they are of different models.
+        OutputError: if the file cannot be written.
+    """
+    traces = list(traces)
+    if len({(trace.model, trace.fingerprint) for trace in traces}) != 1:
+        raise ConfigError("a file holds traces of one model, and at least one of them: give each model its own")
+    first = traces[0]
+    header = {"model": first.model, "fingerprint": first.fingerprint, "versions": dict(first.versions)}
+    write_journal(path, KIND, FORMAT, header, [as_record(trace) for trace in traces])
+
+
+def load_traces(path: str | Path) -> list[CausalTrace]:
+    """All traces in a file; of a run under way those that are there. A line that was cut short at the end is left out.
+
+    Raises:
+        ResultFileError: if the file is missing, no file of traces, or broken.
+    """
+    header, records = read_journal(path, KIND, FORMAT)
+    return [from_record(record, header, path) for record in records]
+
+
+def as_record(trace: CausalTrace) -> dict[str, Any]:
+    """A trace as a line of a file: JSON, with null for NaN."""
+    return {
+        "fact": [trace.fact.subject, trace.fact.prompt, trace.fact.object],
+        "answer": trace.answer,
+        "tokens": list(trace.tokens),
+        "subject": list(trace.subject),
+        "known": trace.known,
+        "clean": trace.clean,
+        "corrupted": trace.corrupted,
+        "restored": {
+            part: [None if np.isnan(line).any() else line.tolist() for line in values]
+            for part, values in trace.restored.items()
+        },
+        "settings": dict(trace.settings),
+    }
+
+
+def from_record(record: Mapping[str, Any], header: Mapping[str, Any], path: str | Path) -> CausalTrace:
+    """The trace of a line, of the model that the file's header names.
+
+    Raises:
+        ResultFileError: if something is missing, or does not fit together.
+    """
+    try:
+        tokens, (first, last) = tuple(map(str, record["tokens"])), map(int, record["subject"])
+        layers = {len(line) for lines in record["restored"].values() for line in lines if line is not None}
+        if len(layers) != 1:
+            raise ValueError("its maps have no, or different numbers of layers")
+        nothing = [np.nan] * layers.pop()
+        restored = {
+            part: np.array([nothing if line is None else line for line in lines], dtype=np.float64)
+            for part, lines in record["restored"].items()
+        }
+        whole = all(values.ndim == 2 and len(values) == len(tokens) for values in restored.values())
+        if not whole or not 0 <= first <= last < len(tokens):
+            raise ValueError("its maps, tokens and subject do not fit together")
+        return CausalTrace(
+            fact=Fact(*record["fact"]),
+            answer=str(record["answer"]),
+            tokens=tokens,
+            subject=(first, last),
+            clean=float(record["clean"]),
+            corrupted=float(record["corrupted"]),
+            restored=restored,
+            settings=dict(record["settings"]),
+            model=str(header["model"]),
+            known=record["known"],
+            fingerprint=str(header["fingerprint"]),
+            versions=dict(header["versions"]),
+        )
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise ResultFileError(f"{path} holds a broken causal trace ({error}). Trace the fact again") from error

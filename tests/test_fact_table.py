@@ -1,0 +1,218 @@
+"""Tables of facts: every format, and every way in which a line can be no fact."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from errata.base.errors import ConfigError, OutputError, ResultFileError
+from errata.base.facts import Fact
+from errata.benchmarks.fact_table import FactRow, read_facts, write_facts
+from goldens import SHARED
+
+NEEDLE = Fact("The Space Needle", "{} is located in the city of", "Seattle")
+ROME = Fact("Rome", "The capital {} is in", "Italy")
+
+
+def table(tmp_path, content: str | bytes, ending: str = ".csv"):
+    path = tmp_path / f"facts{ending}"
+    path.write_bytes(content.encode() if isinstance(content, str) else content)
+    return read_facts(path)
+
+
+def bad(found) -> dict[int, str]:
+    return {each.line: each.reason for each in found.bad}
+
+
+@pytest.mark.parametrize("ending", [".csv", ".tsv", ".CSV"])
+@pytest.mark.parametrize("newline", ["\n", "\r\n", "\r"])
+@pytest.mark.parametrize("mark", ["", "\ufeff"])
+def test_columns(tmp_path, ending, newline, mark):
+    lines = [
+        ["Relation", "subject", "prompt", "object", "weight"],
+        ["city", "The Space Needle", "{} is located in the city of", " Seattle ", "0.5"],
+        [],
+        ["", "Rome", "The capital {} is in", "Italy", ""],
+    ]
+    comma = "," if ending.lower() == ".csv" else "\t"
+    found = table(tmp_path, mark + newline.join(comma.join(line) for line in lines) + newline, ending)
+    assert found.rows == (FactRow(2, NEEDLE, "city", "2"), FactRow(4, ROME, "", "4"))
+    assert not found.bad
+    assert found.unit == "line"
+
+
+def test_quotes_and_newlines_in_fields(tmp_path):
+    content = 'subject,prompt\n"Tom,\nDick","{} said\n ""no"" to"\n\nRome,{} is in\n'
+    found = table(tmp_path, content)
+    assert [(row.line, row.fact.subject) for row in found.rows] == [(2, "Tom,\nDick"), (6, "Rome")]
+    assert found.rows[0].fact.prompt == '{} said\n "no" to'
+
+
+def test_each_bad_line_is_told_and_the_others_are_read(tmp_path):
+    lines = [
+        b"subject,prompt,object,relation",
+        b"Rome,The capital {} is in,Italy,",
+        b",{} is in,France,",
+        b"Paris,,France,",
+        b"Paris,{} and {} are in,France,",
+        b"Paris,The capital is in,France,",
+        b"Paris,Paris is Paris in,France,",
+        b"Paris,In {}, the river is,Seine,",
+        b"Z\xfcrich,{} is in,Switzerland,",
+        b'"Heroes,{} is by,David Bowie,',
+        b'"Weird Al" Yankovic,{} is from,California,',
+        b" Rome , The capital {} is in , Italy,again",
+        b",,,",
+        b"Bern,{} is in",
+        b"Bern,{} is in,,",
+    ]
+    found = table(tmp_path, b"\n".join(lines))
+    assert [(row.line, row.fact.subject) for row in found.rows] == [(2, "Rome"), (15, "Bern")]
+    said = bad(found)
+    assert list(said) == [3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 14]
+    for line, part in {
+        3: "subject is empty",
+        4: "prompt is empty",
+        5: "2 places",
+        6: "exactly once",
+        7: "exactly once",
+        8: "5 fields for 4 columns",
+        9: "UTF-8",
+        10: "cannot be taken apart",
+        11: "cannot be taken apart",
+        14: "2 fields for 4 columns",
+        12: "the same fact as line 2",
+    }.items():
+        assert part in said[line], line
+
+
+def test_a_filled_prompt_gets_its_place_back(tmp_path):
+    content = (
+        "subject,template,prompt,object\n"
+        "Rome,,The capital Rome is in,Italy\n"
+        "Paris,{} is the city of,Paris is the city of Paris,Hilton\n"
+        "Oslo,{} lies in,,Norway\n"
+        "Bern,{} lies on,The city Bern is in,Switzerland\n"
+    )
+    prompts = [row.fact.prompt for row in table(tmp_path, content).rows]
+    assert prompts == ["The capital {} is in", "{} is the city of Paris", "{} lies in", "The city {} is in"]
+
+
+KNOWN = {
+    "known_id": 175,
+    "subject": "Rome",
+    "attribute": "Italy",
+    "template": "{} is in",
+    "prediction": " the heart of Italy",
+    "prompt": "Rome is in the heart of",
+    "relation_id": "P17",
+}
+
+
+def test_known_facts(tmp_path):
+    wrong = [
+        {**KNOWN, "subject": None},
+        {**KNOWN, "subject": 1984},
+        {**KNOWN, "attribute": ["Italy"]},
+        {**KNOWN, "relation_id": "\ud800"},
+        ["Rome"],
+        KNOWN,
+    ]
+    row = FactRow(1, Fact("Rome", "{} is in the heart of", "Italy"), "P17", "175")
+    found = table(tmp_path, json.dumps([KNOWN, *wrong]), ".json")
+    assert found.rows == (row,)
+    assert found.unit == "entry"
+    parts = ["subject is empty", "subject is text, not int", "attribute is text, not list", "lone surrogate"]
+    parts += ["no JSON object", "the same fact as entry 1"]
+    for each, line, part in zip(found.bad, range(2, 8), parts, strict=True):
+        assert each.line == line
+        assert part in each.reason
+
+
+def test_known_facts_of_the_published_code():
+    path = SHARED / "data" / "known_facts_sample.json"
+    if not path.is_file():
+        pytest.skip(f"the sample is not here ({path})")
+    found = read_facts(path)
+    assert len(found.rows) == 200
+    assert not found.bad
+    for row, entry in zip(found.rows, json.loads(path.read_text(encoding="utf-8")), strict=True):
+        assert row.fact.text == entry["prompt"]
+        assert row.fact.prompt.startswith(entry["template"])
+        assert (row.fact.object, row.relation) == (entry["attribute"], entry["relation_id"])
+        assert row.name == str(entry["known_id"])
+
+
+def test_json_lines(tmp_path):
+    good = json.dumps({"subject": "Rome", "prompt": "The capital {} is in", "object": "Italy"})
+    deep = "[" * 100_000
+    content = f"\ufeff{good}\r\n\r\n{{broken\n[1]\n{deep}\n".encode() + good.encode().replace(b"Rome", b"R\xf4me")
+    found = table(tmp_path, content, ".jsonl")
+    assert found.rows == (FactRow(1, ROME, "", "1"),)
+    said = bad(found)
+    assert list(said) == [3, 4, 5, 6]
+    assert said[3].startswith("no JSON: ")
+    assert said[4] == "no JSON object"
+    assert "UTF-8" in said[6]
+
+
+@pytest.mark.parametrize(
+    ("content", "ending", "message"),
+    [
+        (b"", ".csv", "is empty"),
+        (b" \n\n", ".tsv", "is empty"),
+        (b"", ".jsonl", "is empty"),
+        (b"", ".json", "is empty"),
+        (b"[]", ".json", "is empty"),
+        (b"subject,prompt\n", ".csv", "is empty"),
+        (b"subject,prompt\nRome,is\n", ".csv", "line 2: the prompt 'is'"),
+        (b"[1]", ".json", "entry 1: no JSON object"),
+        (b"{}", ".json", "no list of facts"),
+        (b"[{]", ".json", "is no JSON"),
+        (b"a,b\nc,d\n", ".csv", r"names no columns of facts \(.*'a', 'b'.*needs subject and prompt"),
+        (b"subject,prompt\nRome,{} is in\n", ".tsv", "with a tab between"),
+        (b'"subject,prompt\n', ".csv", "names no columns of facts"),
+        ("subject,prompt\nRome,{} is in\n".encode("utf-16"), ".csv", "UTF-16"),
+        (b"\0\0\0", ".csv", "names no columns"),
+    ],
+)
+def test_files_without_facts(tmp_path, content, ending, message):
+    with pytest.raises(ResultFileError, match=message):
+        table(tmp_path, content, ending)
+
+
+def test_wrong_places(tmp_path):
+    with pytest.raises(ResultFileError, match="there is no file"):
+        read_facts(tmp_path / "none.csv")
+    with pytest.raises(ConfigError, match=r"\.csv, \.tsv, \.jsonl, \.json"):
+        read_facts(tmp_path / "facts.xlsx")
+    with pytest.raises(ConfigError, match=r"\.csv, \.tsv, \.jsonl$"):
+        write_facts(tmp_path / "facts.json", [])
+    with pytest.raises(OutputError):
+        write_facts("/proc/none/facts.csv", [])
+
+
+# Any characters but halves of one; NUL, which csv reads only from Python 3.11 on, is left out.
+TEXT = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), max_size=8).map(str.strip)
+WORD = TEXT.filter(bool)
+
+
+@given(
+    st.lists(st.tuples(WORD, TEXT, TEXT, TEXT, WORD), min_size=1, max_size=4), st.sampled_from(["csv", "tsv", "jsonl"])
+)
+def test_what_is_written_is_read_back(tmp_path_factory, values, ending):
+    facts = {}
+    for subject, rest, object_, relation, name in values:
+        if "{}" not in rest:
+            facts[Fact(subject, f"{rest} {{}}".strip(), object_)] = (relation, name)
+    rows = [FactRow(0, fact, *labels) for fact, labels in facts.items()]
+    if not rows:
+        return
+    path = tmp_path_factory.mktemp("t") / f"t.{ending}"
+    write_facts(path, rows)
+    found = read_facts(path)
+    assert [(r.fact, r.relation, r.name) for r in found.rows] == [(r.fact, r.relation, r.name) for r in rows]
+    assert not found.bad
