@@ -135,8 +135,8 @@ class Recording:
 
     def _refusal(self, layer: int, what: str) -> UnsupportedModel:
         return UnsupportedModel(
-            f"{self.model.anatomy.blocks}.{layer}: resumed in the middle of a text, {what}. {self.model.name} cannot be "
-            "replayed from a recorded run; load it with attn_implementation='eager' or 'sdpa' if it has another"
+            f"{self.model.anatomy.blocks}.{layer}: resumed in the middle of a text, {what}, so {self.model.name} "
+            "cannot be replayed from a recorded run; load it with attn_implementation='eager' if it has another"
         )
 
 

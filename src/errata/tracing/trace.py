@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from errata.base.errors import ConfigError, FactError
+from errata.base.errors import ConfigError, Diverged, FactError
 from errata.base.facts import Fact
 from errata.models.fingerprint import weights_digest
 from errata.models.memory import free_memory
@@ -71,6 +71,7 @@ def trace(
         ConfigError: if a setting is unknown or out of range.
         FactError: if the prompt does not fit the model's context, or there is no object where one is needed.
         UnsupportedModel: if the model's blocks cannot be resumed.
+        Diverged: if the model gives probabilities that are no numbers.
     """
     config = chosen(config, settings)
     prepared = prepare(model, fact, config)
@@ -139,6 +140,11 @@ def prepare(model: Model, fact: Fact, config: TraceConfig) -> Prepared:
     return prepared
 
 
+def enough_memory(model: Model) -> int:
+    """Bytes beyond which more memory makes a trace no faster."""
+    return _ENOUGH.get(model.device.type, _ENOUGH["cpu"])
+
+
 def checked_memory(memory: int | None, model: Model) -> int:
     """Bytes that runs may take.
 
@@ -147,7 +153,7 @@ def checked_memory(memory: int | None, model: Model) -> int:
     """
     if memory is not None and memory < 1:
         raise ConfigError(f"memory is {memory}: give the bytes that runs may take, or None to have them measured")
-    return memory or min(_ENOUGH.get(model.device.type, 2**31), free_memory(model.device) // 2)
+    return memory or min(enough_memory(model), free_memory(model.device) // 2)
 
 
 def rows_at_once(model: Model, length: int, config: TraceConfig, memory: int) -> int:
@@ -276,7 +282,7 @@ class _Runs:
         self.clean = found[:count]
         corrupted = found[count:].reshape(count, samples).sum(1)
         self.corrupted += corrupted
-        self._restore(recording, owner, corrupted.numpy(), samples, tell)
+        self._restore(recording, owner, corrupted.numpy(), tell)
 
     def _read_answers(self, clean: Tensor) -> None:
         """What the model says, and what is scored, from the last states `[facts, scored, d_model]` of clean runs."""
@@ -284,9 +290,7 @@ class _Runs:
         own = [(int(token),) for token in self.said]
         self.targets = torch.tensor([fact.target or mine for fact, mine in zip(self.facts, own, strict=True)])
 
-    def _restore(
-        self, recording: Recording, owner: Tensor, corrupted: np.ndarray, samples: int, tell: Progress
-    ) -> None:
+    def _restore(self, recording: Recording, owner: Tensor, corrupted: np.ndarray, tell: Progress) -> None:
         """Add restored runs, token by token."""
         layers = self.model.n_layers
         roles = [token_roles(self.prompt, fact.span.first, fact.span.last) for fact in self.facts]
@@ -319,7 +323,10 @@ class _Runs:
         traced: Sequence[int],
         corrupted: np.ndarray,
     ) -> None:
-        """Put restored runs of one token of some facts in the place of corrupted ones. `rows` are without clean ones."""
+        """Put restored runs of one token of some facts in the place of corrupted ones.
+
+        `rows` count corrupted runs alone, `owner` are their facts; both `[g]`.
+        """
         device, count = self.model.device, len(self.facts)
         # What the last block writes at a token that is not scored reaches nothing.
         reaching = self.model.n_layers if token >= self.prompt - 1 else self.model.n_layers - 1
@@ -339,14 +346,26 @@ class _Runs:
         return self.memory // 4 // 3 // self.model.dtype.itemsize
 
     def _probabilities(self, states: Tensor, targets: Tensor) -> Tensor:
-        """Probability `[rows]`, float64 on the CPU, of answers `[rows, scored]` after states `[rows, scored, d_model]`."""
+        """Probabilities of answers `[rows, scored]` after last states `[rows, scored, d_model]`.
+
+        Float64 `[rows]`, on the CPU.
+
+        Raises:
+            Diverged: if one is no number.
+        """
         share = max(1, _LOGITS_AT_ONCE // self.model.vocab_size // self.scored)
         found = []
         for some, wanted in zip(states.split(share), targets.to(states.device).split(share), strict=True):
             logits = self.model.unembed(some)
             wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
             found.append(wide.softmax(-1).gather(-1, wanted[..., None])[..., 0].cpu().double().prod(-1))
-        return torch.cat(found)
+        whole = torch.cat(found)
+        if not bool(whole.isfinite().all()):
+            raise Diverged(
+                f"{self.model.name} gives probabilities that are no numbers in {self.model.dtype}, so nothing can be "
+                "traced: load it with dtype 'float32' or 'bfloat16'"
+            )
+        return whole
 
 
 def _shares(starts: Sequence[Start], lane: int, most: int) -> Iterator[list[Start]]:

@@ -1,0 +1,165 @@
+"""Tracing many facts into one file, which survives a kill at any moment and goes on where it stopped.
+
+Facts of one length in tokens are traced together. Who is traced with whom depends on the facts and settings alone, not
+on how far an earlier run came, so that a resumed file is the same, number for number, as one written in one go.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from errata.base.errors import ConfigError, FactError, ResultFileError
+from errata.base.facts import Fact
+from errata.base.interrupt import deferred_interrupt
+from errata.base.journal import Journal, read_journal
+from errata.base.versions import library_versions
+from errata.models.fingerprint import weights_digest
+from errata.models.model import Model
+from errata.tracing.config import TraceConfig
+from errata.tracing.result import FORMAT, KIND, CausalTrace, as_record, from_record
+from errata.tracing.trace import (
+    Prepared,
+    Progress,
+    checked_memory,
+    chosen,
+    enough_memory,
+    prepare,
+    rows_at_once,
+    trace_together,
+)
+
+# More facts at a time are not faster, and more is lost with a kill. The bounds are on multiply-adds.
+_FACTS_AT_ONCE = 8
+_WORK_AT_ONCE = {"cpu": 2e12, "cuda": 2e14}
+
+
+@dataclass(frozen=True, eq=False)
+class TracedFacts:
+    """What came of tracing many facts.
+
+    Attributes:
+        traces: of the facts that could be traced, in the order of the facts.
+        refused: (index of the fact, reason) of those that could not.
+    """
+
+    traces: tuple[CausalTrace, ...]
+    refused: tuple[tuple[int, str], ...]
+
+
+def trace_facts(
+    model: Model,
+    facts: Sequence[Fact],
+    path: str | Path,
+    config: TraceConfig | None = None,
+    *,
+    subjects: Sequence[str] | None = None,
+    memory: int | None = None,
+    progress: Progress | None = None,
+    **settings: Any,
+) -> TracedFacts:
+    """Trace facts and keep every trace in a file as soon as it is there.
+
+    If the file is there already, of the same model, facts and settings, what it holds is not traced again. Ctrl-C ends
+    the run after the facts under way; a second one at once.
+
+    Args:
+        model: any decoder.
+        facts: what to trace.
+        path: the file, which `load_traces` reads too.
+        config: the settings; or give them by name, as for `trace`.
+        subjects: where σ is measured; None: on the subjects of all these facts, as in the paper.
+        memory: as for `trace`.
+        progress: called with facts done and facts in all.
+        **settings: of `TraceConfig`.
+
+    Raises:
+        ConfigError: if there are no facts, or a setting is unknown or out of range.
+        ResultFileError: if the file is of another model, other facts or settings, or broken.
+        OutputError: if the file cannot be written, or another run is writing to it.
+        KeyboardInterrupt: after Ctrl-C, once the file is in order.
+    """
+    config = chosen(config, settings)
+    if not facts:
+        raise ConfigError("there is no fact to trace: give at least one")
+    prepared, refused = _prepare_all(model, facts, config)
+    disturbance = config.corruption.measure(model, [f.subject for f in facts] if subjects is None else subjects)
+    budget = memory or _memory_of(path) or checked_memory(None, model)
+    header = {
+        "model": model.name,
+        "fingerprint": weights_digest(model.hf),
+        "versions": library_versions(),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "config": config.model_dump(mode="json"),
+        "noise": disturbance.settings,
+        "facts": _digest(facts),
+        "memory": checked_memory(budget, model),
+    }
+    with Journal.open(path, KIND, FORMAT, header) as journal, deferred_interrupt() as stop_here:
+        traces = {record["index"]: from_record(record, header, path) for record in journal.records}
+        if progress:
+            progress(len(traces), len(prepared))
+        for group in _groups(model, prepared, config):
+            if traces.keys() >= set(group):
+                continue
+            together = [prepared[index] for index in group]
+            found = trace_together(model, together, config, [disturbance] * len(group), budget)
+            for index, trace in zip(group, found, strict=True):
+                if index not in traces:
+                    journal.append({"index": index, **as_record(trace)})
+                    traces[index] = trace
+            if progress:
+                progress(len(traces), len(prepared))
+            stop_here()
+    return TracedFacts(tuple(traces[index] for index in sorted(traces)), tuple(refused))
+
+
+def _prepare_all(
+    model: Model, facts: Sequence[Fact], config: TraceConfig
+) -> tuple[dict[int, Prepared], list[tuple[int, str]]]:
+    prepared, refused = {}, []
+    for index, fact in enumerate(facts):
+        try:
+            prepared[index] = prepare(model, fact, config)
+        except FactError as error:
+            refused.append((index, str(error)))
+    return prepared, refused
+
+
+def _groups(model: Model, prepared: dict[int, Prepared], config: TraceConfig) -> list[list[int]]:
+    """Indexes of facts that are traced together: of one length, short ones first."""
+    by_length: dict[tuple[int, int], list[int]] = {}
+    for index, fact in prepared.items():
+        by_length.setdefault((len(fact.ids), len(fact.span.ids)), []).append(index)
+    groups = []
+    for (length, _), members in sorted(by_length.items()):
+        size = _together(model, length, config)
+        groups += [members[begin : begin + size] for begin in range(0, len(members), size)]
+    return groups
+
+
+def _together(model: Model, length: int, config: TraceConfig) -> int:
+    """How many facts of a length are traced at once; from settings alone, so that it is always the same."""
+    rows = rows_at_once(model, length, config, enough_memory(model))
+    block = sum(parameter.numel() for parameter in model.blocks[0].parameters())
+    work = len(config.parts) * config.samples * block * (model.n_layers * length) ** 2 / 4
+    bounds = (_FACTS_AT_ONCE, rows // (config.samples + 1), _WORK_AT_ONCE.get(model.device.type, 2e12) // work)
+    return max(1, int(min(bounds)))
+
+
+def _memory_of(path: str | Path) -> int | None:
+    """The memory with which the file at `path` was begun: how rows are batched decides the last bits."""
+    with contextlib.suppress(ResultFileError):  # there is none, or opening it will say what is wrong
+        memory = read_journal(path, KIND, FORMAT)[0].get("memory")
+        return memory if isinstance(memory, int) else None
+    return None
+
+
+def _digest(facts: Sequence[Fact]) -> str:
+    """sha256, in hex, of facts in their order."""
+    return hashlib.sha256(json.dumps([[f.subject, f.prompt, f.object] for f in facts]).encode()).hexdigest()
