@@ -17,7 +17,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,6 +30,7 @@ from errata.tracing.result import ROLES, CausalTrace
 
 if TYPE_CHECKING:
     import pandas
+    from matplotlib.figure import Figure
 
 KIND = "average effects"
 FORMAT = 1
@@ -43,6 +44,7 @@ _COLUMNS = ("mean", "low", "high", "boot_low", "boot_high", "facts")
 _PLACE = ("part", "role", "layer")
 _SCALARS = ("clean", "corrupted", "total_effect")
 _SCOPES = ("subject", "all")
+_BARS = ("state", "severed_attention", "severed_mlp")
 
 _Array = NDArray[Any]
 
@@ -144,6 +146,73 @@ class AverageEffects:
     def _scalar(self, name: str) -> float:
         value = self.means[name].mean
         return float("nan") if value is None else value
+
+    # ---- pictures -------------------------------------------------------------------------------------
+
+    def figure(self) -> Figure:
+        """AIE of each part as maps, roles by layers, after Figure 2 of the paper.
+
+        Raises:
+            MissingExtra: if matplotlib is not installed.
+        """
+        from errata.plots.averages import average_figure
+
+        return average_figure(self.mean, ROLES, counts=self.counts, window=self._window, title=self._title)
+
+    def lines(self) -> Figure:
+        """AIE of each part with its normal intervals as lines over layers, after Figure 7 of the paper.
+
+        Raises:
+            MissingExtra: if matplotlib is not installed.
+        """
+        from errata.plots.lines import lines_figure
+
+        low, high = ({part: of[end] for part, of in self.sites.items()} for end in ("low", "high"))
+        return lines_figure(self.mean, low, high, ROLES, window=self._window, title=self._title)
+
+    def severed(self) -> Figure:
+        """AIE of the last subject token's state, as it is and with modules severed, after Figure 3 of the paper.
+
+        Raises:
+            ConfigError: if the states, or both kinds of severed ones, were not traced at that token.
+            MissingExtra: if matplotlib is not installed.
+        """
+        from errata.plots.severed import severed_figure
+
+        row = ROLES.index("last subject")
+        traced = {part: of for part, of in self.sites.items() if of["facts"][row].any()}
+        bars = {part: traced[part] for part in _BARS if part in traced}
+        if "state" not in bars or len(bars) < 2:
+            raise ConfigError(
+                "bars of severed states stand beside those of the states at the last subject token, and what was "
+                f"traced there is {', '.join(traced) or 'nothing'}: trace with parts={','.join(_BARS)}"
+            )
+        mean, low, high = ({part: of[name][row] for part, of in bars.items()} for name in ("mean", "low", "high"))
+        return severed_figure(mean, low, high, title=f"{self._title}\nat the last subject token")
+
+    def plot(self, path: str | Path, kind: Literal["maps", "lines", "severed"] = "maps") -> None:
+        """Write `figure()`, `lines()` or `severed()` as PNG, SVG or PDF, by the path's ending.
+
+        Raises:
+            ConfigError: if the ending or the kind is another, or what the kind shows was not traced.
+            OutputError: if the file cannot be written.
+            MissingExtra: if matplotlib is not installed.
+        """
+        from errata.plots.drawing import require_ending, save
+
+        require_ending(path)
+        figures = {"maps": self.figure, "lines": self.lines, "severed": self.severed}
+        if kind not in figures:
+            raise ConfigError(f"averages are drawn as {', '.join(figures)}, not as {kind!r}: choose one of them")
+        save(figures[kind](), path)
+
+    @property
+    def _window(self) -> int | None:
+        return self.settings.get("window")
+
+    @property
+    def _title(self) -> str:
+        return f"{self.model}: {self.facts:,} facts, ATE {100 * self.total_effect:.1f} percentage points"
 
     # ---- tables and files -----------------------------------------------------------------------------
 

@@ -73,7 +73,7 @@ def trace_facts(
         facts: what to trace.
         path: the file, which `load_traces` reads too.
         config: the settings; or give them by name, as for `trace`.
-        subjects: where σ is measured; None: on the subjects of all these facts, as in the paper.
+        subjects: where σ is measured; None: on the subjects of all facts that can be traced, as in the paper.
         memory: as for `trace`.
         progress: called with facts done and facts in all.
         **settings: of `TraceConfig`.
@@ -88,7 +88,11 @@ def trace_facts(
     if not facts:
         raise ConfigError("there is no fact to trace: give at least one")
     prepared, refused = _prepare_all(model, facts, config)
-    disturbance = config.corruption.measure(model, [f.subject for f in facts] if subjects is None else subjects)
+    if not prepared:
+        return TracedFacts((), tuple(refused))
+    if subjects is None:
+        subjects = [each.fact.subject for each in prepared.values()]
+    disturbance = config.corruption.measure(model, subjects)
     budget = memory or _memory_of(path) or checked_memory(None, model)
     header = {
         "model": model.name,

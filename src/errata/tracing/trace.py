@@ -40,6 +40,7 @@ Progress = Callable[[int, int], None]  # (sites done, sites in all)
 
 # What one trace may take by default: more would not make it faster.
 _ENOUGH = {"cpu": 2 * 2**30, "cuda": 24 * 2**30}
+_ROWS_WAITING = 1024  # before the head reads them together
 _LOGITS_AT_ONCE = 2**25
 
 
@@ -223,6 +224,25 @@ def trace_together(
     ]
 
 
+@dataclass(frozen=True)
+class _Ended:
+    """Restored runs of a token, before the head.
+
+    Attributes:
+        token: which.
+        traced: indexes of the facts.
+        lanes: (part, layers of the sites), of rows for every fact and sample.
+        states: the last block's `[rows, scored, d_model]`.
+        targets: `[rows, scored]`.
+    """
+
+    token: int
+    traced: Sequence[int]
+    lanes: Sequence[tuple[str, tuple[int, ...]]]
+    states: Tensor
+    targets: Tensor
+
+
 class _Runs:
     """Clean, corrupted and restored runs of facts of one length, summed over samples of noise.
 
@@ -306,40 +326,44 @@ class _Runs:
                     traced.append(index)
             todo.append((token, traced))
         sites = sum(len(traced) for _, traced in todo) * len(self.config.parts) * layers
-        done = 0
+        done, ended = 0, []
         for token, traced in todo:
             if traced:
                 rows = torch.isin(owner, torch.tensor(traced)).nonzero()[:, 0]
-                self._sweep(recording, token, rows, owner[rows], traced, corrupted)
+                ended += self._sweep(recording, token, rows, owner[rows], traced)
             done += len(traced) * len(self.config.parts) * layers
+            if sum(len(each.states) for each in ended) >= _ROWS_WAITING or token == self.prompt - 1:
+                self._read_restored(ended, corrupted)
+                ended = []
             tell(done, sites)
 
     def _sweep(
-        self,
-        recording: Recording,
-        token: int,
-        rows: Tensor,
-        owner: Tensor,
-        traced: Sequence[int],
-        corrupted: np.ndarray,
-    ) -> None:
-        """Put restored runs of one token of some facts in the place of corrupted ones.
-
-        `rows` count corrupted runs alone, `owner` are their facts; both `[g]`.
-        """
+        self, recording: Recording, token: int, rows: Tensor, owner: Tensor, traced: Sequence[int]
+    ) -> list[_Ended]:
+        """Restored runs of one token of some facts; `rows` count corrupted runs alone, `owner` are their facts, `[g]`."""
         device, count = self.model.device, len(self.facts)
         # What the last block writes at a token that is not scored reaches nothing.
         reaching = self.model.n_layers if token >= self.prompt - 1 else self.model.n_layers - 1
         starts = [start for start in self.starts if start.layer < reaching]
+        ended = []
         for some in _shares(starts, len(rows) * (self.length - token) * self.model.d_model, self._numbers()):
             lanes, states = sweep(
                 recording, some, token, (rows + count).to(device), owner.to(device), scored=self.scored
             )
-            targets = self.targets[owner].repeat(len(lanes), 1)
-            found = self._probabilities(states.flatten(0, 1), targets).reshape(len(lanes), len(traced), -1).sum(-1)
-            for (part, layers), values in zip(lanes, found.numpy(), strict=True):
+            ended.append(_Ended(token, traced, lanes, states.flatten(0, 1), self.targets[owner].repeat(len(lanes), 1)))
+        return ended
+
+    def _read_restored(self, ended: Sequence[_Ended], corrupted: np.ndarray) -> None:
+        """Put the probabilities of restored runs in the place of corrupted ones. All at once: the head is large."""
+        if not ended:
+            return
+        states, targets = torch.cat([e.states for e in ended]), torch.cat([e.targets for e in ended])
+        found = self._probabilities(states, targets).split([len(e.states) for e in ended])
+        for each, values in zip(ended, found, strict=True):
+            sums = values.reshape(len(each.lanes), len(each.traced), -1).sum(-1).numpy()
+            for (part, layers), of_lane in zip(each.lanes, sums, strict=True):
                 for layer in layers:
-                    self.restored[part][traced, token, layer] += values - corrupted[traced]
+                    self.restored[part][each.traced, each.token, layer] += of_lane - corrupted[each.traced]
 
     def _numbers(self) -> int:
         """How many numbers the states of a sweep may have: they are there thrice when rows join."""
