@@ -18,6 +18,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -102,14 +103,16 @@ def multiply_adds(layers: int, width: int, length: int) -> float:
     block, head = 12 * width**2, VOCABULARY * width
 
     def per_token(token: int, last: bool) -> float:
-        """One row of one block on the tokens from `token` on; of the last block only keys, values and the last token."""
+        """One row of one block on the tokens from `token` on; of the last one keys, values and the last token alone."""
         count = length - token
         linear = (count - 1) * 3 * width**2 + block if last else count * block
         return linear + 2 * width * length * (1 if last else count)
 
     total = float((SAMPLES + 1) * layers * length * (block + 2 * width * length))  # the recording
     for part in PARTS:
-        windows = [window_layers(i, WINDOW, "paper", layers) if part != "state" else range(i, i + 1) for i in range(layers)]
+        windows = [
+            window_layers(i, WINDOW, "paper", layers) if part != "state" else range(i, i + 1) for i in range(layers)
+        ]
         begins: dict[int, list[int]] = {}
         for window in windows:
             begins.setdefault(window[0], []).append(window[-1])
@@ -213,7 +216,12 @@ def many() -> list[dict]:
     shape = "12 x 768, 6 to 15 tokens, 2 threads, float32"
     return [
         row(f"three maps of 10 facts ({shape})", plain, ten, seconds_a_fact=ten / 10),
-        row(f"three maps of 100 facts ({shape}; plain: 10 x that of 10)", 10 * plain, hundred, seconds_a_fact=hundred / 100),
+        row(
+            f"three maps of 100 facts ({shape}; plain: 10 x that of 10)",
+            10 * plain,
+            hundred,
+            seconds_a_fact=hundred / 100,
+        ),
     ]
 
 
@@ -224,7 +232,7 @@ def curves() -> list[dict]:
     for layers, length in [(12, 8), (12, 16), (12, 32), (12, 64), (6, 10), (12, 10), (24, 10)]:
         model, fact = gpt2(layers, 768), fact_of(length)
         fastest = peak()
-        ours = seconds(lambda: replayed(model, fact))
+        ours = seconds(partial(replayed, model, fact))
         fastest = max(fastest, peak())
         products = multiply_adds(layers, 768, length)
         rows.append(

@@ -26,7 +26,12 @@ if TYPE_CHECKING:
     from errata.models.model import Model as Model
     from errata.statistics.collect import collect
     from errata.statistics.second_moment import SecondMoment as SecondMoment
+    from errata.tracing.average import average_effects as average_effects
+    from errata.tracing.config import TraceConfig as TraceConfig
+    from errata.tracing.gradients import integrated_gradients as integrated_gradients
+    from errata.tracing.many import trace_facts as trace_facts
     from errata.tracing.result import CausalTrace as CausalTrace
+    from errata.tracing.result import load_traces as load_traces
     from errata.tracing.trace import trace as trace
 
     second_moments = collect
@@ -45,6 +50,11 @@ _HOME = {
     "Model": ("errata.models.model", "Model"),
     "second_moments": ("errata.statistics.collect", "collect"),
     "SecondMoment": ("errata.statistics.second_moment", "SecondMoment"),
+    "TraceConfig": ("errata.tracing.config", "TraceConfig"),
+    "trace_facts": ("errata.tracing.many", "trace_facts"),
+    "load_traces": ("errata.tracing.result", "load_traces"),
+    "average_effects": ("errata.tracing.average", "average_effects"),
+    "integrated_gradients": ("errata.tracing.gradients", "integrated_gradients"),
     "CausalTrace": ("errata.tracing.result", "CausalTrace"),
 }
 

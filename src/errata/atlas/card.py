@@ -110,7 +110,7 @@ def indirect_effects(model: Model, world: World, progress: Progress) -> dict[str
             continue
         traces.append(trace(model, asked, window=3))
         progress("tracing", len(traces), TRACED)
-    mean = average_effects(traces)
+    mean = average_effects(traces, min_effect=-1)  # all of them: what the model knows is known here
     return {
         "facts": mean.facts,
         "samples": 10,
