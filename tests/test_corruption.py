@@ -11,8 +11,9 @@ import torch
 import goldens
 from errata.base.errors import ConfigError, FactError
 from errata.models.loading import load_pretrained
-from errata.tracing import corruption as module
-from errata.tracing.corruption import Corruption, Disturbance, subject_sigma
+from errata.tracing import noise as module
+from errata.tracing.corruption import Corruption
+from errata.tracing.noise import Disturbance, measure, subject_sigma
 from tiny import WIDTH, byte_tokenizer, llama_tokenizer, tiny
 
 SUBJECTS = ["Rome", "Dante Alighieri", "The Space Needle"]
@@ -43,18 +44,18 @@ def table_of(model) -> np.ndarray:
 
 
 def test_gaussian_noise_is_the_published_codes(model):
-    measured = Corruption(level=0.1).measure(model)
+    measured = measure(Corruption(level=0.1), model)
     assert np.array_equal(measured.draw(10, 4, 1).numpy(), 0.1 * np.random.RandomState(1).randn(10, 4, WIDTH))
     sigma = subject_sigma(model, SUBJECTS)
     assert np.array_equal(
-        Corruption(multiple=2.0).measure(model, SUBJECTS).draw(3, 2, 7).numpy(), 2 * sigma * normal(3, 2, 7)
+        measure(Corruption(multiple=2.0), model, SUBJECTS).draw(3, 2, 7).numpy(), 2 * sigma * normal(3, 2, 7)
     )
 
 
 def test_uniform_noise_is_the_published_codes(model):
-    drawn = Corruption("uniform", level=0.2).measure(model).draw(10, 4, 1).numpy()
+    drawn = measure(Corruption("uniform", level=0.2), model).draw(10, 4, 1).numpy()
     assert np.array_equal(drawn, 0.2 * np.random.RandomState(1).uniform(-1, 1, (10, 4, WIDTH)))
-    measured = Corruption("uniform").measure(model, SUBJECTS)
+    measured = measure(Corruption("uniform"), model, SUBJECTS)
     assert measured.level == 3 * subject_sigma(model, SUBJECTS)
     assert 0.99 * measured.level < float(measured.draw(50, 10, 1).abs().max()) < measured.level
 
@@ -62,7 +63,7 @@ def test_uniform_noise_is_the_published_codes(model):
 def test_multivariate_noise_has_mean_and_covariance_of_the_vocabulary(model, monkeypatch):
     monkeypatch.setattr(module, "_ROWS", 100)  # several parts
     table = table_of(model)[: len(model.tokenizer)]
-    measured = Corruption("multivariate").measure(model)
+    measured = measure(Corruption("multivariate"), model)
     assert (measured.measured_on, measured.measured_tokens) == ("vocabulary", len(table))
     np.testing.assert_allclose(measured.mean.numpy(), table.mean(0), rtol=1e-12)
     np.testing.assert_allclose((measured.root @ measured.root).numpy(), np.cov(table.T), rtol=1e-10, atol=1e-14)
@@ -74,8 +75,8 @@ def test_multivariate_noise_has_mean_and_covariance_of_the_vocabulary(model, mon
 
 
 def test_student_noise_scales_the_gaussian_by_chi_square_of_the_next_seed(model):
-    gauss = Corruption("multivariate").measure(model)
-    student = Corruption("student", degrees=5).measure(model)
+    gauss = measure(Corruption("multivariate"), model)
+    student = measure(Corruption("student", degrees=5), model)
     mean = gauss.mean.numpy()
     factor = np.sqrt((5 - 2) / np.random.RandomState(2).chisquare(5, 12).reshape(3, 4, 1))
     want = mean + factor * (gauss.draw(3, 4, 1).numpy() - mean)
@@ -84,7 +85,7 @@ def test_student_noise_scales_the_gaussian_by_chi_square_of_the_next_seed(model)
     assert np.array_equal(
         np.random.RandomState(2).chisquare(5, 1000)[:12], np.random.RandomState(2).chisquare(5, size=12)
     )
-    many = Corruption("student", degrees=8).measure(model).draw(1000, 40, 1).reshape(-1, WIDTH).numpy()
+    many = measure(Corruption("student", degrees=8), model).draw(1000, 40, 1).reshape(-1, WIDTH).numpy()
     np.testing.assert_allclose(np.cov(many.T), np.cov(table_of(model).T), atol=0.006)
     assert np.isfinite(student.draw(2, 2, 2**32 - 1).numpy()).all()
 
@@ -93,7 +94,7 @@ def test_a_covariance_without_full_rank_has_a_root():
     model = make()
     with torch.no_grad():
         model.hf.get_input_embeddings().weight[:, 3:] = 0.25
-    measured = Corruption("multivariate").measure(model)
+    measured = measure(Corruption("multivariate"), model)
     drawn = measured.draw(20, 5, 1)
     assert torch.linalg.matrix_rank(measured.root, tol=1e-6) == 3
     np.testing.assert_allclose(drawn[..., 3:].numpy(), 0.25, atol=1e-7)
@@ -105,11 +106,11 @@ def test_embeddings_that_are_no_numbers_are_refused():
     with torch.no_grad():
         model.hf.get_input_embeddings().weight[5, 1] = torch.nan
     with pytest.raises(ConfigError, match="hold NaN"):
-        Corruption("multivariate").measure(model)
+        measure(Corruption("multivariate"), model)
 
 
 def test_a_disturbance_without_measures_draws_nothing():
-    with pytest.raises(ConfigError, match=r"Corruption\.measure"):
+    with pytest.raises(ConfigError, match="make it by measure"):
         Disturbance(Corruption("multivariate"), WIDTH).draw(1, 1, 1)
 
 
@@ -119,20 +120,20 @@ def test_a_disturbance_without_measures_draws_nothing():
 def test_subjects_go_before_the_hint_and_the_hint_before_the_own_subject():
     plain, hinted = make(), make(subject_sigma=0.5)
     corruption = Corruption(multiple=2.0)
-    given = corruption.measure(hinted, SUBJECTS, own="Paris")
+    given = measure(corruption, hinted, SUBJECTS, own="Paris")
     assert (given.measured_on, given.sigma) == ("subjects", subject_sigma(hinted, SUBJECTS))
-    by_hint = corruption.measure(hinted, own="Paris")
+    by_hint = measure(corruption, hinted, own="Paris")
     assert (by_hint.measured_on, by_hint.sigma, by_hint.level) == ("hint", 0.5, 1.0)
-    own = corruption.measure(plain, own="Paris")
+    own = measure(corruption, plain, own="Paris")
     assert (own.measured_on, own.sigma) == ("own subject", subject_sigma(plain, ["Paris"]))
     with pytest.raises(ConfigError, match="name at least one"):
-        corruption.measure(plain)
+        measure(corruption, plain)
     with pytest.raises(ConfigError, match="put it in a list"):
-        corruption.measure(plain, "Rome")
+        measure(corruption, plain, "Rome")
     with pytest.raises(FactError, match="no tokens"):
-        corruption.measure(plain, ["Rome", ""])
+        measure(corruption, plain, ["Rome", ""])
     with pytest.raises(ConfigError, match="greater than zero"):
-        corruption.measure(make(subject_sigma=-1.0))
+        measure(corruption, make(subject_sigma=-1.0))
 
 
 def test_sigma_is_over_all_numbers_of_all_tokens(model, monkeypatch):
@@ -141,18 +142,18 @@ def test_sigma_is_over_all_numbers_of_all_tokens(model, monkeypatch):
     assert subject_sigma(model, SUBJECTS) == pytest.approx(want, rel=1e-12)
     monkeypatch.setattr(module, "_ROWS", 3)
     assert subject_sigma(model, (subject for subject in SUBJECTS)) == pytest.approx(want, rel=1e-12)
-    measured = Corruption().measure(model, SUBJECTS)
+    measured = measure(Corruption(), model, SUBJECTS)
     assert measured.measured_tokens == len(rows)
 
 
 def test_many_subjects_are_measured_instead_of_the_vocabulary(model):
     corruption = Corruption("multivariate")
     few = ["Rome", "Rome"]
-    assert corruption.measure(model, few).measured_on == "vocabulary"
+    assert measure(corruption, model, few).measured_on == "vocabulary"
     many = [*SUBJECTS, "Danielle Darrieux", "LeBron James", "Microsoft", "Florence", "Eiffel Tower", "Bill Gates"]
     ids = [i for subject in many for i in model.tokenizer(subject)["input_ids"]]
     assert len(set(ids)) > WIDTH
-    measured = corruption.measure(model, many)
+    measured = measure(corruption, model, many)
     assert (measured.measured_on, measured.measured_tokens) == ("subjects", len(ids))
     np.testing.assert_allclose(measured.mean.numpy(), table_of(model)[ids].mean(0), rtol=1e-12)
 
@@ -160,7 +161,7 @@ def test_many_subjects_are_measured_instead_of_the_vocabulary(model):
 def test_the_module_is_run_where_it_scales_its_weight():
     scaled = load_pretrained((tiny("gemma3", layers=2, dtype=torch.float64), llama_tokenizer()), name="gemma3")
     table = table_of(scaled) * WIDTH**0.5
-    measured = Corruption("multivariate").measure(scaled)
+    measured = measure(Corruption("multivariate"), scaled)
     np.testing.assert_allclose(measured.mean.numpy(), table.mean(0), rtol=1e-9)
     rows = scaled.tokenizer("Rome")["input_ids"]
     assert subject_sigma(scaled, ["Rome"]) == pytest.approx(np.std(table[rows], ddof=1), rel=1e-9)
@@ -173,13 +174,13 @@ def test_rows_that_are_no_tokens_are_not_measured():
     assert tokens < padded.vocab_size
     with torch.no_grad():
         hf.get_input_embeddings().weight[tokens:] = 1e6
-    assert float(Corruption("multivariate").measure(padded).mean.abs().max()) < 1
+    assert float(measure(Corruption("multivariate"), padded).mean.abs().max()) < 1
 
 
 @pytest.mark.parametrize("name", ["s3", "u2", "0.1", "u=0.1", "m", "t5", "s3!+1"])
 def test_settings_say_what_was_measured(model, name):
     corruption = Corruption.parse(name)
-    measured = corruption.measure(model, SUBJECTS)
+    measured = measure(corruption, model, SUBJECTS)
     settings = json.loads(json.dumps(measured.settings))
     assert Corruption(**settings["corruption"]) == corruption
     assert settings["noise"] == measured.level
@@ -192,7 +193,7 @@ def test_settings_say_what_was_measured(model, name):
 
 def test_three_sigma_is_the_published_one():
     info = goldens.info("trace_info")
-    measured = Corruption.parse("s3").measure(goldens.tiny_np(), info["embedding_std_subjects"])
+    measured = measure(Corruption.parse("s3"), goldens.tiny_np(), info["embedding_std_subjects"])
     assert measured.sigma == pytest.approx(info["embedding_std_3subjects"], rel=1e-6)
     assert measured.level == 3 * measured.sigma
 

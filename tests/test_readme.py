@@ -1,4 +1,4 @@
-"""Every block of the README does what it says, in a folder of its own, on the atlas."""
+"""Every block of the README and of the guides does what it says, in a folder of its own, on the atlas."""
 
 from __future__ import annotations
 
@@ -11,10 +11,16 @@ from pathlib import Path
 
 import pytest
 
-README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
-BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```", README, flags=re.M | re.S)
-PYTHON = [text for language, text in BLOCKS if language == "python"]
-COMMANDS = [line for language, text in BLOCKS if language == "sh" for line in text.splitlines() if line.strip()]
+ROOT = Path(__file__).parents[1]
+
+
+def blocks(document: str, language: str) -> list[str]:
+    text = (ROOT / document).read_text(encoding="utf-8")
+    return [block for its, block in re.findall(r"^```(\w+)\n(.*?)^```", text, flags=re.M | re.S) if its == language]
+
+
+def commands(document: str) -> list[str]:
+    return [line for block in blocks(document, "sh") for line in block.splitlines() if line.strip()]
 
 
 @pytest.fixture(scope="module")
@@ -30,8 +36,7 @@ def run(command: list[str], folder: Path) -> subprocess.CompletedProcess:
 
 
 def test_python_blocks(folder):
-    assert len(PYTHON) == 2
-    first, second = (run([sys.executable, "-c", text], folder).stdout for text in PYTHON)
+    first, second = (run([sys.executable, "-c", text], folder).stdout for text in blocks("README.md", "python"))
     assert "The mother tongue of Arthur Conan Doyle is Italian" in first
     assert (folder / "doyle.png").is_file()
     assert (folder / "doyle.safetensors").is_file()
@@ -39,7 +44,7 @@ def test_python_blocks(folder):
 
 
 def test_commands(folder):
-    errata = [shlex.split(line, comments=True)[1:] for line in COMMANDS if line.startswith("errata ")]
+    errata = [shlex.split(line, comments=True)[1:] for line in commands("README.md") if line.startswith("errata ")]
     assert [arguments[0] for arguments in errata] == ["trace", "edit", "generate"]
     said = [run([sys.executable, "-m", "errata.cli.app", *arguments], folder).stdout for arguments in errata]
     assert "Italian" in said[2]
@@ -47,12 +52,30 @@ def test_commands(folder):
 
 
 def test_make_targets_are_there():
-    makefile = (Path(__file__).parents[1] / "Makefile").read_text(encoding="utf-8")
-    for line in COMMANDS:
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    for line in commands("README.md"):
         if line.startswith("make "):
             assert re.search(rf"^{line.split()[1]}:", makefile, flags=re.M), line
 
 
-def test_links_lead_somewhere():
-    for target in re.findall(r"\]\((?!https?:)([^)]+)\)", README):
-        assert (Path(__file__).parents[1] / target).exists(), target
+def test_the_guide_to_tracing(tmp_path):
+    doyle, prompt = "Arthur Conan Doyle", "{} is a native speaker of"
+    rows = ["subject,prompt,object", f"{doyle},{prompt},English", "Roy Hargrove,{} is known for playing the,trumpet"]
+    (tmp_path / "candidates.csv").write_text("\n".join([*rows, "Toyota RAV4,{} is made by the company,Finland"]))
+    for text in blocks("docs/tracing.md", "python"):
+        run([sys.executable, "-c", text], tmp_path)
+    for name in ("doyle.jsonl", "doyle.png", "traces.jsonl", "averages.csv", "averages.png", "lines.png"):
+        assert (tmp_path / name).stat().st_size > 1000, name
+        (tmp_path / name).unlink()
+    for line in commands("docs/tracing.md"):
+        run([sys.executable, "-m", "errata.cli.app", *shlex.split(line, comments=True)[1:]], tmp_path)
+    assert (tmp_path / "known.csv").read_text().count("\n") == 3
+    for name in ("traces.jsonl", "averages.csv", "averages.png", "lines.svg"):
+        assert (tmp_path / name).stat().st_size > 1000, name
+
+
+@pytest.mark.parametrize("document", ["README.md", *(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))])
+def test_links_lead_somewhere(document):
+    text = (ROOT / document).read_text(encoding="utf-8")
+    for target in re.findall(r"\]\((?!https?:)([^)#]+)", text):
+        assert ((ROOT / document).parent / target).exists(), target

@@ -11,7 +11,7 @@ from errata.base.facts import Fact
 from errata.models.loading import load_pretrained
 from errata.tracing.average import average_effects
 from errata.tracing.config import TraceConfig
-from errata.tracing.corruption import subject_sigma
+from errata.tracing.noise import subject_sigma
 from errata.tracing.result import ROLES, CausalTrace
 from errata.tracing.sweep import window_layers
 from errata.tracing.trace import trace

@@ -164,7 +164,7 @@ def test_it_runs_outside_the_main_thread(tmp_path):
 
 
 def test_noise_is_measured_on_all_subjects(tmp_path):
-    from errata.tracing.corruption import subject_sigma
+    from errata.tracing.noise import subject_sigma
 
     found = trace_facts(model(), FACTS, tmp_path / "t", samples=1, parts="state", noise="s2")
     (level,) = {t.settings["noise"] for t in found.traces}

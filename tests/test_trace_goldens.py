@@ -44,7 +44,7 @@ def test_tables_are_the_published_ones(model, name):
 
 
 def test_sigma_is_the_published_one(model):
-    from errata.tracing.corruption import subject_sigma
+    from errata.tracing.noise import subject_sigma
 
     info = goldens.info("trace_info")
     sigma = subject_sigma(model, info["embedding_std_subjects"])

@@ -13,6 +13,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 FAMILIES = ("gpt2", "gptj", "gpt_neox", "llama", "qwen3", "gemma3")
+ALL_FAMILIES = (*FAMILIES, "opt", "mistral", "qwen2", "gemma2", "phi3", "olmo2")
 VOCAB = 320
 WIDTH, HEADS, MLP_WIDTH, POSITIONS = 16, 2, 24, 96
 
@@ -65,6 +66,21 @@ def config_of(family: str, layers: int = 3, **changes):
     }
     name = {"gemma3": "gemma3_text"}.get(family, family)
     return CONFIG_MAPPING[name](vocab_size=VOCAB, **{**ends, **own[name], **changes})
+
+
+def short_windows(family: str, layers: int) -> dict:
+    """Changes to a config by which attention sees four tokens: in every block, or in every other one (Gemma)."""
+    if family not in ("mistral", "phi3", "gemma2", "gemma3"):
+        return {}
+    window = {"sliding_window": 4}
+    if family.startswith("gemma"):
+        window["layer_types"] = [("sliding_attention", "full_attention")[layer % 2] for layer in range(layers)]
+    return window
+
+
+def attentions(family: str) -> tuple[str, ...]:
+    """The implementations of attention that a family has, of those that run everywhere."""
+    return ("eager",) if family in ("gptj", "gemma2") else ("eager", "sdpa")
 
 
 def randomised(hf: PreTrainedModel, seed: int = 0, scale: float = 0.3) -> PreTrainedModel:

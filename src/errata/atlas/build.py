@@ -20,7 +20,7 @@ from errata.atlas.world import World, load_world
 from errata.base.files import write_text
 from errata.base.seeds import derive
 from errata.models.loading import load_pretrained
-from errata.tracing.corruption import subject_sigma
+from errata.tracing.noise import subject_sigma
 
 STAGES = ("train", "ship", "card")
 

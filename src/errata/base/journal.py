@@ -120,7 +120,7 @@ def read_journal(path: str | Path, kind: str, version: int) -> tuple[dict[str, A
     """
     path = Path(path)
     if not path.is_file():
-        raise ResultFileError(f"there is no file {path}. Give the path of a saved {kind}")
+        raise ResultFileError(f"there is no file {path}. Give the path of a file of {kind}")
     try:
         content = path.read_bytes()
     except OSError as error:
@@ -249,7 +249,7 @@ def _locked(path: Path) -> int:
 
 
 def _foreign(path: Path, kind: str) -> ResultFileError:
-    return ResultFileError(f"{path} was not written by errata: it has no header of ours. Give a saved {kind}")
+    return ResultFileError(f"{path} was not written by errata: it has no header of ours. Give a file of {kind}")
 
 
 def _cannot_write(path: Path, error: Exception) -> OutputError:

@@ -9,7 +9,7 @@ import typer
 
 from errata import __version__
 from errata.base.errors import ErrataError
-from errata.cli import demo, edit, facts, generate, trace
+from errata.cli import average, demo, edit, facts, figure, generate, gradients, trace
 
 app = typer.Typer(
     name="errata",
@@ -20,9 +20,12 @@ app = typer.Typer(
 )
 app.command("demo")(demo.demo)
 app.command("trace")(trace.trace)
+app.command("average")(average.average)
+app.command("gradients")(gradients.gradients)
+app.command("figure")(figure.figure)
+app.command("facts")(facts.facts)
 app.command("edit")(edit.edit)
 app.command("generate")(generate.generate)
-app.command("facts")(facts.facts)
 
 
 def _version(wanted: bool) -> None:
@@ -41,7 +44,11 @@ def _options(
 
 
 def main() -> None:
-    """Run the command line: exit code 0 if it worked, 2 for bad input (one line says what), 130 if interrupted."""
+    """Run the command line.
+
+    Exit codes: 0, it worked; 1, it worked, but some lines of a table could not be used; 2, bad input (one line on
+    standard error says what); 130, interrupted.
+    """
     if len(sys.argv) == 1:
         sys.argv.append("--help")
     try:

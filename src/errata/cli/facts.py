@@ -55,7 +55,7 @@ def facts(
     bad = [*table.bad]
     if known:
         bad += [BadLine(row.line, "it has no object to know") for row in table.rows if not row.fact.object]
-    _tell(bad, file, table, strict)
+    tell_bad_lines(bad, file, table, strict)
     kept: Sequence[FactRow] = table.rows
     result: dict[str, object] = {"file": str(file), "facts": len(kept)}
     summary = f"{len(kept)} facts in {file}"
@@ -65,7 +65,7 @@ def facts(
 
         loaded = options.load(model, device, dtype, download)
         refused = [BadLine(r.line, reason) for r in kept if r.fact.object and (reason := refusal(loaded, r.fact.text))]
-        _tell(refused, file, table, strict)
+        tell_bad_lines(refused, file, table, strict)
         bad += refused
         unusable = {each.line for each in bad}
         rows = [row for row in kept if row.line not in unusable]
@@ -105,7 +105,7 @@ def facts(
         raise typer.Exit(1)
 
 
-def _tell(bad: Sequence[BadLine], file: Path, table: FactTable, strict: bool) -> None:
+def tell_bad_lines(bad: Sequence[BadLine], file: Path, table: FactTable, strict: bool) -> None:
     """Name bad lines on standard error.
 
     Raises:

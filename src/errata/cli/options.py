@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Optional
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Optional
 
 import typer
 
 if TYPE_CHECKING:
     from errata.models.model import Model
+    from errata.tracing.average import AverageEffects
+    from errata.tracing.result import CausalTrace
 
 Subject = Annotated[str, typer.Option(help="What the fact is about.")]
 Prompt = Annotated[str, typer.Option(help="A sentence up to its object, with {} where the subject stands.")]
@@ -18,6 +21,38 @@ Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16, float16 or fl
 Download = Annotated[bool, typer.Option("--download", help="Fetch a hub id that is not on this machine.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")]
 Seed = Annotated[int, typer.Option(min=0, max=2**32 - 1, help="The seed of everything random.")]
+
+# Of a trace; the defaults stand with the commands, as those of `TraceConfig`.
+Object = Annotated[str, typer.Option("--object", help="What completes the fact; for --answer object.")]
+Samples = Annotated[int, typer.Option(min=1, help="Samples of noise.")]
+Noise = Annotated[
+    str,
+    typer.Option(
+        help="s3 is Gaussian, 3σ of subjects; 0.1 Gaussian of that level; u3 uniform, ±3σ; m multivariate; t5 "
+        "Student's t. With ! it replaces embeddings; with +1 a token after the subject is corrupted too."
+    ),
+]
+Window = Annotated[
+    Optional[int],  # noqa: UP045
+    typer.Option(min=1, help="Layers of MLP or attention restored at once; 10 from 30 layers on, else a fifth."),
+]
+WindowEdges = Annotated[
+    Literal["paper", "reference"],
+    typer.Option(help="Where a window of 10 is: from l-4 to l+5, or, as in the published code, from l-5 to l+4."),
+]
+Answer = Annotated[
+    Literal["model", "object"], typer.Option(help="Whose probability: of what the model says, or of the fact's object.")
+]
+Memory = Annotated[
+    Optional[str],  # noqa: UP045
+    typer.Option(help="What the runs may take beside the model, such as 4GB or 500MB; else half of what is free."),
+]
+MinEffect = Annotated[
+    Optional[float],  # noqa: UP045
+    typer.Option(help="Total effect below which a trace is left out of averages; 0.01 unless given."),
+]
+Unknown = Annotated[bool, typer.Option("--unknown", help="Average facts too whose answer is not the object.")]
+Picture = Annotated[Optional[Path], typer.Option("--out", help="Picture: .png, .svg or .pdf.")]  # noqa: UP045
 
 
 def require_outputs(*paths: Path | None) -> None:
@@ -31,6 +66,102 @@ def require_outputs(*paths: Path | None) -> None:
     for path in paths:
         if path is not None:
             require_writable(path)
+
+
+def require_picture(path: Path | None) -> None:
+    """Make sure, before long work, that a picture can be drawn there.
+
+    Raises:
+        ConfigError: if its ending is none of a picture.
+        OutputError: if it cannot be written.
+        MissingExtra: if matplotlib is not installed.
+    """
+    from errata.base.extras import needed
+    from errata.plots.drawing import require_ending
+
+    if path is not None:
+        require_ending(path)
+        require_outputs(path)
+        needed("matplotlib", "plots")
+
+
+def require_apart(paths: Mapping[str, Path | None]) -> None:
+    """Make sure that no two of these files, by the names of their options, are one.
+
+    Raises:
+        ConfigError: if two are.
+    """
+    from errata.base.errors import ConfigError
+
+    seen: dict[Path, str] = {}
+    for name, path in paths.items():
+        if path is None:
+            continue
+        other = seen.setdefault(path.resolve(), name)
+        if other != name:
+            raise ConfigError(f"{other} and {name} are both {path}, and one would replace the other: name two files")
+
+
+def require_ending(path: Path, endings: Sequence[str], what: str) -> None:
+    """Make sure that a file is named as what it will hold.
+
+    Raises:
+        ConfigError: if its ending is none of these.
+    """
+    from errata.base.errors import ConfigError
+
+    if path.suffix.lower() not in endings:
+        raise ConfigError(f"{path} is to hold {what}, so its ending must be one of {', '.join(endings)}")
+
+
+def comma_separated(text: str) -> tuple[str, ...]:
+    """The words of an option that takes several."""
+    return tuple(word.strip() for word in text.split(","))
+
+
+def memory_bytes(text: str | None) -> int | None:
+    """Bytes, from how people write them: 4GB, 1.5 GiB, 500M, 4096.
+
+    Raises:
+        ConfigError: if they are written otherwise, or are none.
+    """
+    from pydantic import ByteSize, TypeAdapter, ValidationError
+
+    from errata.base.errors import ConfigError
+
+    if text is None:
+        return None
+    try:
+        size = int(TypeAdapter(ByteSize).validate_python(text.strip()))
+    except ValidationError:
+        size = 0
+    if size < 1:
+        raise ConfigError(f"--memory is {text!r}, which is no size that is known: write it like 4GB, 500MB or 1.5GiB")
+    return size
+
+
+def require_share(min_effect: float | None) -> None:
+    """Make sure, before long work, that traces can be chosen by this.
+
+    Raises:
+        ConfigError: if they cannot.
+    """
+    from errata.base.errors import ConfigError
+
+    if min_effect is not None and not -1 <= min_effect <= 1:
+        raise ConfigError(f"--min-effect is {min_effect}, and effects are from -1 to 1: give one such as 0.01")
+
+
+def averaged(traces: Sequence[CausalTrace], min_effect: float | None, unknown: bool) -> AverageEffects:
+    """The averages of traces, as the options choose them.
+
+    Raises:
+        ConfigError: if none is left, or they do not belong together.
+    """
+    from errata.tracing.average import average_effects
+
+    chosen: dict[str, Any] = {} if min_effect is None else {"min_effect": min_effect}
+    return average_effects(traces, known_only=not unknown, **chosen)
 
 
 def load(model: str, device: str | None, dtype: str, download: bool) -> Model:

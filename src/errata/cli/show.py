@@ -6,14 +6,21 @@ import contextlib
 import json
 import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
+from errata.plots.drawing import part_name
+from errata.tracing.result import ROLES
+
 if TYPE_CHECKING:
+    from errata.tracing.average import AverageEffects
     from errata.tracing.result import CausalTrace
 
 console = Console()
@@ -35,9 +42,23 @@ def progress(what: str, unit: str = "") -> Iterator[Any]:
         TextColumn(unit),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=errors, transient=True, disable=not errors.is_terminal) as bar:
+    # Time left is judged by the last hour: steps that take minutes must count too.
+    with Progress(
+        *columns, console=errors, transient=True, disable=not errors.is_terminal, speed_estimate_period=3600
+    ) as bar:
         task = bar.add_task(what, total=None)
         yield lambda done, of: bar.update(task, completed=done, total=of)
+
+
+def line(text: str) -> None:
+    """A sentence, which wraps."""
+    console.print(text, highlight=False, markup=False)
+
+
+def written(*paths: Path | None) -> None:
+    """Say which files there are now."""
+    for path in filter(None, paths):
+        line(f"written: {path}")
 
 
 def percent(probability: float) -> str:
@@ -45,9 +66,9 @@ def percent(probability: float) -> str:
     return f"{100 * probability:.1f} %"
 
 
-def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+def table(columns: Sequence[str], rows: Sequence[Sequence[str]], title: str | None = None) -> None:
     """A table of texts, which wrap."""
-    shown = Table(header_style="bold")
+    shown = Table(title=title, title_justify="left", header_style="bold")
     for column in columns:
         shown.add_column(Text(column), overflow="fold")
     for row in rows:
@@ -55,12 +76,13 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     console.print(shown)
 
 
-def effects(trace: CausalTrace, part: str = "state") -> None:
-    """The indirect effects of a part, a row a token, a column a layer, in percentage points."""
+def effects(trace: CausalTrace) -> None:
+    """The indirect effects of the first part, a row a token, a column a layer, in percentage points."""
+    part = next(iter(trace.restored))
     values = 100 * trace.indirect_effect(part)
-    early = trace.best(part)[:2]
+    best = _best(trace)[:2]
     shown = Table(
-        title=f"Indirect effect of one {part}: points of probability\n(tokens × layers; * is the subject)",
+        title=f"Indirect effects of {part_name(part)}: points of probability\n(tokens × layers; * is the subject)",
         title_justify="left",
         header_style="bold",
     )
@@ -74,23 +96,91 @@ def effects(trace: CausalTrace, part: str = "state") -> None:
     first, last = trace.subject
     for index, (token, line) in enumerate(zip(trace.tokens, values, strict=True)):
         name = Text(token.strip() or repr(token)) + ("*" if first <= index <= last else "")
-        cells = [
-            Text(f"{round(line[i], 1) + 0.0:.1f}", style="bold reverse" if (index, i) == early else "") for i in chosen
-        ]
+        cells = [Text(_points(line[i]), style="bold reverse" if (index, i) == best else "") for i in chosen]
         shown.add_row(name, *cells)
     console.print(shown)
 
 
 def trace_summary(trace: CausalTrace) -> str:
     """What a trace says, in one sentence."""
-    token, layer, effect = trace.best()
     begin = (
         f"The model answers “{trace.answer.strip()}” with {percent(trace.clean)}; with the subject corrupted, that "
         f"becomes {percent(trace.corrupted)}. "
     )
     if trace.total_effect < 0.01:
         return begin + "The answer hardly depends on the subject, so there is little to trace."
+    token, layer, effect = _best(trace)
+    whose = "subject's" if trace.subject[0] <= token <= trace.subject[1] else "traced"
     return begin + (
-        f"Of the subject's states, the one at “{trace.tokens[token].strip()}” ({trace.roles[token]}) after layer "
-        f"{layer} restores most: {100 * effect:+.1f} points of {100 * trace.total_effect:.1f}."
+        f"Of the {whose} {part_name(next(iter(trace.restored)))}, the one at “{trace.tokens[token].strip()}” "
+        f"({trace.roles[token]}) at layer {layer} restores most: {100 * effect:+.1f} points of "
+        f"{100 * trace.total_effect:.1f}."
     )
+
+
+def _best(trace: CausalTrace) -> tuple[int, int, float]:
+    """Token, layer and effect of the best site of the first part: of the subject's, if one of them was traced."""
+    part = next(iter(trace.restored))
+    first, last = trace.subject
+    in_subject = not np.isnan(trace.restored[part][first : last + 1]).all()
+    return trace.best(part, in_subject=in_subject)
+
+
+def averages(found: AverageEffects) -> None:
+    """AIE of each role, at the best layer of each part, and what the averages are over."""
+    rows = []
+    for row, role in enumerate(ROLES):
+        cells = []
+        for part, mean in found.mean.items():
+            if np.isnan(mean[row]).all():
+                cells.append("–")
+                continue
+            layer = int(np.nanargmax(mean[row]))
+            half = found.interval[part][row, layer]
+            spread = "" if np.isnan(half) else f"\n±{_points(100 * half)}"
+            cells.append(f"{_points(100 * mean[row, layer])} at {layer}{spread}")
+        rows.append([f"{role} ({found.counts[row]})", *cells])
+    title = "Average indirect effect: points of probability\n(at the layer where it is highest, ± 95 % interval)"
+    table(("token (facts)", *(part.replace("_", " ") for part in found.mean)), rows, title)
+
+
+def averages_summary(found: AverageEffects) -> str:
+    """What averages are over, in one sentence."""
+    total = found.means["total_effect"]
+    spread = "" if total.high is None or total.mean is None else f" ± {100 * (total.high - total.mean):.1f}"
+    left_out = ", ".join(f"{count} ({reason})" for reason, count in found.left_out.items() if count)
+    return (
+        f"{found.facts} facts: the answer has {percent(found.clean)}, with the subject corrupted "
+        f"{percent(found.corrupted)}; average total effect {100 * found.total_effect:.1f}{spread} points."
+        + (f" Left out: {left_out}." if left_out else "")
+    )
+
+
+def averages_as_json(found: AverageEffects) -> dict[str, Any]:
+    """Averages ready for JSON: probabilities and their differences, not points; null for what is not there."""
+    return {
+        "model": found.model,
+        "facts": found.facts,
+        "means": {name: asdict(mean) for name, mean in found.means.items()},
+        "sites": {
+            part: {
+                role: {name: nulled(column[row]) for name, column in columns.items()} for row, role in enumerate(ROLES)
+            }
+            for part, columns in found.sites.items()
+        },
+        "best": {part: {scope: asdict(best) for scope, best in of.items()} for part, of in found.best.items()},
+        "left_out": dict(found.left_out),
+        "criteria": dict(found.criteria),
+        "settings": dict(found.settings),
+    }
+
+
+def nulled(values: np.ndarray) -> list[Any]:
+    """An array as lists, with null for NaN, which JSON does not have."""
+    plain = values.astype(object)
+    plain[np.isnan(values)] = None
+    return plain.tolist()
+
+
+def _points(points: float) -> str:
+    return "–" if np.isnan(points) else f"{round(points, 1) + 0.0:.1f}"  # no -0.0

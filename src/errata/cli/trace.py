@@ -1,49 +1,135 @@
-"""`errata trace`: where is a fact?"""
+"""`errata trace`: where is a fact? And where are the facts of a table?"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Optional
 
 import typer
 
 from errata.cli import options
 
+if TYPE_CHECKING:
+    from errata.base.facts import Fact
+    from errata.benchmarks.fact_table import BadLine, FactRow
+    from errata.models.model import Model
+    from errata.tracing.config import TraceConfig
+    from errata.tracing.result import CausalTrace
+
 
 def trace(
-    subject: options.Subject,
-    prompt: options.Prompt,
+    subject: Annotated[Optional[str], typer.Option(help="What the fact is about.")] = None,  # noqa: UP045
+    prompt: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="A sentence up to its object, with {} where the subject stands."),
+    ] = None,
+    object_: options.Object = "",
+    facts: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(help="Instead of one fact a table of them: .csv, .tsv, .jsonl or .json. Needs --save."),
+    ] = None,
     model: options.ModelName = "atlas",
-    out: Annotated[Optional[Path], typer.Option(help="Picture: .png, .svg or .pdf.")] = None,  # noqa: UP045
-    save: Annotated[Optional[Path], typer.Option(help="The trace itself, .safetensors.")] = None,  # noqa: UP045
-    samples: Annotated[int, typer.Option(help="Samples of noise.")] = 10,
-    noise: Annotated[Optional[float], typer.Option(help="Its standard deviation; 3σ if not given.")] = None,  # noqa: UP045
-    window: Annotated[Optional[int], typer.Option(help="Layers of MLP or attention restored at once.")] = None,  # noqa: UP045
+    out: options.Picture = None,
+    save: Annotated[Optional[Path], typer.Option(help="The traces themselves, .jsonl.")] = None,  # noqa: UP045
+    parts: Annotated[
+        str, typer.Option(help="Maps to make, with commas: state, mlp, attention, severed_mlp, severed_attention.")
+    ] = "state,mlp,attention",
+    samples: options.Samples = 10,
+    noise: options.Noise = "s3",
+    window: options.Window = None,
+    window_edges: options.WindowEdges = "paper",
+    answer: options.Answer = "model",
+    scored: Annotated[
+        Literal["first", "whole"], typer.Option(help="The answer's first token, or the whole of --answer object.")
+    ] = "first",
+    tokens: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(
+            help="Roles of the tokens to restore, with commas: first subject, middle subject, last subject, "
+            "first after, further, last; all unless given."
+        ),
+    ] = None,
+    memory: options.Memory = None,
+    min_effect: options.MinEffect = None,
+    unknown: options.Unknown = False,
+    strict: Annotated[bool, typer.Option("--strict", help="Stop at the first bad line of the table.")] = False,
     seed: options.Seed = 1,
     device: options.Device = None,
     dtype: options.Dtype = "auto",
     download: options.Download = False,
     json: options.Json = False,
 ) -> None:
-    """Trace one fact causally: which states, MLPs and attentions restore the answer when the subject is corrupted."""
-    from errata.base.errors import ConfigError
-    from errata.base.facts import Fact
-    from errata.cli import show
-    from errata.plots.trace import require_ending
+    """Trace facts causally: which states, MLPs and attentions restore the answer when the subject is corrupted?
 
-    fact = Fact(subject, prompt)
-    if out and save and out.resolve() == save.resolve():
-        raise ConfigError(f"--out and --save are both {out}: the picture and the trace need a file each")
-    if out:
-        require_ending(out)
-    options.require_outputs(out, save)
+    One fact by --subject and --prompt; or a table by --facts, each of whose traces is in the file of --save as soon as
+    it is made, and whose averages are shown. Bad lines are named, and the others traced; the exit code is 1 then. A run
+    that was stopped goes on where it was if it is started again.
+    """
+    from errata.base.errors import ConfigError, FactError
+    from errata.base.facts import Fact
+
+    budget = options.memory_bytes(memory)
+    settings: dict[str, Any] = {
+        "parts": options.comma_separated(parts),
+        "samples": samples,
+        "noise": noise,
+        "window": window,
+        "window_edges": window_edges,
+        "answer": answer,
+        "scored": scored,
+        "tokens": options.comma_separated(tokens) if tokens is not None else None,
+        "seed": seed,
+    }
+    if save:
+        options.require_ending(save, [".jsonl"], "traces")
+    options.require_apart({"--facts": facts, "--save": save, "--out": out})
+    if facts is None:
+        if subject is None or prompt is None:
+            raise ConfigError("there is no fact to trace: give --subject and --prompt, or a table of facts by --facts")
+        if strict or unknown or min_effect is not None:
+            raise ConfigError("--strict, --unknown and --min-effect are about a table of facts: give one by --facts")
+        fact = Fact(subject, prompt, object_)
+        if answer == "object" and not fact.object:
+            raise FactError("--answer object asks for the probability of the fact's object: name it by --object")
+        _trace_one(fact, settings, model, out, save, budget, device, dtype, download, json)
+    else:
+        if subject is not None or prompt is not None or object_:
+            raise ConfigError("facts are given twice: by --facts, or one by --subject, --prompt and --object")
+        if save is None:
+            raise ConfigError("--facts needs a file in which each trace is kept once it is made: give --save, .jsonl")
+        options.require_share(min_effect)
+        _trace_table(
+            facts, settings, model, out, save, budget, min_effect, unknown, strict, device, dtype, download, json
+        )
+
+
+def _trace_one(
+    fact: Fact,
+    settings: dict[str, Any],
+    model: str,
+    out: Path | None,
+    save: Path | None,
+    memory: int | None,
+    device: str | None,
+    dtype: str,
+    download: bool,
+    json: bool,
+) -> None:
+    from errata.cli import show
+    from errata.tracing.config import TraceConfig
+
+    options.require_picture(out)
+    options.require_outputs(save)
+    _require_no_run(save)
+    config = TraceConfig(**settings)
 
     # Torch comes only now: bad input is told at once.
     from errata.tracing.trace import trace as trace_fact
 
     loaded = options.load(model, device, dtype, download)
     with show.progress("tracing", "sites") as bar:
-        found = trace_fact(loaded, fact, samples=samples, noise=noise, window=window, seed=seed, progress=bar)
+        found = trace_fact(loaded, fact, config, memory=memory, progress=bar)
     if out:
         found.plot(out)
     if save:
@@ -52,14 +138,16 @@ def trace(
         show.as_json(
             {
                 "model": found.model,
-                "subject": subject,
-                "prompt": prompt,
+                "subject": fact.subject,
+                "prompt": fact.prompt,
+                "object": fact.object,
                 "answer": found.answer,
+                "known": found.known,
                 "clean": found.clean,
                 "corrupted": found.corrupted,
                 "tokens": list(found.tokens),
                 "subject_tokens": list(found.subject),
-                "restored": {part: values.tolist() for part, values in found.restored.items()},
+                "restored": {part: show.nulled(values) for part, values in found.restored.items()},
                 "settings": dict(found.settings),
                 "picture": str(out) if out else None,
                 "saved": str(save) if save else None,
@@ -67,6 +155,127 @@ def trace(
         )
         return
     show.effects(found)
-    show.console.print(show.trace_summary(found), highlight=False, markup=False)
-    for path in filter(None, (out, save)):
-        show.console.print(f"written: {path}", highlight=False, markup=False)
+    show.line(show.trace_summary(found))
+    show.written(out, save)
+
+
+def _require_no_run(save: Path | None) -> None:
+    """Keep one trace from taking the place of many.
+
+    Raises:
+        OutputError: if the file holds several traces.
+    """
+    import contextlib
+
+    from errata.base.errors import OutputError, ResultFileError
+    from errata.tracing.result import load_traces
+
+    if save and save.is_file():
+        with contextlib.suppress(ResultFileError):
+            if (count := len(load_traces(save))) > 1:
+                raise OutputError(f"{save} holds {count} traces, which one would replace: name another file")
+
+
+def _trace_table(
+    file: Path,
+    settings: dict[str, Any],
+    model: str,
+    out: Path | None,
+    save: Path,
+    memory: int | None,
+    min_effect: float | None,
+    unknown: bool,
+    strict: bool,
+    device: str | None,
+    dtype: str,
+    download: bool,
+    json: bool,
+) -> None:
+    from errata.base.errors import ConfigError, FactError
+    from errata.benchmarks.fact_table import read_facts
+    from errata.cli import show
+    from errata.cli.facts import tell_bad_lines
+    from errata.tracing.config import TraceConfig
+
+    table = read_facts(file)
+    options.require_picture(out)
+    options.require_outputs(save)
+    config = TraceConfig(**settings)
+    tell_bad_lines(table.bad, file, table, strict)
+    loaded = options.load(model, device, dtype, download)
+    refused = _refused(loaded, table.rows, config)
+    tell_bad_lines(refused, file, table, strict)
+    if len(refused) == len(table.rows):
+        raise FactError(f"no fact of {file} can be traced: mend its lines, or give another table")
+    traces = _trace_all(loaded, table.rows, save, config, memory)
+    try:
+        found = options.averaged(traces, min_effect, unknown)
+    except ConfigError as error:  # the traces are kept all the same
+        found = None
+        typer.echo(f"no averages: {error}", err=True)
+    if out and found:
+        found.plot(out)
+    bad = [*table.bad, *refused]
+    if json:
+        show.as_json(
+            {
+                "file": str(file),
+                "model": loaded.name,
+                "traced": len(traces),
+                "bad": [{table.unit: each.line, "reason": each.reason} for each in bad],
+                "averages": show.averages_as_json(found) if found else None,
+                "picture": str(out) if out and found else None,
+                "saved": str(save),
+            }
+        )
+    else:
+        if found:
+            show.averages(found)
+            show.line(show.averages_summary(found))
+        show.written(out if found else None, save)
+    if bad:
+        typer.echo(f"left out: {len(bad)} of {len(table.rows) + len(table.bad)}", err=True)
+    if bad or not found:
+        raise typer.Exit(1)
+
+
+def _refused(model: Model, rows: Sequence[FactRow], config: TraceConfig) -> list[BadLine]:
+    """The facts that this model cannot be asked for with these settings, and why."""
+    from errata.base.errors import FactError
+    from errata.benchmarks.fact_table import BadLine
+    from errata.tracing.trace import prepare
+
+    refused = []
+    for row in rows:
+        try:
+            prepare(model, row.fact, config)
+        except FactError as error:
+            refused.append(BadLine(row.line, str(error)))
+    return refused
+
+
+def _trace_all(
+    model: Model, rows: Sequence[FactRow], save: Path, config: TraceConfig, memory: int | None
+) -> Sequence[CausalTrace]:
+    """Trace facts into a file, or the rest of them.
+
+    Raises:
+        typer.Exit: with 130, after Ctrl-C.
+    """
+    from errata.cli import show
+    from errata.tracing.many import trace_facts
+
+    come = (0, len(rows))
+    try:
+        with show.progress("tracing", "facts") as bar:
+
+            def tell(done: int, of: int) -> None:
+                nonlocal come
+                come = done, of
+                bar(done, of)
+
+            facts = [row.fact for row in rows]
+            return trace_facts(model, facts, save, config, memory=memory, progress=tell).traces
+    except KeyboardInterrupt:
+        typer.echo(f"interrupted: {come[0]} of {come[1]} facts are traced, and the same command goes on", err=True)
+        raise typer.Exit(130) from None

@@ -45,7 +45,8 @@ def gradients_figure(
 ) -> Figure:
     """Draw the indirect effects of one trace above the integrated gradients of the same sites.
 
-    Effects share one scale and norms another; both begin at zero.
+    Effects share one scale. Norms have one each: a state is far larger than what one module adds to it, and so are its
+    gradients. All begin at zero.
 
     Args:
         effects: for each part ("state", "mlp", "attention", or another name) indirect effects as differences of
@@ -71,7 +72,7 @@ def gradients_figure(
     figure, axes = map_grid(above, token_labels(tokens, subject, glyphs), levels=2, lowest=_LOWEST)
     measured = f"above: indirect effect (IE) on {name}, percentage points; below: norm of its integrated gradients"
     heading(figure, title, measured)
-    effect_colours, norm_colours = scale(above.values(), 0.0), scale(below.values(), 0.0)
+    effect_colours = scale(above.values(), 0.0)
     for column, part in enumerate(above):
         heat_map(
             axes[0, column],
@@ -87,7 +88,7 @@ def gradients_figure(
             axes[1, column],
             below[part],
             part,
-            norm_colours,
+            scale([below[part]], 0.0),
             title=f"integrated gradients\nof {part_name(part)}",
             xlabel="layer",
             label="norm",

@@ -1,36 +1,16 @@
-"""The corrupted run: noise on the embeddings of the subject's tokens.
+"""The corrupted run as a setting: which noise comes to the embeddings of the subject's tokens.
 
-The paper adds Gaussian noise ε ~ N(0, ν²) with ν = 3σ, σ the standard deviation of the embeddings of subjects'
-tokens, and compares it with others (its Figure 13). What is drawn, from numpy's `RandomState` in float64, the same
-for every site, so that differences between sites are the sites' own:
-
-| kind | ε of each sample and token | drawn from |
-|---|---|---|
-| gaussian | ν z | z: `RandomState(seed).randn(samples, tokens, d)` |
-| uniform | a u, between −a and a | u: `RandomState(seed).uniform(-1, 1, (samples, tokens, d))` |
-| multivariate | μ + Σ^½ z | z as for gaussian |
-| student | μ + √((df − 2) / χ²) Σ^½ z | z too; χ²: `RandomState(seed + 1).chisquare(df, samples * tokens)` |
-
-ν and a are a level, or a multiple of σ. μ and Σ are the mean and covariance of the embeddings of all tokens of the
-vocabulary. Seed 1 gives the published code's own draws. It differs from these in three ways: its "u3" is a level, not
-a multiple of σ; it measures μ and Σ on the tokens of Wikipedia texts; and its Student factor scales μ as well, so that
-the mean is not μ. Σ^½ is the symmetric root: it is the one factor that does not hang on the signs of eigenvectors,
-which libraries choose as they like, and it exists where Σ has not full rank.
+The paper adds Gaussian noise ε ~ N(0, ν²) with ν = 3σ, σ the standard deviation of the embeddings of subjects' tokens,
+and compares it with others (its Figure 13). What exactly is drawn stands in `noise.py`.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_args
 
-import numpy as np
-import torch
-from torch import Tensor
-
 from errata.base.errors import ConfigError
-from errata.models.model import Model
 
 Kind = Literal["gaussian", "uniform", "multivariate", "student"]
 
@@ -48,7 +28,6 @@ _FORM = re.compile(
     re.ASCII,
 )
 _DEFAULT_MULTIPLE, _DEFAULT_DEGREES = 3.0, 3.0
-_ROWS = 4096  # embeddings at a time, while a covariance is summed
 
 
 @dataclass(frozen=True)
@@ -78,7 +57,7 @@ class Corruption:
         if self.kind not in get_args(Kind):
             raise ConfigError(f"the kind of noise is one of {', '.join(get_args(Kind))}, not {self.kind!r}")
         if self.kind in ("gaussian", "uniform"):
-            _require_level(self.multiple if self.level is None else self.level)
+            require_level(self.multiple if self.level is None else self.level)
         elif self.level is not None or self.multiple not in (None, _DEFAULT_MULTIPLE):
             raise ConfigError(f"{self.kind} noise takes its size from the embeddings: it has no level and no multiple")
         if self.level is not None or self.kind not in ("gaussian", "uniform"):
@@ -140,170 +119,13 @@ class Corruption:
         """All fields, ready for JSON; `Corruption(**fields)` is this one again."""
         return asdict(self)
 
-    def measure(self, model: Model, subjects: Iterable[str] = (), *, own: str | None = None) -> Disturbance:
-        """Measure on the model what the noise depends on. The result serves for any number of facts.
 
-        σ is measured on the subjects; if there are none, it is what the model's config says
-        (`errata["subject_sigma"]`), and failing that it is measured on `own`. μ and Σ are measured on the subjects'
-        tokens if there are more different ones than features, so that Σ can have full rank; else on the vocabulary.
-
-        Args:
-            model: any decoder.
-            subjects: of all facts that are to be compared; none is right too.
-            own: the subject of the fact at hand.
-
-        Raises:
-            ConfigError: if σ is wanted and there is nothing to measure it on, or it is not above zero; or if
-                embeddings are no finite numbers.
-            FactError: if a subject has no tokens.
-        """
-        ids = _tokens(model, subjects)
-        if self.kind in ("multivariate", "student"):
-            enough = len(ids.unique()) > _width(model)
-            ids = ids if enough else torch.arange(min(len(model.tokenizer), model.vocab_size))
-            mean, root = _moments(model, ids)
-            where = "subjects" if enough else "vocabulary"
-            return Disturbance(self, len(mean), mean=mean, root=root, measured_on=where, measured_tokens=len(ids))
-        if self.level is not None:
-            return Disturbance(self, _width(model), self.level)
-        hint = model.hints.get("subject_sigma")
-        if not len(ids) and hint:
-            return Disturbance(self, _width(model), _level(self.multiple, hint), float(hint), measured_on="hint")
-        where = "subjects" if len(ids) else "own subject"
-        ids = ids if len(ids) else _tokens(model, [own] if own else [])
-        sigma = _sigma(model, ids)
-        level = _level(self.multiple, sigma)
-        return Disturbance(self, _width(model), level, sigma, measured_on=where, measured_tokens=len(ids))
-
-
-@dataclass(frozen=True, eq=False)
-class Disturbance:
-    """A corruption and what was measured for it: all that noise is drawn from.
-
-    Attributes:
-        corruption: the corruption.
-        width: d, the features of an embedding.
-        level: ν or a, for gaussian and uniform.
-        sigma: σ, where the level is a multiple of it.
-        mean: μ, float64 `[d]`, for multivariate and student.
-        root: Σ^½, float64 `[d, d]`, symmetric.
-        measured_on: "subjects", "hint" (of the model's config), "own subject", "vocabulary", or None where nothing
-            had to be measured.
-        measured_tokens: how many tokens were measured.
-    """
-
-    corruption: Corruption
-    width: int
-    level: float | None = None
-    sigma: float | None = None
-    mean: Tensor | None = None
-    root: Tensor | None = None
-    measured_on: str | None = None
-    measured_tokens: int | None = None
-
-    @property
-    def settings(self) -> dict[str, Any]:
-        """What decides the noise, ready for JSON: `corruption`, `noise` (ν or a), `sigma` and where it was measured."""
-        return {
-            "corruption": self.corruption.as_dict(),
-            "noise": self.level,
-            "sigma": self.sigma,
-            "measured_on": self.measured_on,
-            "measured_tokens": self.measured_tokens,
-        }
-
-    def draw(self, samples: int, tokens: int, seed: int) -> Tensor:
-        """Noise ε `[samples, tokens, d]` in float64 on the CPU, as the table of this file says.
-
-        Raises:
-            ConfigError: if nothing was measured, as in a disturbance made by hand.
-        """
-        if self.level is not None:
-            if self.corruption.kind == "uniform":
-                uniform = np.random.RandomState(seed).uniform(-1, 1, (samples, tokens, self.width))
-                return self.level * torch.from_numpy(uniform)
-            return self.level * gaussian(samples, tokens, self.width, seed)
-        if self.mean is None or self.root is None:
-            raise ConfigError("this disturbance has neither a level nor a mean and Σ^½: make it by Corruption.measure")
-        spread = gaussian(samples, tokens, self.width, seed) @ self.root
-        if self.corruption.kind == "student":
-            degrees, other = self.corruption.degrees, np.random.RandomState((seed + 1) % 2**32)
-            factor = np.sqrt((degrees - 2) / other.chisquare(degrees, samples * tokens))
-            spread *= torch.from_numpy(factor).reshape(samples, tokens, 1)
-        return self.mean + spread
-
-
-def subject_sigma(model: Model, subjects: Iterable[str]) -> float:
-    """σ: the standard deviation of all numbers in the embeddings of the subjects' tokens.
-
-    Each subject is tokenized on its own, as the published code does.
+def require_level(level: Any) -> None:
+    """Make sure that noise of this size corrupts something.
 
     Raises:
-        ConfigError: if there are no subjects.
-        FactError: if a subject has no tokens.
+        ConfigError: if it does not, or is no number.
     """
-    return _sigma(model, _tokens(model, subjects))
-
-
-def gaussian(samples: int, tokens: int, width: int, seed: int) -> Tensor:
-    """Standard normal noise `[samples, tokens, width]` in float64.
-
-    From numpy's `RandomState`, so that `seed=1` gives the published code's own noise.
-    """
-    return torch.from_numpy(np.random.RandomState(seed).randn(samples, tokens, width))
-
-
-def _tokens(model: Model, subjects: Iterable[str]) -> Tensor:
-    """Ids `[n]` of the tokens of all subjects, one after the other."""
-    if isinstance(subjects, str):
-        raise ConfigError("subjects is one string, whose letters would be the subjects: put it in a list")
-    ids = [model.encode([subject]).input_ids[0].cpu() for subject in subjects]
-    return torch.cat(ids) if ids else torch.empty(0, dtype=torch.long)
-
-
-@torch.no_grad()
-def _embeddings(model: Model, ids: Tensor) -> Iterator[Tensor]:
-    """Embeddings of tokens, float64 `[n, d]` on the CPU, a part of them at a time.
-
-    The module runs, for some (Gemma's) scale what their weight holds. On the CPU, since float64 is slow or missing
-    on many other devices.
-    """
-    module = model.module(("embedding", 0))
-    for part in ids.split(_ROWS):
-        yield module(part[None].to(model.device))[0].cpu().double()
-
-
-def _width(model: Model) -> int:
-    """d of the embedding, which is not always that of the state (OPT)."""
-    return next(_embeddings(model, torch.zeros(1, dtype=torch.long))).shape[1]
-
-
-def _sigma(model: Model, ids: Tensor) -> float:
-    if not len(ids):
-        raise ConfigError("σ is measured on subjects, and none were given: name at least one")
-    return float(torch.cat(list(_embeddings(model, ids))).std())
-
-
-def _moments(model: Model, ids: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean `[d]` and symmetric root of the covariance `[d, d]` of the tokens' embeddings, in float64."""
-    mean = torch.stack([part.sum(0) for part in _embeddings(model, ids)]).sum(0) / len(ids)
-    total = torch.zeros(len(mean), len(mean), dtype=torch.float64)
-    for part in _embeddings(model, ids):  # once more, for x xᵀ − μ μᵀ would cancel
-        part -= mean
-        total.addmm_(part.T, part)
-    if not torch.isfinite(total).all():
-        raise ConfigError(f"the embeddings of {model.name} hold NaN or infinity, so they have no covariance")
-    values, vectors = torch.linalg.eigh(total / max(len(ids) - 1, 1))
-    return mean, (vectors * values.clamp_min(0.0).sqrt()) @ vectors.T  # rounding can take a zero below zero
-
-
-def _level(multiple: float | None, sigma: float) -> float:
-    level = (multiple or 0.0) * sigma
-    _require_level(level)
-    return level
-
-
-def _require_level(level: Any) -> None:
     if not _is_number(level) or not 0 < level < 1e6:  # NaN is neither
         raise ConfigError(f"the noise is {level}: it must be a number greater than zero, or nothing is corrupted")
 

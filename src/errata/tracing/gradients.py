@@ -16,7 +16,6 @@ its token and those after it; one backward pass then serves all rows of a sweep.
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
@@ -34,6 +33,7 @@ from errata.base.facts import Fact
 from errata.base.journal import read_journal, write_journal
 from errata.base.versions import library_versions
 from errata.models.fingerprint import weights_digest
+from errata.models.frozen import frozen
 from errata.models.model import Model
 from errata.passes.replay import Recording, record
 from errata.tracing.result import CausalTrace
@@ -249,7 +249,7 @@ def integrated_gradients(
     # What the last block writes at another token than the last reaches nothing: its gradient is exactly zero.
     reached = [model.n_layers if token == recording.length - 1 else model.n_layers - 1 for token in range(shape[0])]
     done, of = 0, sum(reached) * len(config.parts)
-    with torch.enable_grad(), _frozen(model):
+    with torch.enable_grad(), frozen(model):
         for token, layers in enumerate(reached):
             sites = [(layer, part) for layer in range(layers) for part in config.parts]
             for (layer, part), integral in runs.integrals(token, sites, budget):
@@ -393,16 +393,3 @@ def _shares(costs: Sequence[int], most: int) -> Iterator[tuple[int, int]]:
         spent += cost
     if costs:
         yield begin, len(costs)
-
-
-@contextlib.contextmanager
-def _frozen(model: Model) -> Iterator[None]:
-    """No weight asks for a gradient meanwhile, so that autograd keeps nothing for one."""
-    trainable = [parameter for parameter in model.hf.parameters() if parameter.requires_grad]
-    try:
-        for parameter in trainable:
-            parameter.requires_grad_(False)
-        yield
-    finally:
-        for parameter in trainable:
-            parameter.requires_grad_(True)

@@ -22,6 +22,7 @@ from errata.base.versions import library_versions
 from errata.models.fingerprint import weights_digest
 from errata.models.model import Model
 from errata.tracing.config import TraceConfig
+from errata.tracing.noise import measure
 from errata.tracing.result import FORMAT, KIND, CausalTrace, as_record, from_record
 from errata.tracing.trace import (
     Prepared,
@@ -92,7 +93,7 @@ def trace_facts(
         return TracedFacts((), tuple(refused))
     if subjects is None:
         subjects = [each.fact.subject for each in prepared.values()]
-    disturbance = config.corruption.measure(model, subjects)
+    disturbance = measure(config.corruption, model, subjects)
     budget = memory or _memory_of(path) or checked_memory(None, model)
     header = {
         "model": model.name,

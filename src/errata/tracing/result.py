@@ -197,13 +197,16 @@ def save_traces(path: str | Path, traces: Iterable[CausalTrace]) -> None:
 
 
 def load_traces(path: str | Path) -> list[CausalTrace]:
-    """All traces in a file; of a run under way those that are there. A line that was cut short at the end is left out.
+    """All traces in a file, in the order of their facts; of a run under way those that are there.
+
+    A line that was cut short at the end is left out.
 
     Raises:
         ResultFileError: if the file is missing, no file of traces, or broken.
     """
     header, records = read_journal(path, KIND, FORMAT)
-    return [from_record(record, header, path) for record in records]
+    ordered = sorted(records, key=lambda record: record.get("index", 0))
+    return [from_record(record, header, path) for record in ordered]
 
 
 def as_record(trace: CausalTrace) -> dict[str, Any]:

@@ -32,7 +32,7 @@ from errata.models.scoring import target_ids
 from errata.models.tokens import Span, check_length, locate_fact
 from errata.passes.replay import Recording, record
 from errata.tracing.config import TraceConfig
-from errata.tracing.corruption import Disturbance
+from errata.tracing.noise import Disturbance, measure
 from errata.tracing.result import CausalTrace, token_roles
 from errata.tracing.sweep import Start, plan, sweep
 
@@ -76,7 +76,7 @@ def trace(
     """
     config = chosen(config, settings)
     prepared = prepare(model, fact, config)
-    disturbance = config.corruption.measure(model, subjects, own=fact.subject)
+    disturbance = measure(config.corruption, model, subjects, own=fact.subject)
     budget = checked_memory(memory, model)
     return trace_together(model, [prepared], config, [disturbance], budget, progress)[0]
 
@@ -340,7 +340,7 @@ class _Runs:
     def _sweep(
         self, recording: Recording, token: int, rows: Tensor, owner: Tensor, traced: Sequence[int]
     ) -> list[_Ended]:
-        """Restored runs of one token of some facts; `rows` count corrupted runs alone, `owner` are their facts, `[g]`."""
+        """Restored runs of one token of some facts; `rows` count corrupted runs alone, `owner` are their facts."""
         device, count = self.model.device, len(self.facts)
         # What the last block writes at a token that is not scored reaches nothing.
         reaching = self.model.n_layers if token >= self.prompt - 1 else self.model.n_layers - 1

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -24,6 +24,7 @@ from errata.base.errors import ConfigError, Diverged, FactError
 from errata.base.facts import Fact, Rewrite
 from errata.editors.rome.config import RomeConfig
 from errata.editors.rome.contexts import Context
+from errata.models.frozen import frozen
 from errata.models.model import Batch, Model
 from errata.models.scoring import target_ids
 from errata.passes.hooks import hooked
@@ -149,7 +150,7 @@ def optimise(
     v0 = v0.detach().to(model.device, compute, copy=True)
     objective = _Objective(model, layer, task, v0, config)
     steps: list[Step] = []
-    with torch.enable_grad(), _frozen(model):
+    with torch.enable_grad(), frozen(model):
         delta = torch.zeros_like(v0, requires_grad=True)
         adam = torch.optim.Adam([delta], lr=config.learning_rate)
         for index in range(config.steps):
@@ -254,16 +255,3 @@ def _clamp(delta: Tensor, factor: float | None, size: Tensor) -> None:
         longest, norm = factor * size, delta.norm()
         if norm > longest:
             delta.mul_(longest / norm)
-
-
-@contextlib.contextmanager
-def _frozen(model: Model) -> Iterator[None]:
-    """No weight asks for a gradient meanwhile, which saves their part of the graph."""
-    trainable = [p for p in model.hf.parameters() if p.requires_grad]
-    try:
-        for parameter in trainable:
-            parameter.requires_grad_(False)
-        yield
-    finally:
-        for parameter in trainable:
-            parameter.requires_grad_(True)

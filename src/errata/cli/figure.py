@@ -1,0 +1,115 @@
+"""`errata figure`: pictures of stored results."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal, Optional
+
+import typer
+
+from errata.cli import options
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from errata.tracing.average import AverageEffects
+    from errata.tracing.result import CausalTrace
+
+
+def figure(
+    kind: Annotated[
+        Literal["trace", "averages", "lines", "severed", "gradients"],
+        typer.Argument(
+            help="trace: one fact's maps; averages: their means by role; lines: with intervals; severed: bars of "
+            "states with modules severed; gradients: integrated gradients beside a trace."
+        ),
+    ],
+    file: Annotated[Path, typer.Argument(help="Traces; saved averages will do for averages, lines and severed.")],
+    out: Annotated[Path, typer.Option(help="Picture: .png, .svg or .pdf.")],
+    fact: Annotated[Optional[int], typer.Option(min=1, help="Which of several traces, from 1.")] = None,  # noqa: UP045
+    subject: Annotated[Optional[str], typer.Option(help="Which of several traces, by its subject.")] = None,  # noqa: UP045
+    trace: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(help="For gradients: the file of the trace to set beside them."),
+    ] = None,
+    min_effect: options.MinEffect = None,
+    unknown: options.Unknown = False,
+) -> None:
+    """Draw stored results again, after the paper's Figures 1, 2, 7, 3 and 16, without a model."""
+    from errata.base.errors import ConfigError
+    from errata.cli import show
+    from errata.plots.drawing import save
+    from errata.tracing.result import load_traces
+
+    of_one = kind in ("trace", "gradients")
+    if not of_one and (fact is not None or subject is not None):
+        raise ConfigError(f"--fact and --subject choose one trace, and {kind} is a figure of all: leave them out")
+    if of_one and (unknown or min_effect is not None):
+        raise ConfigError(f"--unknown and --min-effect choose what is averaged, and {kind} is a figure of one fact")
+    if (kind == "gradients") != (trace is not None):
+        raise ConfigError("--trace is the file of the trace that gradients are set beside: it goes with them alone")
+    options.require_share(min_effect)
+    options.require_apart({"the file to draw": file, "--out": out})
+    options.require_apart({"--trace": trace, "--out": out})
+    options.require_picture(out)
+    if kind == "trace":
+        drawn = _chosen(load_traces(file), file, fact, subject).figure()
+    elif trace is not None:
+        drawn = _beside(file, trace, fact, subject)
+    else:
+        averages = _averages(file, min_effect, unknown)
+        drawn = {"averages": averages.figure, "lines": averages.lines, "severed": averages.severed}[kind]()
+    save(drawn, out)
+    show.written(out)
+
+
+def _beside(file: Path, trace: Path, fact: int | None, subject: str | None) -> Figure:
+    """Stored gradients beside the trace that is chosen, or else that of the same fact."""
+    from errata.tracing.gradients import IntegratedGradients
+    from errata.tracing.result import load_traces
+
+    gradients, traces = IntegratedGradients.load(file), load_traces(trace)
+    if fact is None and subject is None:
+        traces = [each for each in traces if each.fact.text == gradients.fact.text][:1] or traces
+    return gradients.figure(_chosen(traces, trace, fact, subject))
+
+
+def _averages(file: Path, min_effect: float | None, unknown: bool) -> AverageEffects:
+    """Stored averages, by the file's ending, or those of stored traces.
+
+    Raises:
+        ConfigError: if averages are to be chosen from again.
+    """
+    from errata.base.errors import ConfigError
+    from errata.tracing.average import ENDINGS, AverageEffects
+    from errata.tracing.result import load_traces
+
+    if file.suffix.lower() not in ENDINGS:
+        return options.averaged(load_traces(file), min_effect, unknown)
+    if unknown or min_effect is not None:
+        raise ConfigError(f"{file} holds averages, whose traces were chosen before: give the file of the traces")
+    return AverageEffects.load(file)
+
+
+def _chosen(traces: Sequence[CausalTrace], file: Path, fact: int | None, subject: str | None) -> CausalTrace:
+    """The one trace that is wanted.
+
+    Raises:
+        ConfigError: if none is, or it is not told which of several.
+    """
+    from errata.base.errors import ConfigError
+
+    numbered = [
+        (number, each)
+        for number, each in enumerate(traces, 1)
+        if fact in (None, number) and subject in (None, each.fact.subject)
+    ]
+    if len(numbered) == 1:
+        return numbered[0][1]
+    if not numbered:
+        wanted = ", ".join(f"{name} {value}" for name, value in (("--fact", fact), ("--subject", subject)) if value)
+        raise ConfigError(f"{file} holds {len(traces)} traces, and none is of {wanted or 'a fact'}: choose another")
+    some = ", ".join(f"{number} ({each.fact.text!r})" for number, each in numbered[:3])
+    more = ", …" if len(numbered) > 3 else ""
+    raise ConfigError(f"{file} holds {len(numbered)} traces to choose from: give --fact with one of {some}{more}")

@@ -1,0 +1,325 @@
+"""Whole traces of every family against plain forward passes, one site and one sample of noise at a time."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable
+
+import numpy as np
+import pytest
+import torch
+
+from errata.base.facts import Fact
+from errata.models.model import Model
+from errata.tracing.config import TraceConfig
+from errata.tracing.result import CausalTrace
+from errata.tracing.trace import prepare, trace, trace_together
+from plain_trace import PlainTrace, window_around
+from tiny import ALL_FAMILIES, attentions, byte_tokenizer, llama_tokenizer, short_windows, tiny
+
+KINDS = [(family, attention) for family in ALL_FAMILIES for attention in attentions(family)]
+PARTS = ("state", "mlp", "attention", "severed_mlp", "severed_attention")
+LAYERS, SAMPLES = 4, 2
+
+MIDDLE = Fact("Space", "The {} is in the city of")  # The| S p a ce| is in the c it y of
+PLACES = {
+    "in the middle": (Fact("Apple", "It is {} , is"), (2, 5)),  # It is| A p p le| , is
+    "at the start": (Fact("Rome", "{} is the"), (0, 1)),  # R ome| is the
+    "at the very end": (Fact("Louvre", "Where is the {}"), (5, 8)),  # W he re is the| L ou v re
+    "of one token": (Fact("Paris", "It is {} is"), (2, 2)),
+    "of one token, at the very end": (Fact("Paris", "It is in {}"), (3, 3)),
+    "all there is": (Fact("Rome", "{}"), (0, 1)),
+    "of one token, all there is": (Fact("The", "{}"), (0, 0)),
+}
+
+
+@functools.cache
+def model_of(
+    family: str, attention: str = "eager", dtype: torch.dtype = torch.float64, layers: int = LAYERS, bos: bool = False
+) -> Model:
+    changes = short_windows(family, layers) | {"attn_implementation": attention}
+    tokenizer = llama_tokenizer() if bos else byte_tokenizer()
+    return Model(tiny(family, layers, dtype, **changes), tokenizer, family)
+
+
+def bound(family: str, dtype: torch.dtype = torch.float64) -> float:
+    """Largest relative difference of a probability: GPT-J computes attention in float32 whatever its dtype."""
+    return 1e-5 if dtype == torch.float32 or family == "gptj" else 1e-9
+
+
+def drawn(model: Model, form: str, subject: str, tokens: int, seed: int = 1) -> np.ndarray:
+    """Noise `[samples, tokens, d]`, as the table in `tracing.corruption` says it, σ measured on the fact's subject."""
+    embedding = model.hf.get_input_embeddings()
+    ids = model.tokenizer(subject)["input_ids"]
+    shape = (SAMPLES, tokens, embedding.weight.shape[1])
+    with torch.no_grad():
+        vocabulary = embedding(torch.arange(len(model.tokenizer))).double().numpy()
+    sigma = vocabulary[ids].std(ddof=1)
+    normal = np.random.RandomState(seed).randn(*shape)
+    if form[0] == "s":
+        return float(form[1:]) * sigma * normal
+    if form[0] == "u":
+        return float(form[1:]) * sigma * np.random.RandomState(seed).uniform(-1, 1, shape)
+    if form[0] not in "mt":
+        return float(form) * normal
+    values, vectors = np.linalg.eigh(np.cov(vocabulary.T))
+    spread = normal @ (vectors @ np.diag(values**0.5) @ vectors.T)
+    if form[0] == "t":
+        degrees = float(form[1:])
+        chi = np.random.RandomState(seed + 1).chisquare(degrees, SAMPLES * tokens).reshape(SAMPLES, tokens, 1)
+        spread = spread * np.sqrt((degrees - 2) / chi)
+    return vocabulary.mean(0) + spread
+
+
+def plainly(
+    model: Model,
+    fact: Fact,
+    subject: tuple[int, int],
+    form: str = "s2",
+    *,
+    replace: bool = False,
+    after: int = 0,
+    object_tokens: int = 0,
+) -> PlainTrace:
+    """The fact's trace by plain passes; of its object so many tokens, or the model's own answer."""
+    ids = model.tokenizer(fact.text)["input_ids"]
+    whole = model.tokenizer(f"{fact.text} {fact.object}")["input_ids"]
+    corrupted = range(subject[0], min(subject[1] + 1 + after, len(ids)))
+    noise = drawn(model, form, fact.subject, len(corrupted))
+    target = whole[len(ids) :][:object_tokens] or None
+    return PlainTrace(model.hf, model.name, ids, corrupted, noise, target, replace)
+
+
+def sites(found: CausalTrace, parts: Iterable[str] = PARTS) -> list[tuple[str, int, int]]:
+    """All of a trace, from the subject's first token on."""
+    tokens, layers = next(iter(found.restored.values())).shape
+    return [
+        (part, token, layer) for part in parts for token in range(found.subject[0], tokens) for layer in range(layers)
+    ]
+
+
+def some(found: CausalTrace, count: int, seed: int = 0) -> list[tuple[str, int, int]]:
+    """Sites at random, as many of each part."""
+    rng = np.random.default_rng(seed)
+    return [
+        places[index]
+        for part in found.restored
+        for places in [sites(found, [part])]
+        for index in rng.choice(len(places), min(count, len(places)), replace=False)
+    ]
+
+
+def largest_difference(found: CausalTrace, plain: PlainTrace, places: Iterable[tuple[str, int, int]]) -> float:
+    """Between probabilities of a trace and plain ones, relative to these."""
+    width, edges = found.settings["window"], found.settings["window_edges"]
+    pairs = [(found.clean, plain.clean), (found.corrupted, plain.disturbed)]
+    for part, token, layer in places:
+        window = window_around(layer, width, edges, plain.layers)
+        pairs.append((found.restored[part][token, layer], plain.restored(part, token, layer, window)))
+    return max(abs(one - other) / other for one, other in pairs)
+
+
+def require_something_moved(found: CausalTrace) -> None:
+    """A trace in which nothing happens would agree with any."""
+    assert abs(found.total_effect) > 1e-4 * found.clean
+    for part in found.restored:
+        effects = found.indirect_effect(part)[found.subject[0] :]
+        assert np.abs(effects).max() > 1e-4 * found.clean
+        assert len(np.unique(effects.round(12))) > 1 or effects.size == LAYERS
+
+
+# ---- families -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize(("family", "attention"), KINDS)
+def test_every_family(family, attention, dtype):
+    model = model_of(family, attention, dtype)
+    found = trace(model, MIDDLE, parts=PARTS, samples=SAMPLES, noise="s2", window=2)
+    assert found.subject == (1, 4)
+    require_something_moved(found)
+    assert np.all(found.indirect_effect("state")[:1] == 0)
+    assert largest_difference(found, plainly(model, MIDDLE, (1, 4)), some(found, 5)) <= bound(family, dtype)
+
+
+@pytest.mark.parametrize("family", ["gemma2", "gpt_neox"])
+def test_every_site(family):
+    model, (fact, subject) = model_of(family), PLACES["in the middle"]
+    found = trace(model, fact, parts=PARTS, samples=SAMPLES, noise="s2", window=2)
+    assert largest_difference(found, plainly(model, fact, subject), sites(found)) <= bound(family)
+
+
+# ---- windows ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("edges", ["paper", "reference"])
+@pytest.mark.parametrize("width", [1, 2, 3, 4, 9])
+@pytest.mark.parametrize("family", ["llama", "opt", "gptj"])
+def test_windows_of_every_width(family, width, edges):
+    model, (fact, subject) = model_of(family), PLACES["at the start"]
+    settings = {"parts": ("mlp", "attention"), "samples": SAMPLES, "noise": 0.7}
+    found = trace(model, fact, window=width, window_edges=edges, **settings)
+    assert found.settings["window"] == width
+    require_something_moved(found)
+    plain = plainly(model, fact, subject, "0.7")
+    places = [place for place in sites(found, found.restored) if place[1] in (0, plain.prompt - 1)]
+    assert largest_difference(found, plain, places) <= bound(family)
+
+
+@pytest.mark.parametrize("layers", [1, 2, 5])
+def test_other_numbers_of_layers(layers):
+    model, (fact, subject) = model_of("qwen3", layers=layers), PLACES["at the start"]
+    found = trace(model, fact, parts=PARTS, samples=SAMPLES, noise="s2", window=2)
+    assert largest_difference(found, plainly(model, fact, subject), sites(found)) <= bound("qwen3")
+
+
+# ---- noise --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("ending", ["", ":replace", "+1", ":replace+1"])
+@pytest.mark.parametrize(
+    ("form", "family"), [("s2", "gpt2"), ("u3", "gemma3"), ("m", "mistral"), ("t4", "phi3"), ("0.3", "olmo2")]
+)
+def test_every_noise(form, family, ending):
+    model, (fact, subject) = model_of(family), PLACES["in the middle"]
+    found = trace(model, fact, parts=PARTS, samples=SAMPLES, noise=form + ending, window=3)
+    plain = plainly(model, fact, subject, form, replace="replace" in ending, after="+1" in ending)
+    require_something_moved(found)
+    assert largest_difference(found, plain, some(found, 2)) <= bound(family)
+
+
+def test_the_token_after_the_subject_may_not_be_there():
+    model, (fact, subject) = model_of("gpt2"), PLACES["at the very end"]
+    found = trace(model, fact, parts=PARTS, samples=SAMPLES, noise="s2+1")
+    assert found.corrupted == pytest.approx(plainly(model, fact, subject, after=1).disturbed, rel=1e-9)
+
+
+def test_kinds_of_noise_differ():
+    model, (fact, _) = model_of("gpt2"), PLACES["in the middle"]
+    forms = [form + ending for form in ("s2", "u3", "m", "t4", "0.3") for ending in ("", "!", "+1", "!+1")]
+    corrupted = {trace(model, fact, parts="state", samples=SAMPLES, noise=form).corrupted for form in forms}
+    assert len(corrupted) == len(forms)
+
+
+# ---- places of the subject ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("family", ["gpt2", "gptj", "gemma3"])
+def test_subjects_anywhere(family, place):
+    model, (fact, subject) = model_of(family), PLACES[place]
+    found = trace(model, fact, parts=PARTS, samples=SAMPLES, noise="s2", window=2)
+    assert found.subject == subject
+    assert largest_difference(found, plainly(model, fact, subject), some(found, 6)) <= bound(family)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+def test_a_subject_at_the_start_behind_a_bos(family):
+    model, fact, subject = model_of(family, bos=True), Fact("Rome", "{} is"), (2, 5)  # <s> ▁| R o m e| ▁is
+    found = trace(model, fact, parts=PARTS, samples=SAMPLES, noise="s2", window=2)
+    assert found.subject == subject
+    assert np.all(found.indirect_effect("state")[:2] == 0)
+    assert largest_difference(found, plainly(model, fact, subject), sites(found)) <= bound(family)
+
+
+# ---- answers ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("scored", ["first", "whole"])
+@pytest.mark.parametrize("place", ["in the middle", "at the start", "at the very end", "of one token, all there is"])
+@pytest.mark.parametrize("family", ["gpt2", "gptj", "gemma2", "opt"])
+def test_objects_of_several_tokens(family, place, scored):
+    model, (fact, subject) = model_of(family), PLACES[place]
+    fact = Fact(fact.subject, fact.prompt, "Seattle")  # S e a t t le
+    found = trace(model, fact, parts=PARTS, samples=SAMPLES, noise="s2", window=2, answer="object", scored=scored)
+    plain = plainly(model, fact, subject, object_tokens=1 if scored == "first" else 99)
+    assert len(plain.target) == (1 if scored == "first" else 6)
+    assert found.restored["state"].shape == (plain.prompt, LAYERS)
+    assert found.answer.strip() == ("S" if scored == "first" else "Seattle")
+    assert largest_difference(found, plain, some(found, 3)) <= bound(family)
+    if scored == "first":  # then the last token's last state is all there is
+        assert found.restored["state"][-1, -1] == pytest.approx(found.clean, rel=bound(family))
+
+
+def test_the_models_own_answer_is_not_the_object():
+    model = model_of("gpt2")
+    fact = Fact("Apple", "It is {} , is", "Seattle")
+    own, given = trace(model, fact, samples=1), trace(model, fact, samples=1, answer="object")
+    assert own.clean > given.clean
+    assert own.known is given.known is False
+    said = Fact(fact.subject, fact.prompt, own.answer)
+    if own.answer.strip() and model.tokenizer(f"{fact.text} {said.object}")["input_ids"][-1] == own.answer:
+        assert trace(model, said, samples=1).known
+
+
+# ---- some tokens, some facts together, some samples at a time ------------------------------------------
+
+
+@pytest.mark.parametrize("family", ["gpt2", "gemma3"])
+def test_some_tokens_alone(family):
+    model, (fact, subject) = model_of(family), PLACES["in the middle"]
+    whole = trace(model, fact, parts=PARTS, samples=SAMPLES, noise="s2")
+    for roles in (("last subject",), ("first after", "last"), ("middle subject",)):
+        found = trace(model, fact, parts=PARTS, samples=SAMPLES, noise="s2", tokens=roles)
+        for part in PARTS:
+            for token, role in enumerate(whole.roles):
+                line = found.restored[part][token]
+                if role in roles:
+                    assert line == pytest.approx(whole.restored[part][token], rel=1e-9)
+                elif token < subject[0]:
+                    assert np.all(line == found.corrupted)
+                else:
+                    assert np.isnan(line).all()
+
+
+@pytest.mark.parametrize("answer", ["model", "first", "whole"])
+@pytest.mark.parametrize("family", ["gpt2", "gptj", "mistral", "gemma3"])
+def test_facts_traced_together_are_as_traced_alone(family, answer):
+    model = model_of(family)
+    prompts = [
+        ("Apple", "It is {} , is"),
+        ("is Apple", "It , {} is"),
+        ("is", "It is Apple , {}"),
+        ("It", "{} is Apple , is"),
+    ]
+    facts = [Fact(subject, prompt, "Seattle") for subject, prompt in prompts]
+    config = TraceConfig(
+        parts=PARTS,
+        samples=SAMPLES,
+        noise="s2+1",
+        window=3,
+        answer="model" if answer == "model" else "object",
+        scored="whole" if answer == "whole" else "first",
+        tokens=("last subject", "middle subject", "last"),
+    )
+    prepared = [prepare(model, fact, config) for fact in facts]
+    assert len({(fact.span.first, fact.span.last) for fact in prepared}) == len(facts)
+    noise = [config.corruption.measure(model, own=fact.subject) for fact in facts]
+    alone = [trace(model, fact, config) for fact in facts]
+    for memory in (2**30, 1) if family == "mistral" else (2**30,):
+        together = trace_together(model, prepared, config, noise, memory)
+        for one, found in zip(alone, together, strict=True):
+            assert (found.fact, found.subject, found.answer) == (one.fact, one.subject, one.answer)
+            assert found.clean == pytest.approx(one.clean, rel=bound(family))
+            assert found.corrupted == pytest.approx(one.corrupted, rel=bound(family))
+            for part in PARTS:
+                np.testing.assert_allclose(found.restored[part], one.restored[part], rtol=bound(family))
+
+
+def test_facts_of_different_lengths_are_not_traced_together():
+    model, config = model_of("gpt2"), TraceConfig(noise="s2")
+    facts = [fact for fact, _ in PLACES.values()]
+    prepared = [prepare(model, fact, config) for fact in facts]
+    noise = [config.corruption.measure(model, own=fact.subject) for fact in facts]
+    with pytest.raises(ValueError, match="one length"):
+        trace_together(model, prepared, config, noise, 2**30)
+
+
+def test_severed_runs_differ_from_plain_ones_where_they_should():
+    """At the last layer nothing is left to sever, below it there is."""
+    model, (fact, subject) = model_of("gpt2"), PLACES["in the middle"]
+    found = trace(model, fact, parts=PARTS, samples=SAMPLES, noise="s2")
+    for part in ("severed_mlp", "severed_attention"):
+        differences = np.abs(found.restored[part] - found.restored["state"])[subject[0] :]
+        assert differences[:, -1].max() <= 1e-12
+        assert differences[0, :-1].max() > 1e-6
