@@ -15,83 +15,29 @@ from errata.tracing.noise import subject_sigma
 from errata.tracing.result import ROLES, CausalTrace
 from errata.tracing.sweep import window_layers
 from errata.tracing.trace import trace
+from plain_trace import PlainTrace, window_around
 from tiny import byte_tokenizer, tiny
 
 FACT = Fact("The Space Needle", "Everyone says that {} is located in")
-
-# Paths of a block's list, of embedding, attention and MLP: by hand, not from the anatomy under test.
-PATHS = {
-    "gpt2": ("transformer.h", "transformer.wte", "attn", "mlp"),
-    "llama": ("model.layers", "model.embed_tokens", "self_attn", "mlp"),
-    "gpt_neox": ("gpt_neox.layers", "gpt_neox.embed_in", "attention", "mlp"),
-}
 
 
 def make(family: str, layers: int = 3):
     return load_pretrained((tiny(family, layers=layers, dtype=torch.float64), byte_tokenizer()), name=family)
 
 
-def plain(model, family, ids, subject, part, layers, token, noise, answer):
-    """Mean probability of the answer with the parts of `layers` restored at `token`, sample after sample."""
-    blocks, embedding, attention, mlp = PATHS[family]
-    hf = model.hf
-    modules = {
-        "state": lambda layer: hf.get_submodule(f"{blocks}.{layer}"),
-        "attention": lambda layer: hf.get_submodule(f"{blocks}.{layer}.{attention}"),
-        "mlp": lambda layer: hf.get_submodule(f"{blocks}.{layer}.{mlp}"),
-    }
-    first = lambda output: output[0] if isinstance(output, tuple) else output  # noqa: E731
-    clean = {}
-
-    def run(hooks):
-        handles = [module.register_forward_hook(hook) for module, hook in hooks]
-        try:
-            with torch.no_grad():
-                return hf(torch.tensor([ids])).logits[0, -1].softmax(-1)
-        finally:
-            for handle in handles:
-                handle.remove()
-
-    def keep(layer):
-        return lambda module, args, output: clean.__setitem__(layer, first(output)[0, token].clone())
-
-    run([(modules[part](layer), keep(layer)) for layer in layers])
-
-    def put_back(layer):
-        def hook(module, args, output):
-            tensor = first(output).clone()
-            tensor[0, token] = clean[layer]
-            return (tensor, *output[1:]) if isinstance(output, tuple) else tensor
-
-        return hook
-
-    found = []
-    for sample in noise:
-
-        def disturb(module, args, output, sample=sample):
-            output = output.clone()
-            output[0, subject[0] : subject[1] + 1] += sample
-            return output
-
-        hooks = [(hf.get_submodule(embedding), disturb), *((modules[part](i), put_back(i)) for i in layers)]
-        found.append(float(run(hooks)[answer]))
-    return np.mean(found)
-
-
-@pytest.mark.parametrize("family", list(PATHS))
+@pytest.mark.parametrize("family", ["gpt2", "llama", "gpt_neox"])
 def test_every_site_is_what_plain_passes_give(family):
     model = make(family)
     found = trace(model, FACT, samples=3, noise=0.7, window=2, seed=5)
     ids = model.tokenizer(FACT.text)["input_ids"]
     first, last = found.subject
-    noise = 0.7 * torch.from_numpy(np.random.RandomState(5).randn(3, last - first + 1, model.d_model))
-    answer = int(model.hf(torch.tensor([ids])).logits[0, -1].argmax())
+    noise = 0.7 * np.random.RandomState(5).randn(3, last - first + 1, model.d_model)
+    plain = PlainTrace(model.hf, family, ids, range(first, last + 1), noise)
     rng = np.random.default_rng(0)
     for part in ("state", "mlp", "attention"):
         for token in {first, last, len(ids) - 1, *rng.integers(first, len(ids), 2).tolist()}:
             for layer in range(3):
-                layers = [layer] if part == "state" else [i for i in (layer, layer + 1) if i < 3]
-                want = plain(model, family, ids, found.subject, part, layers, token, noise, answer)
+                want = plain.restored(part, token, layer, window_around(layer, 2, "paper", 3))
                 assert found.restored[part][token, layer] == pytest.approx(want, rel=1e-9)
 
 
