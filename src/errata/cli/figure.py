@@ -82,7 +82,8 @@ def _averages(file: Path, min_effect: float | None, unknown: bool) -> AverageEff
         ConfigError: if averages are to be chosen from again.
     """
     from errata.base.errors import ConfigError
-    from errata.tracing.average import ENDINGS, AverageEffects
+    from errata.tracing.average import AverageEffects
+    from errata.tracing.average_files import ENDINGS
     from errata.tracing.result import load_traces
 
     if file.suffix.lower() not in ENDINGS:

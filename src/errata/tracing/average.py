@@ -10,21 +10,18 @@ the same draws. Below two facts there is no interval.
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from errata.base.errors import ConfigError, ResultFileError
+from errata.base.errors import ConfigError
 from errata.base.extras import needed
-from errata.base.files import write_text, written_whole
 from errata.tracing.corruption import MEASURED
 from errata.tracing.result import ROLES, CausalTrace
 
@@ -32,21 +29,16 @@ if TYPE_CHECKING:
     import pandas
     from matplotlib.figure import Figure
 
-KIND = "average effects"
-FORMAT = 1
-ENDINGS = (".json", ".csv", ".parquet")
-
 # Why a trace is left out.
 UNKNOWN, NO_EFFECT = "answer is not the object", "no effect"
 
-_COMMENT = "# errata: "
-_COLUMNS = ("mean", "low", "high", "boot_low", "boot_high", "facts")
-_PLACE = ("part", "role", "layer")
-_SCALARS = ("clean", "corrupted", "total_effect")
-_SCOPES = ("subject", "all")
+COLUMNS = ("mean", "low", "high", "boot_low", "boot_high", "facts")
+PLACE = ("part", "role", "layer")
+SCALARS = ("clean", "corrupted", "total_effect")
+SCOPES = ("subject", "all")
 _BARS = ("state", "severed_attention", "severed_mlp")
 
-_Array = NDArray[Any]
+Array = NDArray[Any]
 
 
 @dataclass(frozen=True)
@@ -99,7 +91,7 @@ class AverageEffects:
     """
 
     means: Mapping[str, Mean]
-    sites: Mapping[str, Mapping[str, _Array]]
+    sites: Mapping[str, Mapping[str, Array]]
     best: Mapping[str, Mapping[str, Best]]
     left_out: Mapping[str, int]
     criteria: Mapping[str, Any]
@@ -129,12 +121,12 @@ class AverageEffects:
         return self._scalar("total_effect")
 
     @property
-    def mean(self) -> dict[str, _Array]:
+    def mean(self) -> dict[str, Array]:
         """AIE of each part, `[roles, layers]`."""
         return {part: columns["mean"] for part, columns in self.sites.items()}
 
     @property
-    def interval(self) -> dict[str, _Array]:
+    def interval(self) -> dict[str, Array]:
         """Half widths of each part's normal intervals, `[roles, layers]`."""
         return {part: (columns["high"] - columns["low"]) / 2 for part, columns in self.sites.items()}
 
@@ -222,9 +214,9 @@ class AverageEffects:
         Raises:
             MissingExtra: if pandas is not installed.
         """
-        places = [place for part, values in self.mean.items() for place in _places(part, values.shape[1])]
-        columns: dict[str, Any] = dict(zip(_PLACE, zip(*places, strict=True), strict=True))
-        for name in _COLUMNS:
+        rows = [place for part, values in self.mean.items() for place in places_of(part, values.shape[1])]
+        columns: dict[str, Any] = dict(zip(PLACE, zip(*rows, strict=True), strict=True))
+        for name in COLUMNS:
             columns[name] = np.concatenate([of[name].reshape(-1) for of in self.sites.values()])
         return needed("pandas", "tables").DataFrame(columns)
 
@@ -236,24 +228,9 @@ class AverageEffects:
             MissingExtra: if pandas, or for .parquet pyarrow, is not installed; .json needs neither.
             OutputError: if the file cannot be written.
         """
-        ending = Path(path).suffix.lower()
-        if ending == ".json":
-            sites = {part: {name: _plain(of[name]) for name in _COLUMNS} for part, of in self.sites.items()}
-            write_text(path, _dumps({**self._header(), "sites": sites}))
-        elif ending == ".csv":
-            table = self.to_frame().to_csv(index=False, lineterminator="\n")
-            write_text(path, f"{_COMMENT}{_dumps(self._header())}\n{table}")
-        elif ending == ".parquet":
-            needed("pyarrow", "tables")
-            frame = self.to_frame()
-            frame.attrs["errata"] = self._header()
-            with written_whole(path) as temporary:
-                frame.to_parquet(temporary, engine="pyarrow", index=False)
-        else:
-            raise ConfigError(
-                f"averages cannot be written to {Path(path).name!r}: the ending tells the format, "
-                f"so give it one of {', '.join(ENDINGS)}"
-            )
+        from errata.tracing import average_files  # it imports this module
+
+        average_files.write(path, self)
 
     @classmethod
     def load(cls, path: str | Path) -> AverageEffects:
@@ -263,67 +240,9 @@ class AverageEffects:
             ResultFileError: if the file is missing, cut short or no averages of ours.
             MissingExtra: if what its format needs is not installed.
         """
-        path = Path(path)
-        ending = path.suffix.lower()
-        if not path.is_file() or ending not in ENDINGS:
-            raise ResultFileError(f"there are no averages at {path}. Give a saved file: {', '.join(ENDINGS)}")
-        try:
-            header, sites = {".json": _read_json, ".csv": _read_csv, ".parquet": _read_parquet}[ending](path)
-            return cls._from(header, sites)
-        except _Newer as error:
-            raise ResultFileError(f"{path} is of {error}. Upgrade errata") from None
-        except _BROKEN as error:
-            reason = str(error).partition("\n")[0] or type(error).__name__
-            raise ResultFileError(
-                f"{path} holds no averages of ours, or no longer whole ones ({reason}). Average the traces again"
-            ) from error
+        from errata.tracing import average_files
 
-    def _header(self) -> dict[str, Any]:
-        """All but the tables, ready for JSON."""
-        return {
-            "kind": KIND,
-            "version": FORMAT,
-            "model": self.model,
-            "fingerprint": self.fingerprint,
-            "settings": dict(self.settings),
-            "versions": dict(self.versions),
-            "criteria": dict(self.criteria),
-            "left_out": dict(self.left_out),
-            "roles": list(ROLES),
-            "layers": {part: values.shape[1] for part, values in self.mean.items()},
-            "means": {name: asdict(mean) for name, mean in self.means.items()},
-            "best": {part: {scope: asdict(best) for scope, best in of.items()} for part, of in self.best.items()},
-        }
-
-    @classmethod
-    def _from(cls, header: dict[str, Any], sites: Mapping[str, Mapping[str, _Array]]) -> AverageEffects:
-        """From a header and the sites' columns.
-
-        Raises:
-            KeyError, TypeError, ValueError: if they are not as they should be.
-        """
-        if not sites or not list(sites) == list(header["best"]) == list(header["layers"]):
-            raise ValueError("its parts do not fit together")
-        for part, columns in sites.items():
-            if {columns[name].shape for name in _COLUMNS} != {(len(ROLES), header["layers"][part])}:
-                raise ValueError(f"the columns of {part!r} are not of one size")
-        return cls(
-            means={name: Mean(**header["means"][name]) for name in _SCALARS},
-            sites=sites,
-            best={
-                part: {
-                    scope: Best(Mean(**of[scope]["effect"]), tuple(of[scope]["roles"]), tuple(of[scope]["layers"]))
-                    for scope in _SCOPES
-                }
-                for part, of in header["best"].items()
-            },
-            left_out=dict(header["left_out"]),
-            criteria=dict(header["criteria"]),
-            model=str(header["model"]),
-            fingerprint=str(header["fingerprint"]),
-            settings=dict(header["settings"]),
-            versions=dict(header["versions"]),
-        )
+        return average_files.read(path)
 
 
 def average_effects(
@@ -357,14 +276,14 @@ def average_effects(
     shared: dict[str, Any] = {}
     versions: dict[str, set[str]] = {}
     scalars: list[list[float]] = []
-    effects: dict[str, list[_Array]] = {}
+    effects: dict[str, list[Array]] = {}
     bests: dict[tuple[str, str], list[tuple[float, str, int]]] = {}
     for trace in traces:
         settings = _settings(trace)
         if first is None:
             first, shared = trace, settings
             effects = {part: [] for part in trace.restored}
-            bests = {(part, scope): [] for part in trace.restored for scope in _SCOPES}
+            bests = {(part, scope): [] for part in trace.restored for scope in SCOPES}
         _require_alike(first, trace)
         if known_only and trace.known is False:
             left_out[UNKNOWN] += 1
@@ -380,7 +299,7 @@ def average_effects(
         for part in effects:
             effect = trace.indirect_effect(part)
             effects[part].append(np.stack([_nanmean(effect[roles == role]) for role in ROLES]))
-            for scope, end in zip(_SCOPES, (trace.subject[1] + 1, len(roles)), strict=True):
+            for scope, end in zip(SCOPES, (trace.subject[1] + 1, len(roles)), strict=True):
                 bests[part, scope].append(_best(effect, trace.roles, range(trace.subject[0], end)))
     if first is None:
         raise ConfigError("averages need at least one trace, and there is none")
@@ -390,10 +309,10 @@ def average_effects(
 
     draws = _draws(len(scalars), resamples, seed)
     return AverageEffects(
-        means=dict(zip(_SCALARS, _means(np.array(scalars), draws), strict=True)),
+        means=dict(zip(SCALARS, _means(np.array(scalars), draws), strict=True)),
         sites={part: _statistics(np.stack(of), draws) for part, of in effects.items()},
         best={
-            part: {scope: _counted(bests[part, scope], of[0].shape[1], draws) for scope in _SCOPES}
+            part: {scope: _counted(bests[part, scope], of[0].shape[1], draws) for scope in SCOPES}
             for part, of in effects.items()
         },
         left_out=left_out,
@@ -445,18 +364,18 @@ def _settings(trace: CausalTrace) -> dict[str, Any]:
 # ---- statistics -------------------------------------------------------------------------------------------
 
 
-def _nanmean(rows: _Array) -> _Array:
+def _nanmean(rows: Array) -> Array:
     """Mean over the first axis of what is no NaN; NaN where nothing is."""
     there = np.isfinite(rows)
     return _quotient(np.where(there, rows, 0.0).sum(0), there.sum(0))
 
 
-def _quotient(total: _Array, count: _Array) -> _Array:
+def _quotient(total: Array, count: Array) -> Array:
     """NaN where the count is zero."""
     return np.divide(total, count, out=np.full(np.shape(total), np.nan), where=count > 0)
 
 
-def _best(effect: _Array, roles: Sequence[str], tokens: range) -> tuple[float, str, int]:
+def _best(effect: Array, roles: Sequence[str], tokens: range) -> tuple[float, str, int]:
     """Effect, role and layer of the best site of some tokens; NaN where none was traced."""
     found = np.where(np.isfinite(effect[tokens]), effect[tokens], -np.inf)
     token, layer = np.unravel_index(int(found.argmax()), found.shape)
@@ -464,14 +383,14 @@ def _best(effect: _Array, roles: Sequence[str], tokens: range) -> tuple[float, s
     return best if np.isfinite(best) else np.nan, roles[tokens[int(token)]], int(layer)
 
 
-def _counted(sites: Sequence[tuple[float, str, int]], layers: int, draws: _Array) -> Best:
+def _counted(sites: Sequence[tuple[float, str, int]], layers: int, draws: Array) -> Best:
     [effect] = _means(np.array([[value] for value, _, _ in sites]), draws)
     traced = [(role, layer) for value, role, layer in sites if np.isfinite(value)]
     roles, places = Counter(role for role, _ in traced), Counter(layer for _, layer in traced)
     return Best(effect, tuple(roles[role] for role in ROLES), tuple(places[layer] for layer in range(layers)))
 
 
-def _draws(facts: int, resamples: int, seed: int) -> _Array:
+def _draws(facts: int, resamples: int, seed: int) -> Array:
     """How often each resample holds each fact, `[resamples, facts]`."""
     rng = np.random.default_rng(seed)
     return np.stack([np.bincount(rng.integers(facts, size=facts), minlength=facts) for _ in range(resamples)]).astype(
@@ -479,7 +398,7 @@ def _draws(facts: int, resamples: int, seed: int) -> _Array:
     )
 
 
-def _statistics(values: _Array, draws: _Array) -> dict[str, _Array]:
+def _statistics(values: Array, draws: Array) -> dict[str, Array]:
     """The columns of the long table for values `[facts, ...]`, in which NaN does not count."""
     there = np.isfinite(values)
     filled = np.where(there, values, 0.0)
@@ -496,93 +415,22 @@ def _statistics(values: _Array, draws: _Array) -> dict[str, _Array]:
         boot[:, several] = np.nanquantile(means[:, several], [0.025, 0.975], axis=0)
     boot_low, boot_high = boot.reshape(2, *mean.shape)
     columns = (mean, mean - half, mean + half, boot_low, boot_high, facts)
-    return dict(zip(_COLUMNS, columns, strict=True))
+    return dict(zip(COLUMNS, columns, strict=True))
 
 
-def _means(values: _Array, draws: _Array) -> list[Mean]:
+def _means(values: Array, draws: Array) -> list[Mean]:
     """One mean a column of `[facts, columns]`."""
-    columns = {name: _plain(column) for name, column in _statistics(values, draws).items()}
-    return [Mean(*row) for row in zip(*(columns[name] for name in _COLUMNS), strict=True)]
+    columns = {name: plain(column) for name, column in _statistics(values, draws).items()}
+    return [Mean(*row) for row in zip(*(columns[name] for name in COLUMNS), strict=True)]
 
 
-# ---- files ------------------------------------------------------------------------------------------------
-
-
-class _Newer(Exception):
-    """A file of a later format."""
-
-
-# What readers raise on files that are damaged or something else.
-_BROKEN = (csv.Error, OSError, ValueError, KeyError, IndexError, TypeError, AttributeError, NotImplementedError)
-
-
-def _plain(values: _Array) -> Any:
+def plain(values: Array) -> Any:
     """An array as lists, with None for NaN, which JSON does not have."""
     plain = values.astype(object)
     plain[np.isnan(values)] = None
     return plain.tolist()
 
 
-def _dumps(value: Any) -> str:
-    return json.dumps(value, ensure_ascii=False, allow_nan=False)
-
-
-def _places(part: str, layers: int) -> list[tuple[str, str, int]]:
+def places_of(part: str, layers: int) -> list[tuple[str, str, int]]:
+    """(part, role, layer) of the rows of a part in the long table."""
     return [(part, role, layer) for role in ROLES for layer in range(layers)]
-
-
-def _checked(header: Any) -> dict[str, Any]:
-    """A header of averages, of a format and with roles that are known."""
-    if header["kind"] != KIND:
-        raise ValueError(f"it is of the kind {header['kind']!r}")
-    if header["version"] > FORMAT:
-        raise _Newer(f"format {header['version']}, newer than the {FORMAT} that this errata reads")
-    if header["roles"] != list(ROLES):
-        raise ValueError("its roles are others")
-    return header
-
-
-def _array(column: str, values: Any) -> _Array:
-    return np.array(values, dtype=np.int64 if column == "facts" else np.float64)
-
-
-def _read_json(path: Path) -> tuple[dict[str, Any], dict[str, dict[str, _Array]]]:
-    content = _checked(json.loads(path.read_text(encoding="utf-8")))
-    parts = content["sites"].items()
-    return content, {part: {name: _array(name, table[name]) for name in _COLUMNS} for part, table in parts}
-
-
-def _read_csv(path: Path) -> tuple[dict[str, Any], dict[str, dict[str, _Array]]]:
-    comment, _, table = path.read_text(encoding="utf-8").partition("\n")
-    if not comment.startswith(_COMMENT):
-        raise ValueError(f"its first line does not begin with {_COMMENT.strip()!r}")
-    if not table.endswith("\n"):  # else a number cut short would pass
-        raise ValueError("its last line has no end")
-    header = _checked(json.loads(comment.removeprefix(_COMMENT)))
-    rows = list(csv.DictReader(io.StringIO(table)))
-    places = [(row["part"], row["role"], int(row["layer"])) for row in rows]
-    return header, _arrays(header, places, {name: [float(row[name] or "nan") for row in rows] for name in _COLUMNS})
-
-
-def _read_parquet(path: Path) -> tuple[dict[str, Any], dict[str, dict[str, _Array]]]:
-    needed("pyarrow", "tables")
-    frame = needed("pandas", "tables").read_parquet(path, engine="pyarrow")
-    header = _checked(frame.attrs["errata"])
-    places = list(zip(*(frame[name].tolist() for name in _PLACE), strict=True))
-    return header, _arrays(header, places, {name: frame[name].tolist() for name in _COLUMNS})
-
-
-def _arrays(
-    header: dict[str, Any], places: Sequence[tuple[str, str, int]], columns: Mapping[str, Sequence[float]]
-) -> dict[str, dict[str, _Array]]:
-    """Each part's columns `[roles, layers]` from a long table with its rows in any order."""
-    row = {place: index for index, place in enumerate(places)}
-    wanted = {part: _places(part, layers) for part, layers in header["layers"].items()}
-    if len(row) != len(places) or set(row) != {place for of in wanted.values() for place in of}:
-        raise ValueError("rows are missing, or there are others")
-    return {
-        part: {
-            name: _array(name, [columns[name][row[place]] for place in of]).reshape(len(ROLES), -1) for name in _COLUMNS
-        }
-        for part, of in wanted.items()
-    }

@@ -1,0 +1,185 @@
+"""Averages in files: JSON, CSV with its header in a first comment line, Parquet with it in the schema's metadata.
+
+All three hold everything, and give back the numbers that were written, bit for bit.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from errata.base.errors import ConfigError, ResultFileError
+from errata.base.extras import needed
+from errata.base.files import write_text, written_whole
+from errata.tracing.average import COLUMNS, PLACE, SCALARS, SCOPES, Array, AverageEffects, Best, Mean, places_of, plain
+from errata.tracing.result import ROLES
+
+KIND = "average effects"
+FORMAT = 1
+ENDINGS = (".json", ".csv", ".parquet")
+
+_COMMENT = "# errata: "
+
+
+def write(path: str | Path, averages: AverageEffects) -> None:
+    """Write averages, whole or not at all; as `AverageEffects.save`."""
+    ending = Path(path).suffix.lower()
+    if ending == ".json":
+        sites = {part: {name: plain(of[name]) for name in COLUMNS} for part, of in averages.sites.items()}
+        write_text(path, _dumps({**_header(averages), "sites": sites}))
+    elif ending == ".csv":
+        table = averages.to_frame().to_csv(index=False, lineterminator="\n")
+        write_text(path, f"{_COMMENT}{_dumps(_header(averages))}\n{table}")
+    elif ending == ".parquet":
+        needed("pyarrow", "tables")
+        frame = averages.to_frame()
+        frame.attrs["errata"] = _header(averages)
+        with written_whole(path) as temporary:
+            frame.to_parquet(temporary, engine="pyarrow", index=False)
+    else:
+        raise ConfigError(
+            f"averages cannot be written to {Path(path).name!r}: the ending tells the format, "
+            f"so give it one of {', '.join(ENDINGS)}"
+        )
+
+
+def read(path: str | Path) -> AverageEffects:
+    """Saved averages, of any of the three formats; as `AverageEffects.load`."""
+    path = Path(path)
+    ending = path.suffix.lower()
+    if not path.is_file() or ending not in ENDINGS:
+        raise ResultFileError(f"there are no averages at {path}. Give a saved file: {', '.join(ENDINGS)}")
+    try:
+        header, sites = {".json": _read_json, ".csv": _read_csv, ".parquet": _read_parquet}[ending](path)
+        return _from(header, sites)
+    except _Newer as error:
+        raise ResultFileError(f"{path} is of {error}. Upgrade errata") from None
+    except _BROKEN as error:
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        raise ResultFileError(
+            f"{path} holds no averages of ours, or no longer whole ones ({reason}). Average the traces again"
+        ) from error
+
+
+def _header(averages: AverageEffects) -> dict[str, Any]:
+    """All but the tables, ready for JSON."""
+    return {
+        "kind": KIND,
+        "version": FORMAT,
+        "model": averages.model,
+        "fingerprint": averages.fingerprint,
+        "settings": dict(averages.settings),
+        "versions": dict(averages.versions),
+        "criteria": dict(averages.criteria),
+        "left_out": dict(averages.left_out),
+        "roles": list(ROLES),
+        "layers": {part: values.shape[1] for part, values in averages.mean.items()},
+        "means": {name: asdict(mean) for name, mean in averages.means.items()},
+        "best": {part: {scope: asdict(best) for scope, best in of.items()} for part, of in averages.best.items()},
+    }
+
+
+def _from(header: dict[str, Any], sites: Mapping[str, Mapping[str, Array]]) -> AverageEffects:
+    """From a header and the sites' columns.
+
+    Raises:
+        KeyError, TypeError, ValueError: if they are not as they should be.
+    """
+    if not sites or not list(sites) == list(header["best"]) == list(header["layers"]):
+        raise ValueError("its parts do not fit together")
+    for part, columns in sites.items():
+        if {columns[name].shape for name in COLUMNS} != {(len(ROLES), header["layers"][part])}:
+            raise ValueError(f"the columns of {part!r} are not of one size")
+    return AverageEffects(
+        means={name: Mean(**header["means"][name]) for name in SCALARS},
+        sites=sites,
+        best={
+            part: {
+                scope: Best(Mean(**of[scope]["effect"]), tuple(of[scope]["roles"]), tuple(of[scope]["layers"]))
+                for scope in SCOPES
+            }
+            for part, of in header["best"].items()
+        },
+        left_out=dict(header["left_out"]),
+        criteria=dict(header["criteria"]),
+        model=str(header["model"]),
+        fingerprint=str(header["fingerprint"]),
+        settings=dict(header["settings"]),
+        versions=dict(header["versions"]),
+    )
+
+
+class _Newer(Exception):
+    """A file of a later format."""
+
+
+# What readers raise on files that are damaged or something else.
+_BROKEN = (csv.Error, OSError, ValueError, KeyError, IndexError, TypeError, AttributeError, NotImplementedError)
+
+
+def _dumps(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False, allow_nan=False)
+
+
+def _checked(header: Any) -> dict[str, Any]:
+    """A header of averages, of a format and with roles that are known."""
+    if header["kind"] != KIND:
+        raise ValueError(f"it is of the kind {header['kind']!r}")
+    if header["version"] > FORMAT:
+        raise _Newer(f"format {header['version']}, newer than the {FORMAT} that this errata reads")
+    if header["roles"] != list(ROLES):
+        raise ValueError("its roles are others")
+    return header
+
+
+def _array(column: str, values: Any) -> Array:
+    return np.array(values, dtype=np.int64 if column == "facts" else np.float64)
+
+
+def _read_json(path: Path) -> tuple[dict[str, Any], dict[str, dict[str, Array]]]:
+    content = _checked(json.loads(path.read_text(encoding="utf-8")))
+    parts = content["sites"].items()
+    return content, {part: {name: _array(name, table[name]) for name in COLUMNS} for part, table in parts}
+
+
+def _read_csv(path: Path) -> tuple[dict[str, Any], dict[str, dict[str, Array]]]:
+    comment, _, table = path.read_text(encoding="utf-8").partition("\n")
+    if not comment.startswith(_COMMENT):
+        raise ValueError(f"its first line does not begin with {_COMMENT.strip()!r}")
+    if not table.endswith("\n"):  # else a number cut short would pass
+        raise ValueError("its last line has no end")
+    header = _checked(json.loads(comment.removeprefix(_COMMENT)))
+    rows = list(csv.DictReader(io.StringIO(table)))
+    places = [(row["part"], row["role"], int(row["layer"])) for row in rows]
+    return header, _arrays(header, places, {name: [float(row[name] or "nan") for row in rows] for name in COLUMNS})
+
+
+def _read_parquet(path: Path) -> tuple[dict[str, Any], dict[str, dict[str, Array]]]:
+    needed("pyarrow", "tables")
+    frame = needed("pandas", "tables").read_parquet(path, engine="pyarrow")
+    header = _checked(frame.attrs["errata"])
+    places = list(zip(*(frame[name].tolist() for name in PLACE), strict=True))
+    return header, _arrays(header, places, {name: frame[name].tolist() for name in COLUMNS})
+
+
+def _arrays(
+    header: dict[str, Any], places: Sequence[tuple[str, str, int]], columns: Mapping[str, Sequence[float]]
+) -> dict[str, dict[str, Array]]:
+    """Each part's columns `[roles, layers]` from a long table with its rows in any order."""
+    row = {place: index for index, place in enumerate(places)}
+    wanted = {part: places_of(part, layers) for part, layers in header["layers"].items()}
+    if len(row) != len(places) or set(row) != {place for of in wanted.values() for place in of}:
+        raise ValueError("rows are missing, or there are others")
+    return {
+        part: {
+            name: _array(name, [columns[name][row[place]] for place in of]).reshape(len(ROLES), -1) for name in COLUMNS
+        }
+        for part, of in wanted.items()
+    }
