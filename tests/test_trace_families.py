@@ -12,6 +12,7 @@ import torch
 from errata.base.facts import Fact
 from errata.models.model import Model
 from errata.tracing.config import TraceConfig
+from errata.tracing.noise import measure
 from errata.tracing.result import CausalTrace
 from errata.tracing.trace import prepare, trace, trace_together
 from plain_trace import PlainTrace, window_around
@@ -48,7 +49,7 @@ def bound(family: str, dtype: torch.dtype = torch.float64) -> float:
 
 
 def drawn(model: Model, form: str, subject: str, tokens: int, seed: int = 1) -> np.ndarray:
-    """Noise `[samples, tokens, d]`, as the table in `tracing.corruption` says it, σ measured on the fact's subject."""
+    """Noise `[samples, tokens, d]`, as the table in `tracing.noise` says it, σ measured on the fact's subject."""
     embedding = model.hf.get_input_embeddings()
     ids = model.tokenizer(subject)["input_ids"]
     shape = (SAMPLES, tokens, embedding.weight.shape[1])
@@ -294,7 +295,7 @@ def test_facts_traced_together_are_as_traced_alone(family, answer):
     )
     prepared = [prepare(model, fact, config) for fact in facts]
     assert len({(fact.span.first, fact.span.last) for fact in prepared}) == len(facts)
-    noise = [config.corruption.measure(model, own=fact.subject) for fact in facts]
+    noise = [measure(config.corruption, model, own=fact.subject) for fact in facts]
     alone = [trace(model, fact, config) for fact in facts]
     for memory in (2**30, 1) if family == "mistral" else (2**30,):
         together = trace_together(model, prepared, config, noise, memory)
@@ -310,7 +311,7 @@ def test_facts_of_different_lengths_are_not_traced_together():
     model, config = model_of("gpt2"), TraceConfig(noise="s2")
     facts = [fact for fact, _ in PLACES.values()]
     prepared = [prepare(model, fact, config) for fact in facts]
-    noise = [config.corruption.measure(model, own=fact.subject) for fact in facts]
+    noise = [measure(config.corruption, model, own=fact.subject) for fact in facts]
     with pytest.raises(ValueError, match="one length"):
         trace_together(model, prepared, config, noise, 2**30)
 

@@ -79,7 +79,8 @@ class Recording:
 
         Gradients flow to `states` and through patches if the caller lets them.
         """
-        share = max(1, self.tokens_at_once // states.shape[1])
+        count = states.shape[1]
+        share, wanted = max(1, self.tokens_at_once // count), count if keep is None else min(keep, count)
         parts = []
         for begin in range(0, len(states), share):
             chosen = slice(begin, min(begin + share, len(states)))
@@ -88,7 +89,7 @@ class Recording:
                 for part, patch in (patches or {}).items()
             }
             with hooked_block(self.model, bound, chosen.stop - begin):
-                parts.append(self._block(layer, states[chosen], token, rows[chosen], keep or states.shape[1]))
+                parts.append(self._block(layer, states[chosen], token, rows[chosen], wanted))
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def resume(
@@ -128,8 +129,11 @@ class Recording:
                 found = self.step(layer, self.states[layer][:1, middle:], middle, row)
                 error = (found - want).abs().amax(-1) / want.abs().amax(-1).clamp_min(1e-30)
                 wrong = not bool((error <= _TOLERANCE[want.dtype]).all())
-            except (TypeError, RuntimeError, IndexError) as problem:
-                raise self._refusal(layer, f"it fails with {type(problem).__name__}: {problem}") from problem
+            except torch.OutOfMemoryError:
+                raise
+            except Exception as problem:  # whatever a foreign block raises, it cannot be resumed
+                reason = " ".join(f"{type(problem).__name__}: {problem}".split())
+                raise self._refusal(layer, f"it fails with {reason}") from problem
             if wrong:
                 raise self._refusal(layer, "it comes out otherwise than in one piece")
 
@@ -163,13 +167,14 @@ def record(
     """
     if not bool(batch.attention_mask.all()):
         raise ValueError("a recording needs texts of one length: group them by their number of tokens")
-    length = batch.input_ids.shape[1]
     cache, calls, states, kept = DynamicCache(), [], [], {}
 
     def enter(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        call = _Call.of(module, args, kwargs, cache, length)
-        calls.append(call)
-        states.append(call.state.clone())  # some blocks go on to add into it in place
+        names = list(inspect.signature(module.forward).parameters)
+        arguments = {**dict(zip(names, args, strict=False)), **kwargs}
+        state = arguments.pop(names[0])
+        states.append(state.clone())  # some blocks go on to add into it in place
+        calls.append(_Call(arguments, cache, *state.shape[:2]))
 
     def keeper(stream: Stream) -> Patch:
         def note(tensor: Tensor) -> None:
@@ -183,13 +188,27 @@ def record(
     try:
         with hooked(model, {**(patches or {}), **watched}):
             model.forward(batch, keep=1, cache=cache)
+    except (TypeError, ValueError, LookupError, AttributeError):
+        _require_plain_cache(model, batch)  # or else a patch has failed
+        raise
     finally:
         for handle in handles:
             handle.remove()
-    states.append(kept[last])
+    states.append(kept.pop(last))
     recording = Recording(model, states, kept, cache, calls, tokens_at_once or _tokens_at_once(model))
     recording.check()
     return recording
+
+
+def _require_plain_cache(model: Model, batch: Batch) -> None:
+    try:
+        model.forward(batch, keep=1, cache=DynamicCache())
+    except Exception as problem:  # whatever a foreign forward pass raises, it cannot be recorded
+        reason = " ".join(f"{type(problem).__name__}: {problem}".split())
+        raise UnsupportedModel(
+            f"{model.name} does not run with a plain cache of keys and values ({reason}), so it cannot be replayed "
+            "from a recorded run"
+        ) from problem
 
 
 def _tokens_at_once(model: Model) -> int:
@@ -236,33 +255,27 @@ class _Collecting(_Past):
 
 @dataclass(frozen=True)
 class _Call:
-    """What Hugging Face handed to a block: its state, and beside it what depends on positions alone.
+    """What Hugging Face handed to a block beside its state: what depends on positions alone.
 
     Attributes:
-        state: `[rows, length, d_model]`.
-        arguments: all else by name; of tensors the first row, which stands for all.
+        arguments: all but the state, by name; of tensors the first row stands for all.
         cache: the cache among the arguments.
-        length: of the recorded texts.
+        rows: how many were recorded.
+        length: of the recorded texts, in tokens.
     """
 
-    state: Tensor
     arguments: Mapping[str, Any]
     cache: DynamicCache
+    rows: int
     length: int
-
-    @classmethod
-    def of(cls, block: nn.Module, args: tuple, kwargs: dict[str, Any], cache: DynamicCache, length: int) -> _Call:
-        names = list(inspect.signature(block.forward).parameters)
-        arguments = {**dict(zip(names, args, strict=False)), **kwargs}
-        state = arguments.pop(names[0])
-        return cls(state, arguments, cache, length)
 
     def __call__(self, block: nn.Module, states: Tensor, token: int, past: DynamicCache) -> Tensor:
         """The block's output for states of tokens `token` on, after `past`."""
         arguments = {
             name: self._at(name, value, token, states.shape[1], states) for name, value in self.arguments.items()
         }
-        output = block(states, **{n: past if v is self.cache else v for n, v in arguments.items()})
+        # A copy, for a block may go on to add into what it is given.
+        output = block(states.clone(), **{n: past if v is self.cache else v for n, v in arguments.items()})
         return output[0] if isinstance(output, tuple) else output
 
     def _at(self, name: str, value: Any, token: int, count: int, states: Tensor) -> Any:
@@ -271,8 +284,11 @@ class _Call:
             return self._mask(value, token, count, states)
         if isinstance(value, tuple):
             return tuple(self._at(name, each, token, count, states) for each in value)
-        if not isinstance(value, Tensor) or "position" not in name or not value.dim():
-            return value
+        if name == "alibi" and value is not None:  # of keys, `[rows * heads, 1, tokens]` or `[rows, heads, 1, tokens]`
+            one = value[: len(value) // self.rows, ..., : token + count]
+            return torch.cat([one] * len(states))
+        if not isinstance(value, Tensor) or "position" not in name or "bias" in name or not value.dim():
+            return value  # a bias of distances (MPT) is cut by the block itself
         axis = -2 if value.dim() > 2 else -1  # cosines `[rows, tokens, d]`, indexes `[rows, tokens]` or `[tokens]`
         value = value[:1] if value.dim() > 1 else value
         return value.narrow(axis, token, count) if value.shape[axis] == self.length else value
