@@ -163,7 +163,7 @@ def test_the_module_is_run_where_it_scales_its_weight():
     table = table_of(scaled) * WIDTH**0.5
     measured = measure(Corruption("multivariate"), scaled)
     np.testing.assert_allclose(measured.mean.numpy(), table.mean(0), rtol=1e-9)
-    rows = scaled.tokenizer("Rome")["input_ids"]
+    rows = scaled.tokenizer("Rome")["input_ids"][1:]  # without the start token, which is never corrupted
     assert subject_sigma(scaled, ["Rome"]) == pytest.approx(np.std(table[rows], ddof=1), rel=1e-9)
 
 

@@ -183,6 +183,15 @@ def test_settings_out_of_range_are_refused(settings, message):
         trace(make("gpt2"), FACT, **settings)
 
 
+def test_tokens_that_do_not_occur_are_refused():
+    with pytest.raises(FactError, match="middle subject"):
+        trace(make("gpt2"), Fact("o", "{} is in"), tokens="middle subject")
+
+
+def test_a_trace_shows_itself_in_a_line():
+    assert len(repr(trace(make("gpt2"), FACT, samples=1))) < 300
+
+
 def test_a_prompt_longer_than_the_context_is_refused():
     with pytest.raises(FactError, match="reads at most 96"):
         trace(make("gpt2"), Fact("Rome " * 200, "{} is in"))

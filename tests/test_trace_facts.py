@@ -178,6 +178,64 @@ def test_answers_that_are_not_the_object_are_marked(tmp_path):
     assert [t.known for t in found.traces] == [True, False, None]
 
 
+def test_an_iterator_of_facts_is_as_good_as_a_list(tmp_path):
+    trace_facts(model(), iter(FACTS[:2]), tmp_path / "t", samples=1, noise="0.1")
+    with pytest.raises(ResultFileError, match="facts"):
+        trace_facts(model(), iter(FACTS[2:4]), tmp_path / "t", samples=1, noise="0.1")
+
+
+def test_weights_changed_behind_torchs_back_are_another_model(tmp_path):
+    live = model()
+    trace_facts(live, FACTS[:2], tmp_path / "t", **SETTINGS)
+    live.blocks[1].mlp.c_proj.weight.data[5] = 0
+    with pytest.raises(ResultFileError, match="fingerprint"):
+        trace_facts(live, FACTS[:2], tmp_path / "t", **SETTINGS)
+
+
+def test_other_moments_are_another_run(tmp_path):
+    few, many_subjects = (list("abcdefghijklmnopqrstuvwxyz"[i:]) for i in (1, 0))
+    trace_facts(model(), FACTS[:2], tmp_path / "t", samples=1, noise="m", subjects=few)
+    with pytest.raises(ResultFileError, match="noise"):
+        trace_facts(model(), FACTS[:2], tmp_path / "t", samples=1, noise="m", subjects=many_subjects)
+
+
+def test_a_fact_without_numbers_is_refused_and_the_others_traced(tmp_path):
+    live, bad = model(), Fact("Oslo", "Z {} is in")
+    (token,) = set(live.tokenizer(bad.text)["input_ids"]) - {
+        i for f in FACTS for i in live.tokenizer(f.text)["input_ids"]
+    }
+    live.hf.transformer.wte.weight.data[token] = float("nan")
+    live.hf.lm_head.weight = torch.nn.Parameter(model().hf.lm_head.weight.detach())  # the head stays whole
+    found = trace_facts(live, [FACTS[0], bad, FACTS[1]], tmp_path / "t", **SETTINGS)
+    assert [t.fact for t in found.traces] == [FACTS[0], FACTS[1]]
+    ((index, reason),) = found.refused
+    assert index == 1
+    assert "no numbers" in reason
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"index": None},
+        {"index": "1"},
+        {"index": 99},
+        {"index": 1},
+        {"clean": 7},
+        {"known": "yes"},
+        {"settings": {}},
+        {"fact": ["Oslo", "{} was", ""]},
+    ],
+)
+def test_records_changed_by_hand_are_refused(whole, tmp_path, change):
+    path = tmp_path / "t.jsonl"
+    lines = whole.read_text().splitlines()
+    first = next(number for number, line in enumerate(lines[1:], 1) if json.loads(line)["index"] != 1)
+    lines[first] = json.dumps({**json.loads(lines[first]), **change})
+    path.write_text("\n".join(lines) + "\n")
+    with pytest.raises(ResultFileError):
+        trace_facts(model(), FACTS, path, **SETTINGS)
+
+
 def test_no_facts(tmp_path):
     with pytest.raises(ConfigError, match="no fact"):
         trace_facts(model(), [], tmp_path / "t")

@@ -51,7 +51,7 @@ def bound(family: str, dtype: torch.dtype = torch.float64) -> float:
 def drawn(model: Model, form: str, subject: str, tokens: int, seed: int = 1) -> np.ndarray:
     """Noise `[samples, tokens, d]`, as the table in `tracing.noise` says it, σ measured on the fact's subject."""
     embedding = model.hf.get_input_embeddings()
-    ids = model.tokenizer(subject)["input_ids"]
+    ids = model.tokenizer(subject, add_special_tokens=False)["input_ids"]
     shape = (SAMPLES, tokens, embedding.weight.shape[1])
     with torch.no_grad():
         vocabulary = embedding(torch.arange(len(model.tokenizer))).double().numpy()
@@ -298,7 +298,7 @@ def test_facts_traced_together_are_as_traced_alone(family, answer):
     noise = [measure(config.corruption, model, own=fact.subject) for fact in facts]
     alone = [trace(model, fact, config) for fact in facts]
     for memory in (2**30, 1) if family == "mistral" else (2**30,):
-        together = trace_together(model, prepared, config, noise, memory)
+        together = trace_together(model, prepared, config, noise, memory, "")
         for one, found in zip(alone, together, strict=True):
             assert (found.fact, found.subject, found.answer) == (one.fact, one.subject, one.answer)
             assert found.clean == pytest.approx(one.clean, rel=bound(family))
@@ -313,7 +313,7 @@ def test_facts_of_different_lengths_are_not_traced_together():
     prepared = [prepare(model, fact, config) for fact in facts]
     noise = [measure(config.corruption, model, own=fact.subject) for fact in facts]
     with pytest.raises(ValueError, match="one length"):
-        trace_together(model, prepared, config, noise, 2**30)
+        trace_together(model, prepared, config, noise, 2**30, "")
 
 
 def test_severed_runs_differ_from_plain_ones_where_they_should():

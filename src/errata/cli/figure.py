@@ -47,8 +47,12 @@ def figure(
         raise ConfigError(f"--fact and --subject choose one trace, and {kind} is a figure of all: leave them out")
     if of_one and (unknown or min_effect is not None):
         raise ConfigError(f"--unknown and --min-effect choose what is averaged, and {kind} is a figure of one fact")
-    if (kind == "gradients") != (trace is not None):
-        raise ConfigError("--trace is the file of the trace that gradients are set beside: it goes with them alone")
+    if kind == "gradients" and trace is None:
+        raise ConfigError(
+            "gradients are drawn beside a trace: give its file by --trace (errata gradients --save-trace)"
+        )
+    if kind != "gradients" and trace is not None:
+        raise ConfigError(f"--trace is for gradients, which are set beside it, and {kind} has none: leave it out")
     options.require_share(min_effect)
     options.require_apart({"the file to draw": file, "--out": out})
     options.require_apart({"--trace": trace, "--out": out})

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from errata.benchmarks.fact_table import BadLine, FactRow
     from errata.models.model import Model
     from errata.tracing.config import TraceConfig
-    from errata.tracing.result import CausalTrace
+    from errata.tracing.many import TracedFacts
 
 
 def trace(
@@ -192,7 +192,7 @@ def _trace_table(
     json: bool,
 ) -> None:
     from errata.base.errors import ConfigError, FactError
-    from errata.benchmarks.fact_table import read_facts
+    from errata.benchmarks.fact_table import BadLine, read_facts
     from errata.cli import show
     from errata.cli.facts import tell_bad_lines
     from errata.tracing.config import TraceConfig
@@ -207,7 +207,11 @@ def _trace_table(
     tell_bad_lines(refused, file, table, strict)
     if len(refused) == len(table.rows):
         raise FactError(f"no fact of {file} can be traced: mend its lines, or give another table")
-    traces = _trace_all(loaded, table.rows, save, config, memory)
+    run = _trace_all(loaded, table.rows, save, config, memory)
+    traces, told = run.traces, {each.line for each in refused}
+    late = [BadLine(table.rows[index].line, reason) for index, reason in run.refused]
+    late = [each for each in late if each.line not in told]
+    tell_bad_lines(late, file, table, strict)
     try:
         found = options.averaged(traces, min_effect, unknown)
     except ConfigError as error:  # the traces are kept all the same
@@ -215,7 +219,7 @@ def _trace_table(
         typer.echo(f"no averages: {error}", err=True)
     if out and found:
         found.plot(out)
-    bad = [*table.bad, *refused]
+    bad = [*table.bad, *refused, *late]
     if json:
         show.as_json(
             {
@@ -256,7 +260,7 @@ def _refused(model: Model, rows: Sequence[FactRow], config: TraceConfig) -> list
 
 def _trace_all(
     model: Model, rows: Sequence[FactRow], save: Path, config: TraceConfig, memory: int | None
-) -> Sequence[CausalTrace]:
+) -> TracedFacts:
     """Trace facts into a file, or the rest of them.
 
     Raises:
@@ -275,7 +279,7 @@ def _trace_all(
                 bar(done, of)
 
             facts = [row.fact for row in rows]
-            return trace_facts(model, facts, save, config, memory=memory, progress=tell).traces
+            return trace_facts(model, facts, save, config, memory=memory, progress=tell)
     except KeyboardInterrupt:
         typer.echo(f"interrupted: {come[0]} of {come[1]} facts are traced, and the same command goes on", err=True)
         raise typer.Exit(130) from None

@@ -37,7 +37,8 @@ class Recording:
         length: tokens in every row.
         states: states[l] enters block l and states[l + 1] leaves it, each `[rows, length, d_model]`.
         kept: the other streams asked for, `[rows, length, d]`.
-        tokens_at_once: `step` passes at most about so many tokens to a block in one call.
+        tokens_at_once: `step` passes at most about so many tokens to a block in one call; rows that see many earlier
+            tokens count for more.
     """
 
     def __init__(
@@ -80,7 +81,9 @@ class Recording:
         Gradients flow to `states` and through patches if the caller lets them.
         """
         count = states.shape[1]
-        share, wanted = max(1, self.tokens_at_once // count), count if keep is None else min(keep, count)
+        # Keys and values of a token take about a sixteenth of what a block makes of one on its way.
+        share = max(1, self.tokens_at_once // (count + (token + count) // 16))
+        wanted = count if keep is None else min(keep, count)
         parts = []
         for begin in range(0, len(states), share):
             chosen = slice(begin, min(begin + share, len(states)))
@@ -128,7 +131,8 @@ class Recording:
             try:
                 found = self.step(layer, self.states[layer][:1, middle:], middle, row)
                 error = (found - want).abs().amax(-1) / want.abs().amax(-1).clamp_min(1e-30)
-                wrong = not bool((error <= _TOLERANCE[want.dtype]).all())
+                # Where the run itself was no number there is nothing to compare, and its readers will say so.
+                wrong = not bool((error <= _TOLERANCE[want.dtype])[want.isfinite().all(-1)].all())
             except torch.OutOfMemoryError:
                 raise
             except Exception as problem:  # whatever a foreign block raises, it cannot be resumed

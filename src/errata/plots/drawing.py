@@ -346,8 +346,9 @@ def number_ticks(axis: Axis, *, points: bool) -> None:
     from matplotlib.ticker import Formatter, FuncFormatter
 
     def number(value: float, _: int | None) -> str:
-        rounded = round(100 * value if points else value, 12) + 0.0  # neither 1e-17 nor -0 for zero
-        return Formatter.fix_minus(f"{rounded:.4g}")
+        if abs(value) < 1e-9 * max(map(abs, axis.get_view_interval())):
+            value = 0.0  # neither 1e-17 nor -0
+        return Formatter.fix_minus(f"{100 * value if points else value:.4g}")
 
     axis.set_major_formatter(FuncFormatter(number))
 

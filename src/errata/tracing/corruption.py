@@ -127,7 +127,7 @@ def require_level(level: Any) -> None:
         ConfigError: if it does not, or is no number.
     """
     if not _is_number(level) or not 0 < level < 1e6:  # NaN is neither
-        raise ConfigError(f"the noise is {level}: it must be a number greater than zero, or nothing is corrupted")
+        raise ConfigError(f"the noise is {level}: it must be a number greater than zero, and below a million")
 
 
 def _is_number(value: Any) -> bool:

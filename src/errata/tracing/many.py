@@ -9,12 +9,12 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from errata.base.errors import ConfigError, FactError, ResultFileError
+from errata.base.errors import ConfigError, Diverged, FactError, ResultFileError
 from errata.base.facts import Fact
 from errata.base.interrupt import deferred_interrupt
 from errata.base.journal import Journal, read_journal
@@ -86,6 +86,7 @@ def trace_facts(
         KeyboardInterrupt: after Ctrl-C, once the file is in order.
     """
     config = chosen(config, settings)
+    facts = list(facts)
     if not facts:
         raise ConfigError("there is no fact to trace: give at least one")
     prepared, refused = _prepare_all(model, facts, config)
@@ -93,35 +94,74 @@ def trace_facts(
         return TracedFacts((), tuple(refused))
     if subjects is None:
         subjects = [each.fact.subject for each in prepared.values()]
-    disturbance = measure(config.corruption, model, subjects)
-    budget = memory or _memory_of(path) or checked_memory(None, model)
+    disturbance = measure(config.corruption, model, list(subjects))
+    budget = checked_memory(_memory_of(path) if memory is None else memory, model)
+    fingerprint = weights_digest(model.hf)
     header = {
         "model": model.name,
-        "fingerprint": weights_digest(model.hf),
+        "fingerprint": fingerprint,
         "versions": library_versions(),
         "dtype": str(model.dtype).removeprefix("torch."),
+        "device": model.device.type,
+        "attention": model.hf.config._attn_implementation,
         "config": config.model_dump(mode="json"),
         "noise": disturbance.settings,
         "facts": _digest(facts),
-        "memory": checked_memory(budget, model),
+        "memory": budget,
     }
     with Journal.open(path, KIND, FORMAT, header) as journal, deferred_interrupt() as stop_here:
-        traces = {record["index"]: from_record(record, header, path) for record in journal.records}
+        traces = _kept(journal.records, facts, header, path)
         if progress:
             progress(len(traces), len(prepared))
+
+        def run(group: Sequence[int]) -> list[CausalTrace]:
+            together = [prepared[index] for index in group]
+            return trace_together(model, together, config, [disturbance] * len(group), budget, fingerprint)
+
         for group in _groups(model, prepared, config):
             if traces.keys() >= set(group):
                 continue
-            together = [prepared[index] for index in group]
-            found = trace_together(model, together, config, [disturbance] * len(group), budget)
-            for index, trace in zip(group, found, strict=True):
+            for index, trace in _each(run, group, refused):
                 if index not in traces:
                     journal.append({"index": index, **as_record(trace)})
                     traces[index] = trace
             if progress:
                 progress(len(traces), len(prepared))
             stop_here()
-    return TracedFacts(tuple(traces[index] for index in sorted(traces)), tuple(refused))
+    return TracedFacts(tuple(traces[index] for index in sorted(traces)), tuple(sorted(refused)))
+
+
+def _each(
+    run: Callable[[Sequence[int]], list[CausalTrace]], group: Sequence[int], refused: list[tuple[int, str]]
+) -> list[tuple[int, CausalTrace]]:
+    """Traces of a group by their facts. If one has no numbers, it is refused, and the others run by themselves."""
+    try:
+        return list(zip(group, run(group), strict=True))
+    except Diverged as error:
+        if len(group) == 1:
+            refused.append((group[0], str(error)))
+            return []
+    return [pair for index in group for pair in _each(run, [index], refused)]
+
+
+def _kept(
+    records: Sequence[Mapping[str, Any]], facts: Sequence[Fact], header: Mapping[str, Any], path: str | Path
+) -> dict[int, CausalTrace]:
+    """The traces that a file holds already, by the index of their fact.
+
+    Raises:
+        ResultFileError: if one is broken, there twice, or of another fact than the file says.
+    """
+    kept: dict[int, CausalTrace] = {}
+    for record in records:
+        trace, index = from_record(record, header, path), record.get("index")
+        if not isinstance(index, int) or index in kept or not 0 <= index < len(facts) or facts[index] != trace.fact:
+            raise ResultFileError(
+                f"{path} holds a trace of {trace.fact.text!r} with the index {index!r}, which does not fit its facts: "
+                "it was changed by hand. Trace them into another file"
+            )
+        kept[index] = trace
+    return kept
 
 
 def _prepare_all(

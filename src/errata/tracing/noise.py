@@ -27,7 +27,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from errata.base.errors import ConfigError
+from errata.base.errors import ConfigError, FactError
+from errata.base.fingerprint import tensor_digest
 from errata.models.model import Model
 from errata.tracing.corruption import Corruption, require_level
 
@@ -61,13 +62,20 @@ class Disturbance:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What decides the noise, ready for JSON: `corruption`, `noise` (ν or a), `sigma` and where it was measured."""
+        """What decides the noise, ready for JSON: `corruption`, `noise` (ν or a), `sigma`, and where it was measured.
+
+        For multivariate and student also a digest of the `moments`, μ and Σ^½.
+        """
+        moments = None
+        if self.mean is not None and self.root is not None:
+            moments = tensor_digest(torch.cat([self.mean[None], self.root]))
         return {
             "corruption": self.corruption.as_dict(),
             "noise": self.level,
             "sigma": self.sigma,
             "measured_on": self.measured_on,
             "measured_tokens": self.measured_tokens,
+            "moments": moments,
         }
 
     def draw(self, samples: int, tokens: int, seed: int) -> Tensor:
@@ -156,8 +164,14 @@ def _tokens(model: Model, subjects: Iterable[str]) -> Tensor:
     """Ids `[n]` of the tokens of all subjects, one after the other."""
     if isinstance(subjects, str):
         raise ConfigError("subjects is one string, whose letters would be the subjects: put it in a list")
-    ids = [model.encode([subject]).input_ids[0].cpu() for subject in subjects]
-    return torch.cat(ids) if ids else torch.empty(0, dtype=torch.long)
+    found: list[int] = []
+    for subject in subjects:
+        # Without special tokens: a start token is no part of the subject, and is never corrupted.
+        ids = model.tokenizer(subject, add_special_tokens=False, verbose=False)["input_ids"]
+        if not ids:
+            raise FactError(f"the subject {subject!r} has no tokens, so there is nothing to measure: name another")
+        found += ids
+    return torch.tensor(found, dtype=torch.long)
 
 
 @torch.no_grad()

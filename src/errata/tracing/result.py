@@ -29,7 +29,7 @@ FORMAT = 2
 KIND = "causal traces"
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class CausalTrace:
     """What causal tracing found for one fact.
 
@@ -61,6 +61,11 @@ class CausalTrace:
     known: bool | None = None
     fingerprint: str = ""
     versions: Mapping[str, str] = field(default_factory=library_versions)
+
+    def __repr__(self) -> str:
+        sizes = ", ".join(f"{part} {'x'.join(map(str, values.shape))}" for part, values in self.restored.items())
+        said = f"{self.fact.text!r} -> {self.answer!r}, clean {self.clean:.3g}, corrupted {self.corrupted:.3g}"
+        return f"CausalTrace({said}, {sizes}, {self.model})"
 
     @property
     def total_effect(self) -> float:
@@ -205,8 +210,14 @@ def load_traces(path: str | Path) -> list[CausalTrace]:
         ResultFileError: if the file is missing, no file of traces, or broken.
     """
     header, records = read_journal(path, KIND, FORMAT)
-    ordered = sorted(records, key=lambda record: record.get("index", 0))
-    return [from_record(record, header, path) for record in ordered]
+    indexes = [record.get("index", number) for number, record in enumerate(records)]
+    if not all(isinstance(index, int) for index in indexes) or len(set(indexes)) < len(indexes):
+        raise ResultFileError(f"{path} names its facts twice or not at all: it was changed by hand. Trace them again")
+    return [from_record(record, header, path) for _, record in sorted(zip(indexes, records, strict=True), key=_first)]
+
+
+def _first(pair: tuple[int, Any]) -> int:
+    return pair[0]
 
 
 def as_record(trace: CausalTrace) -> dict[str, Any]:
@@ -246,13 +257,18 @@ def from_record(record: Mapping[str, Any], header: Mapping[str, Any], path: str 
         whole = all(values.ndim == 2 and len(values) == len(tokens) for values in restored.values())
         if not whole or not 0 <= first <= last < len(tokens):
             raise ValueError("its maps, tokens and subject do not fit together")
+        clean, corrupted = float(record["clean"]), float(record["corrupted"])
+        if not 0 <= clean <= 1 or not 0 <= corrupted <= 1:  # NaN is neither
+            raise ValueError("its probabilities are none")
+        if record["known"] not in (True, False, None) or "window" not in record["settings"]:
+            raise ValueError("its settings are not whole")
         return CausalTrace(
             fact=Fact(*record["fact"]),
             answer=str(record["answer"]),
             tokens=tokens,
             subject=(first, last),
-            clean=float(record["clean"]),
-            corrupted=float(record["corrupted"]),
+            clean=clean,
+            corrupted=corrupted,
             restored=restored,
             settings=dict(record["settings"]),
             model=str(header["model"]),

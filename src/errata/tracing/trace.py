@@ -78,7 +78,8 @@ def trace(
     prepared = prepare(model, fact, config)
     disturbance = measure(config.corruption, model, subjects, own=fact.subject)
     budget = checked_memory(memory, model)
-    return trace_together(model, [prepared], config, [disturbance], budget, progress)[0]
+    fingerprint = weights_digest(model.hf)
+    return trace_together(model, [prepared], config, [disturbance], budget, fingerprint, progress)[0]
 
 
 def chosen(config: TraceConfig | None, settings: dict[str, Any]) -> TraceConfig:
@@ -122,6 +123,12 @@ def prepare(model: Model, fact: Fact, config: TraceConfig) -> Prepared:
     """
     span = locate_fact(model.tokenizer, fact)
     check_length(span, model.max_length)
+    roles = token_roles(len(span.ids), span.first, span.last)
+    if config.tokens and not set(config.tokens) & set(roles):
+        raise FactError(
+            f"no token of {fact.text!r} is a {' or '.join(config.tokens)} token, so no site is left to restore: "
+            "ask for other tokens"
+        )
     if not fact.object:
         if config.answer == "object":
             raise FactError(f"the fact on {fact.subject!r} names no object, and answer='object' asks for one")
@@ -147,7 +154,7 @@ def enough_memory(model: Model) -> int:
 
 
 def checked_memory(memory: int | None, model: Model) -> int:
-    """Bytes that runs may take.
+    """Bytes that runs may take; they take what one clean and one corrupted row need in any case.
 
     Raises:
         ConfigError: if they are fewer than one.
@@ -172,12 +179,16 @@ def trace_together(
     config: TraceConfig,
     disturbances: Sequence[Disturbance],
     memory: int,
+    fingerprint: str,
     progress: Progress | None = None,
 ) -> list[CausalTrace]:
     """Trace facts whose rows have the same length in tokens. `disturbances` are each fact's own.
 
+    `fingerprint` is that of the model's weights, which is not taken anew for every few facts.
+
     Raises:
         ValueError: if the lengths differ.
+        Diverged: if the model gives probabilities that are no numbers.
     """
     runs = _Runs(model, facts, config, memory)
     noise = [
@@ -204,8 +215,8 @@ def trace_together(
         "scored": config.scored,
         "tokens": list(config.tokens) if config.tokens else None,
         "dtype": str(model.dtype).removeprefix("torch."),
+        "attention": model.hf.config._attn_implementation,
     }
-    fingerprint = weights_digest(model.hf)
     return [
         CausalTrace(
             fact=fact.fact,
@@ -297,7 +308,8 @@ class _Runs:
         keep = [(part, layer) for part in _kept_parts(self.config) for layer in range(self.model.n_layers)]
         recording = record(self.model, batch, {("embedding", 0): corrupt}, keep)
         last = recording.states[-1][:, -self.scored :]
-        self._read_answers(last[:count])
+        if not len(self.targets):
+            self._read_answers(last[:count])
         found = self._probabilities(last, torch.cat([self.targets, self.targets[owner]]))
         self.clean = found[:count]
         corrupted = found[count:].reshape(count, samples).sum(1)
@@ -377,7 +389,9 @@ class _Runs:
         Raises:
             Diverged: if one is no number.
         """
-        share = max(1, _LOGITS_AT_ONCE // self.model.vocab_size // self.scored)
+        # Logits and their softmax, in four bytes or eight.
+        numbers = min(_LOGITS_AT_ONCE, self.memory // 4 // 8)
+        share = max(1, numbers // self.model.vocab_size // self.scored)
         found = []
         for some, wanted in zip(states.split(share), targets.to(states.device).split(share), strict=True):
             logits = self.model.unembed(some)
