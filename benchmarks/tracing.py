@@ -189,7 +189,7 @@ def bfloat16() -> list[dict]:
     states = seconds(lambda: replayed(model, fact, ["state"]))
     found: dict[str, np.ndarray] = {}
     three = seconds(lambda: found.update(replayed(model, fact)))
-    change = {"largest_change": largest(exact, found), "largest_effect": float(np.abs(exact["state"]).max())}
+    change = {"largest_change": largest(exact, found), "largest_probability": float(exact["state"].max())}
     shape = "12 x 768, 10 tokens, 1 thread, plain in float32"
     return [
         row(f"states of one fact in bfloat16 ({shape})", plain / 3, states, **change),

@@ -54,7 +54,7 @@ def test_a_small_memory_changes_no_trace(monkeypatch):
     model = make("llama")
     whole = trace(model, FACT, samples=3, noise=0.7)
     monkeypatch.setattr("errata.passes.replay._tokens_at_once", lambda model: 1)
-    monkeypatch.setattr("errata.tracing.trace._LOGITS_AT_ONCE", 1)
+    monkeypatch.setattr("errata.tracing.runs._LOGITS_AT_ONCE", 1)
     piecemeal = trace(model, FACT, samples=3, noise=0.7, memory=1)
     assert piecemeal.corrupted == pytest.approx(whole.corrupted, rel=1e-9)
     for part in whole.restored:

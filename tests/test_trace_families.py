@@ -13,8 +13,10 @@ from errata.base.facts import Fact
 from errata.models.model import Model
 from errata.tracing.config import TraceConfig
 from errata.tracing.noise import measure
+from errata.tracing.prepare import prepare
 from errata.tracing.result import CausalTrace
-from errata.tracing.trace import prepare, trace, trace_together
+from errata.tracing.runs import trace_together
+from errata.tracing.trace import trace
 from plain_trace import PlainTrace, window_around
 from tiny import ALL_FAMILIES, attentions, byte_tokenizer, llama_tokenizer, short_windows, tiny
 

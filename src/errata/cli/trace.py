@@ -247,7 +247,7 @@ def _refused(model: Model, rows: Sequence[FactRow], config: TraceConfig) -> list
     """The facts that this model cannot be asked for with these settings, and why."""
     from errata.base.errors import FactError
     from errata.benchmarks.fact_table import BadLine
-    from errata.tracing.trace import prepare
+    from errata.tracing.prepare import prepare
 
     refused = []
     for row in rows:

@@ -213,7 +213,7 @@ def _explain(source: str | Path, part: str, download: bool, error: Exception) ->
             ) from error
         raise ModelNotFound(
             f"no model {str(source)!r}: there is no such folder, and its {part} is not in the local cache; "
-            "nothing is downloaded unless you say download=True"
+            "nothing is downloaded unless you say download=True (--download)"
         ) from error
     if part == "weights" and isinstance(error, OSError) and "safetensors" in str(error):
         raise ModelNotFound(

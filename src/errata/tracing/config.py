@@ -7,6 +7,7 @@ from typing import Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from errata.base.config import Config
+from errata.base.errors import ConfigError
 from errata.tracing.corruption import Corruption
 
 Part = Literal["state", "mlp", "attention", "severed_mlp", "severed_attention"]
@@ -32,15 +33,15 @@ class TraceConfig(Config):
         tokens: roles of the tokens at which sites are restored; None: all from the subject's first on.
     """
 
-    parts: tuple[Part, ...] = Field(("state", "mlp", "attention"), min_length=1)
-    samples: int = Field(10, ge=1)
+    parts: tuple[Part, ...] = Field(default=("state", "mlp", "attention"), min_length=1)
+    samples: int = Field(default=10, ge=1)
     noise: str = "s3"
-    window: int | None = Field(None, ge=1)
+    window: int | None = Field(default=None, ge=1)
     window_edges: Literal["paper", "reference"] = "paper"
-    seed: int = Field(1, ge=0, lt=2**32)
+    seed: int = Field(default=1, ge=0, lt=2**32)
     answer: Literal["model", "object"] = "model"
     scored: Literal["first", "whole"] = "first"
-    tokens: tuple[TokenRole, ...] | None = Field(None, min_length=1)
+    tokens: tuple[TokenRole, ...] | None = Field(default=None, min_length=1)
 
     @field_validator("parts", "tokens", mode="before")
     @classmethod
@@ -75,3 +76,14 @@ class TraceConfig(Config):
     def width(self, layers: int) -> int:
         """The window in a model of so many layers."""
         return self.window or (10 if layers >= 30 else max(3, round(layers / 5)))
+
+
+def chosen(config: TraceConfig | None, settings: dict[str, Any]) -> TraceConfig:
+    """The settings, given as a value or by name.
+
+    Raises:
+        ConfigError: if given both ways, or out of range.
+    """
+    if config is not None and settings:
+        raise ConfigError(f"settings are given twice, as config and by name ({', '.join(settings)}): give them one way")
+    return config or TraceConfig(**settings)

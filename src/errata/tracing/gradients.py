@@ -36,8 +36,10 @@ from errata.models.fingerprint import weights_digest
 from errata.models.frozen import frozen
 from errata.models.model import Model
 from errata.passes.replay import Recording, record
+from errata.tracing.config import TraceConfig
+from errata.tracing.prepare import prepare
 from errata.tracing.result import CausalTrace
-from errata.tracing.trace import Progress, checked_memory, chosen, prepare
+from errata.tracing.runs import Progress, checked_memory
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -237,7 +239,7 @@ def integrated_gradients(
     """
     settings: dict[str, Any] = {"parts": parts, "points": points, "answer": answer}
     config = GradientsConfig(**settings)
-    prepared = prepare(model, fact, chosen(None, {"answer": config.answer}))
+    prepared = prepare(model, fact, TraceConfig(answer=config.answer))
     budget = checked_memory(memory, model) // 2  # half for what autograd keeps, half for what a block holds meanwhile
     keep = [(part, layer) for part in config.parts if part != "state" for layer in range(model.n_layers)]
     recording = record(model, model.batch([prepared.ids]), keep=keep)

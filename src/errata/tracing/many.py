@@ -21,19 +21,11 @@ from errata.base.journal import Journal, read_journal
 from errata.base.versions import library_versions
 from errata.models.fingerprint import weights_digest
 from errata.models.model import Model
-from errata.tracing.config import TraceConfig
+from errata.tracing.config import TraceConfig, chosen
 from errata.tracing.noise import measure
+from errata.tracing.prepare import Prepared, prepare
 from errata.tracing.result import FORMAT, KIND, CausalTrace, as_record, from_record
-from errata.tracing.trace import (
-    Prepared,
-    Progress,
-    checked_memory,
-    chosen,
-    enough_memory,
-    prepare,
-    rows_at_once,
-    trace_together,
-)
+from errata.tracing.runs import Progress, checked_memory, enough_memory, rows_at_once, trace_together
 
 # More facts at a time are not faster, and more is lost with a kill. The bounds are on multiply-adds.
 _FACTS_AT_ONCE = 8

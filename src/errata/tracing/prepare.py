@@ -1,0 +1,68 @@
+"""A fact as the model will read it: its tokens, the subject among them, and the answer that is scored."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from errata.base.errors import FactError
+from errata.base.facts import Fact
+from errata.models.model import Model
+from errata.models.scoring import target_ids
+from errata.models.tokens import Span, check_length, locate_fact
+from errata.tracing.config import TraceConfig
+from errata.tracing.result import token_roles
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A fact as the model will read it.
+
+    Attributes:
+        fact: the fact.
+        span: the prompt's tokens and the subject among them.
+        target: token ids of the answer that is scored; None: the model's own.
+        begins: the first token id of the fact's object; None if it has none.
+    """
+
+    fact: Fact
+    span: Span
+    target: tuple[int, ...] | None
+    begins: int | None
+
+    @property
+    def ids(self) -> tuple[int, ...]:
+        """What is run: the prompt, and of a longer answer all but its last token."""
+        return (*self.span.ids, *(self.target or ())[:-1])
+
+
+def prepare(model: Model, fact: Fact, config: TraceConfig) -> Prepared:
+    """Tokens of a fact.
+
+    Raises:
+        FactError: if the text does not fit the model's context, or there is no object where one is needed.
+    """
+    span = locate_fact(model.tokenizer, fact)
+    check_length(span, model.max_length)
+    roles = token_roles(len(span.ids), span.first, span.last)
+    if config.tokens and not set(config.tokens) & set(roles):
+        raise FactError(
+            f"no token of {fact.text!r} is a {' or '.join(config.tokens)} token, so no site is left to restore: "
+            "ask for other tokens"
+        )
+    if not fact.object:
+        if config.answer == "object":
+            raise FactError(f"the fact on {fact.subject!r} names no object, and answer='object' asks for one")
+        return Prepared(fact, span, None, None)
+    ids, n_prompt = target_ids(model.tokenizer, fact.text, fact.object)
+    if config.answer == "model":
+        return Prepared(fact, span, None, ids[n_prompt])
+    if tuple(ids[:n_prompt]) != span.ids:
+        raise FactError(
+            f"the prompt {fact.text!r} has other tokens when {fact.object!r} follows, so its answer cannot be scored: "
+            "end it without white space or half a word"
+        )
+    target = tuple(ids[n_prompt:] if config.scored == "whole" else ids[n_prompt : n_prompt + 1])
+    prepared = Prepared(fact, span, target, ids[n_prompt])
+    if len(prepared.ids) > model.max_length:
+        raise FactError(f"prompt and answer on {fact.subject!r} have more than {model.max_length} tokens: shorten them")
+    return prepared
