@@ -295,3 +295,8 @@ assert matplotlib.rcParams.copy() == before
 assert "torch" not in sys.modules
 """
     subprocess.run([sys.executable, "-c", program, str(tmp_path / "a.svg")], check=True)
+
+
+def test_where_the_corruption_helps_the_answer_no_site_is_cut_off():
+    figure = trace_figure({"state": [[0.9, 0.4], [0.95, 0.2]]}, ["a", "b"], (0, 0), low=0.9, high=0.2)
+    assert figure.axes[0].images[0].get_clim() == (0.2, 0.95)

@@ -50,8 +50,8 @@ def trace_figure(
         tokens: one label a row. White space in them is made visible, long ones are cut, and characters
             for which matplotlib's fonts (`rcParams["font.family"]`) have no glyph read like `\\u{1f5fc}`.
         subject: indexes of the subject's first and last token, both inclusive.
-        low: the corrupted run's probability, at which the colours begin; if None, or if no site is above
-            it, they begin at the lowest value.
+        low: the corrupted run's probability, at which the colours begin; if None, if no site is above it, or if the
+            clean run's is lower, they begin at the lowest value.
         high: the clean run's probability, told above the maps.
         answer: whose probability it is, for the labels.
         window: how many layers were restored together in the parts "mlp" and "attention".
@@ -64,7 +64,8 @@ def trace_figure(
     needed("matplotlib", "plots")
     arrays = checked(maps, tokens, "token")
     require_subject(subject, tokens)
-    colours = scale(arrays.values(), low)
+    raised = low is not None and high is not None and high < low  # the corruption helps the answer
+    colours = scale(arrays.values(), None if raised else low)
     glyphs = font_glyphs()
     label = probability(answer, glyphs)
 
