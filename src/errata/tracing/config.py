@@ -14,6 +14,16 @@ Part = Literal["state", "mlp", "attention", "severed_mlp", "severed_attention"]
 TokenRole = Literal["first subject", "middle subject", "last subject", "first after", "further", "last"]
 
 
+def several(value: Any) -> Any:
+    """One name stands for a tuple of one."""
+    return (value,) if isinstance(value, str) else value
+
+
+def each_once(value: tuple[Any, ...]) -> tuple[Any, ...]:
+    """A name given twice counts once."""
+    return tuple(dict.fromkeys(value))
+
+
 class TraceConfig(Config):
     """Settings of `trace`, all checked, none to be changed afterwards. The defaults are the paper's.
 
@@ -43,15 +53,8 @@ class TraceConfig(Config):
     scored: Literal["first", "whole"] = "first"
     tokens: tuple[TokenRole, ...] | None = Field(default=None, min_length=1)
 
-    @field_validator("parts", "tokens", mode="before")
-    @classmethod
-    def _several(cls, value: Any) -> Any:
-        return (value,) if isinstance(value, str) else value
-
-    @field_validator("parts")
-    @classmethod
-    def _each_once(cls, value: tuple[Part, ...]) -> tuple[Part, ...]:
-        return tuple(dict.fromkeys(value))
+    _several = field_validator("parts", "tokens", mode="before")(several)
+    _each_once = field_validator("parts")(each_once)
 
     @field_validator("noise", mode="before")
     @classmethod

@@ -36,7 +36,7 @@ from errata.models.fingerprint import weights_digest
 from errata.models.frozen import frozen
 from errata.models.model import Model
 from errata.passes.replay import Recording, record
-from errata.tracing.config import TraceConfig
+from errata.tracing.config import TraceConfig, each_once, several
 from errata.tracing.prepare import prepare
 from errata.tracing.result import CausalTrace
 from errata.tracing.runs import Progress, checked_memory
@@ -65,15 +65,8 @@ class GradientsConfig(Config):
     points: int = Field(50, ge=1)
     answer: Literal["model", "object"] = "model"
 
-    @field_validator("parts", mode="before")
-    @classmethod
-    def _several(cls, value: Any) -> Any:
-        return (value,) if isinstance(value, str) else value
-
-    @field_validator("parts")
-    @classmethod
-    def _each_once(cls, value: tuple[Part, ...]) -> tuple[Part, ...]:
-        return tuple(dict.fromkeys(value))
+    _several = field_validator("parts", mode="before")(several)
+    _each_once = field_validator("parts")(each_once)
 
 
 @dataclass(frozen=True, eq=False)
