@@ -10,51 +10,26 @@ site, the head on every position. Models have random weights: speed does not dep
 
 from __future__ import annotations
 
-import argparse
-import json
-import random
 import resource
-import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
-from rich.console import Console
-from rich.table import Table
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+from common import VOCABULARY, fact_of, gpt2, main, row, seconds
 
 from errata.base.facts import Fact
-from errata.models.loading import load_pretrained
 from errata.models.model import Model
 from errata.tracing.many import trace_facts
 from errata.tracing.sweep import window_layers
 from errata.tracing.trace import trace
 
-SAMPLES, WINDOW, NOISE, VOCABULARY = 10, 10, 0.1, 50257
+SAMPLES, WINDOW, NOISE = 10, 10, 0.1
 PARTS = ("state", "mlp", "attention")
 MODULES = {"state": "transformer.h.{}", "mlp": "transformer.h.{}.mlp", "attention": "transformer.h.{}.attn"}
-
-
-def gpt2(layers: int, width: int, dtype: torch.dtype = torch.float32) -> Model:
-    """A random decoder of GPT-2's shape, whose tokens are numbers written in a text."""
-    torch.manual_seed(0)
-    config = GPT2Config(n_layer=layers, n_embd=width, n_head=width // 64, dtype=dtype)
-    hf = GPT2LMHeadModel(config).to(dtype).eval()
-    words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(VOCABULARY)}, unk_token="w0"))
-    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return load_pretrained((hf, PreTrainedTokenizerFast(tokenizer_object=words)), name=f"{layers} x {width}")
-
-
-def fact_of(length: int, subject: int = 4, seed: int = 0) -> Fact:
-    """A fact of so many tokens, with its subject first, as in the published code's own examples."""
-    numbers = random.Random(seed).sample(range(1, VOCABULARY), length)
-    words = [f"w{number}" for number in numbers]
-    return Fact(" ".join(words[:subject]), " ".join(["{}", *words[subject:]]))
 
 
 # ---- the plain way ------------------------------------------------------------------------------------
@@ -134,22 +109,11 @@ def peak() -> float:
     return 1024 * 768 * 3072 / best
 
 
-def seconds(work: Callable[[], object]) -> float:
-    begin = time.perf_counter()
-    work()
-    return time.perf_counter() - begin
-
-
 # ---- the table ----------------------------------------------------------------------------------------
 
 
 def replayed(model: Model, fact: Fact, parts: Iterable[str] = PARTS) -> dict[str, np.ndarray]:
     return trace(model, fact, parts=tuple(parts), noise=NOISE, window=WINDOW, samples=SAMPLES).restored
-
-
-def row(work: str, plain: float | None, ours: float, **more: object) -> dict[str, object]:
-    ratio = None if plain is None else plain / ours
-    return {"work": work, "plain_s": plain, "errata_s": ours, "ratio": ratio, **more}
 
 
 def largest(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> float:
@@ -269,31 +233,5 @@ def xl() -> list[dict]:
 WORKS = {"one": one, "bfloat16": bfloat16, "many": many, "curves": curves, "xl": xl}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("works", nargs="*", metavar="WORK", help=f"of {', '.join(WORKS)}; all if none is named")
-    parser.add_argument("--json", action="store_true", help="print JSON")
-    arguments = parser.parse_args()
-    unknown = set(arguments.works) - set(WORKS)
-    if unknown:
-        parser.error(f"no work {', '.join(sorted(unknown))}: choose of {', '.join(WORKS)}")
-    rows = []
-    for name in arguments.works or WORKS:
-        print(f"{name} ...", file=sys.stderr)
-        rows += WORKS[name]()
-    if arguments.json:
-        print(json.dumps({"torch": torch.__version__, "rows": rows}, indent=1))
-        return
-    table = Table(header_style="bold")
-    for column in ("work", "plain s", "errata s", "ratio", "more"):
-        table.add_column(column, overflow="fold")
-    for each in rows:
-        more = {k: v for k, v in each.items() if k not in ("work", "plain_s", "errata_s", "ratio")}
-        numbers = [each[k] for k in ("plain_s", "errata_s", "ratio")]
-        shown = ["" if n is None else f"{n:.2f}" for n in numbers]
-        table.add_row(str(each["work"]), *shown, ", ".join(f"{k} {v:.3g}" for k, v in more.items()))
-    Console().print(table)
-
-
 if __name__ == "__main__":
-    main()
+    main(__doc__, WORKS)

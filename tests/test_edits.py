@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import errno
 import json
 import pickle
 import random
+import warnings
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -14,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from errata.base.errors import ConfigError, EditFileError, EditMismatch, EditStateError, OutputError
 from errata.base.facts import Fact
 from errata.base.fingerprint import tensor_digest
-from errata.edits import Dense, Edit, RankOne
+from errata.edits import ContradictoryEdits, Dense, Edit, LowRank, RankOne, ledger
 from errata.models import weights
 from errata.models.loading import load_pretrained
 from tiny import byte_tokenizer, tiny
@@ -30,14 +34,14 @@ def down(model, layer=1):
     return weights.down_weight_name(model, layer)
 
 
-def random_edit(model, seed=0, layer=1, scale=0.1, dense=False):
+def random_edit(model, seed=0, layer=1, scale=0.1, dense=False, rewrite=REWRITE):
     name, generator = down(model, layer), torch.Generator().manual_seed(seed)
     d_out, d_in = weights.matrix(model, name).shape
     if dense:
         delta = Dense(name, scale * torch.randn(d_out, d_in, generator=generator))
     else:
         delta = RankOne(name, scale * torch.randn(d_out, generator=generator), torch.randn(d_in, generator=generator))
-    return Edit.of(model, [delta], "test", [REWRITE], config={"steps": 3, "names": ["a"]}, seed=seed)
+    return Edit.of(model, [delta], "test", [rewrite], config={"steps": 3, "names": ["a"]}, seed=seed)
 
 
 def digests(model):
@@ -228,6 +232,268 @@ def test_relative_norm():
         assert edit.relative_norm(model) == pytest.approx(float(wanted), rel=1e-6)
 
 
+# ---- one of many ----
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_removing_one_of_many_is_as_if_it_had_never_been_there(dtype):
+    model = model_of(dtype=dtype)
+    before = digests(model)
+    edits = [random_edit(model, seed, layer) for seed, layer in enumerate((1, 1, 2, 1, 0))]
+    for left_out in range(len(edits)):
+        rest = [edit for edit in edits if edit is not edits[left_out]]
+        for edit in rest:
+            edit.apply(model)
+        wanted = digests(model)
+        for edit in reversed(rest):
+            edit.undo(model)
+        for edit in edits:
+            edit.apply(model)
+        edits[left_out].remove(model)
+        assert digests(model) == wanted
+        assert [line.edit for line in ledger(model)] == rest
+        with pytest.raises(EditStateError, match="undone"):
+            edits[left_out].remove(model)
+        for edit in reversed(rest):
+            edit.undo(model)
+        assert digests(model) == before
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_a_hundred_random_operations_leave_no_trace(dtype):
+    model = model_of(dtype=dtype)
+    before = digests(model)
+    choose, stack = random.Random(1), []
+    originals = [random_edit(model, n, choose.randrange(3), 10.0 ** choose.randint(-6, 2)) for n in range(100)]
+    for number in range(100):
+        action = choose.choice(("apply", "apply", "apply", "made now", "undo", "remove", "remove"))
+        if action == "apply" or not stack:
+            stack.append(originals[number])
+            stack[-1].apply(model)
+        elif action == "made now":
+            stack.append(random_edit(model, 1000 + number, choose.randrange(3)))
+            stack[-1].apply(model)
+        elif action == "undo":
+            stack.pop().undo(model)
+        else:
+            chosen, now = choose.choice(stack), digests(model)
+            with contextlib.suppress(EditStateError):  # one made later may stand on it
+                chosen.remove(model)
+            if len(ledger(model)) == len(stack):
+                assert digests(model) == now
+                chosen.remove(model, force=True)
+            stack.remove(chosen)
+        assert [line.edit for line in ledger(model)] == stack
+    assert stack
+    while stack:
+        stack.pop(choose.randrange(len(stack))).remove(model, force=True)
+    assert digests(model) == before
+    assert model.applied == []
+
+
+def test_an_edit_that_a_later_one_stands_on_is_removed_by_force_alone():
+    model = model_of()
+    first, elsewhere = random_edit(model, 1), random_edit(model, 3, layer=2)
+    first.apply(model)
+    second = random_edit(model, 2)
+    elsewhere.apply(model)
+    second.apply(model)
+    now = digests(model)
+    with pytest.raises(EditStateError, match="was made for weights with it in them"):
+        first.remove(model)
+    assert digests(model) == now
+    elsewhere.remove(model)
+    first.remove(model, force=True)
+    old = weights.matrix(model_of(), down(model)).detach()
+    assert torch.equal(weights.matrix(model, down(model)).detach(), old + second.deltas[0].matrix())
+    second.undo(model)
+    assert digests(model) == digests(model_of())
+
+
+def test_nothing_is_removed_from_weights_that_something_else_changed():
+    model = model_of()
+    first, second = random_edit(model, 1), random_edit(model, 2, layer=2)
+    first.apply(model)
+    second.apply(model)
+    with torch.no_grad():
+        model.weight(down(model, 2)).add_(1.0)
+    now = digests(model)
+    with pytest.raises(EditStateError, match="something other than an edit"):
+        first.remove(model)
+    assert digests(model) == now
+    assert len(ledger(model)) == 2
+
+
+def test_the_ledger_says_what_is_on_the_model():
+    model = model_of()
+    assert ledger(model) == ()
+    rome = REWRITE.fact.rewrite("Rome")
+    first, second = random_edit(model, 1), random_edit(model, 2, layer=2, rewrite=rome)
+    first.apply(model)
+    with pytest.warns(ContradictoryEdits, match=r"contradicts edit .*'Paris', now with 'Rome'\. The later one wins"):
+        second.apply(model)
+    one, two = ledger(model)
+    assert (one.place, one.edit, one.weights, one.rewrites, one.contradicts) == (
+        1,
+        first,
+        (down(model),),
+        (REWRITE,),
+        (),
+    )
+    assert (two.place, two.edit, two.rewrites, two.contradicts) == (2, second, (rome,), (1,))
+    first.remove(model)
+    assert [(line.place, line.edit, line.contradicts) for line in ledger(model)] == [(1, second, ())]
+    with pytest.warns(ContradictoryEdits):
+        Edit.combine([first, second])
+
+
+def test_edits_that_agree_or_speak_of_other_things_are_applied_without_a_word():
+    model = model_of()
+    other = Fact("The Louvre", "{} is located in").rewrite("Rome")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for seed, rewrite in enumerate((REWRITE, REWRITE, other)):
+            random_edit(model, seed, rewrite=rewrite).apply(model)
+
+
+# ---- edits of edits ----
+
+
+@pytest.mark.parametrize("kind", ["rank one", "dense", "low rank"])
+def test_scaled(kind):
+    model = model_of()
+    edit = random_edit(model, dense=kind == "dense")
+    if kind == "low rank":
+        edit = Edit.of(model, [LowRank(down(model), torch.randn(16, 2), torch.randn(2, 24))], "test")
+    half = edit.scaled(0.5)
+    assert type(half.deltas[0]) is type(edit.deltas[0])
+    assert torch.equal(half.deltas[0].matrix(), 0.5 * edit.deltas[0].matrix())
+    assert half.notes["derived"] == ({"from": edit.id, "scaled": 0.5},)
+    assert half != edit
+    assert half == edit.scaled(0.5)
+    with half.applied(model):
+        pass
+    with pytest.raises(ConfigError):
+        edit.scaled(float("nan"))
+
+
+def test_combined_edits_do_what_they_did_one_after_the_other():
+    model = model_of()
+    before = digests(model)
+    first, apart = random_edit(model, 1), random_edit(model, 2, layer=2)
+    same = random_edit(model, 3)
+    with first.applied(model):
+        later = random_edit(model, 4)
+    edits = [first, apart, later, same]
+    for edit in edits:
+        edit.apply(model)
+    wanted = {name: p.detach().clone() for name, p in model.hf.named_parameters()}
+    on_it = Edit.combine(edits, model)  # on the model already
+    for edit in reversed(edits):
+        edit.undo(model)
+    combined = Edit.combine(edits, model)
+    assert digests(model) == before
+    assert combined == on_it
+    assert model.applied == []
+    assert combined.rewrites == (REWRITE,) * 4
+    assert [part["id"] for part in combined.config["parts"]] == [edit.id for edit in edits]
+    assert combined.fingerprints == {**first.fingerprints, **apart.fingerprints}
+    with combined.applied(model):
+        for name, p in model.hf.named_parameters():
+            torch.testing.assert_close(p.detach(), wanted[name], rtol=1e-6, atol=1e-6)
+    assert Edit.combine([first, apart, same]) == Edit.combine([first, apart, same], model)
+    assert Edit.combine([first]) is first
+
+
+def test_what_cannot_be_combined_is_refused():
+    model, other = model_of(), model_of(seed=1)
+    first = random_edit(model, 1)
+    with first.applied(model):
+        later = random_edit(model, 2)
+        with later.applied(model):
+            last = random_edit(model, 3)
+    with pytest.raises(ConfigError, match="no edit"):
+        Edit.combine([])
+    with pytest.raises(ConfigError, match="with itself"):
+        Edit.combine([first, first])
+    before = digests(model)
+    for edits, given in (
+        ([first, later], None),
+        ([first, random_edit(other)], None),
+        ([first, random_edit(other)], model),
+        ([first, last], model),
+        ([later, first], model),
+    ):
+        with pytest.raises(EditMismatch, match="made for other"):
+            Edit.combine(edits, given)
+        assert digests(model) == before
+        assert model.applied == []
+    first.apply(model)
+    with pytest.raises(EditStateError, match="one right after the other"):
+        Edit.combine([first, later], model)
+
+
+def test_an_edit_that_stands_on_a_third_is_not_combined_with_one_that_does_not():
+    model = model_of()
+    third, first = random_edit(model, 1), random_edit(model, 2)
+    third.apply(model)
+    first.apply(model)  # made for the unedited weight
+    second = random_edit(model, 3)  # made for the weight with both
+    second.apply(model)
+    with pytest.raises(EditMismatch, match="cannot be combined"):
+        Edit.combine([first, second], model)
+    assert Edit.combine([third, first, second], model).fingerprints == third.fingerprints
+
+
+def test_restricted_to_layers():
+    model = model_of(layers=12)
+    other = Fact("The Louvre", "{} is located in").rewrite("Rome")
+    one, two = random_edit(model, 1, layer=1), random_edit(model, 2, layer=11, rewrite=other)
+    both = Edit.combine([one, two])
+    for edit, layers, names in ((both, [1], [down(model, 1)]), (both, range(2, 12), [down(model, 11)])):
+        kept = edit.restricted(layers, model)
+        assert list(kept.weights) == names
+        assert kept.fingerprints.keys() == set(names)
+    assert both.restricted([1], model).rewrites == (REWRITE,)
+    assert both.restricted([11], model).rewrites == (other,)
+    assert both.restricted([11], model).restricted([11], model).rewrites == (other,)
+    many = Edit.of(model, [one.deltas[0], two.deltas[0]], "test", [REWRITE])
+    assert many.restricted([11], model).rewrites == (REWRITE,)
+    with pytest.raises(ConfigError, match="changes nothing in layers"):
+        both.restricted([2], model)
+    with pytest.raises(ConfigError, match="no layer 12"):
+        both.restricted([1, 12], model)
+
+
+@pytest.mark.parametrize("rank", [1, 3, 16, 99])
+def test_truncation_against_numpy(rank):
+    model = model_of()
+    edit = random_edit(model, dense=True)
+    matrix = edit.deltas[0].matrix().double().numpy()
+    u, s, vt = np.linalg.svd(matrix, full_matrices=False)
+    cut = edit.truncated(rank)
+    assert isinstance(cut.deltas[0], LowRank)
+    assert cut.deltas[0].rank == min(rank, 16)
+    np.testing.assert_allclose(cut.deltas[0].matrix().numpy(), (u[:, :rank] * s[:rank]) @ vt[:rank], atol=1e-6)
+    step = cut.notes["derived"][0]
+    assert step["truncated"] == rank
+    assert step["residuals"][0]["weight"] == down(model)
+    wanted = np.linalg.norm(s[rank:]) / np.linalg.norm(s)
+    assert step["residuals"][0]["residual"] == pytest.approx(wanted, rel=1e-5, abs=1e-6)
+    assert cut.truncated(1) is cut
+    with pytest.raises(ConfigError, match="at least 1"):
+        edit.truncated(0)
+
+
+def test_low_rank_is_a_sum_of_rank_one_changes():
+    model = model_of()
+    parts = [random_edit(model, seed).deltas[0] for seed in range(3)]
+    low = LowRank(down(model), torch.stack([p.write for p in parts], 1), torch.stack([p.read for p in parts]))
+    torch.testing.assert_close(low.matrix(), sum(p.matrix() for p in parts))
+    assert low.norm() == pytest.approx(float(low.matrix().norm()), rel=1e-6)
+    assert low.shape == (16, 24)
+
+
 # ---- as a value ----
 
 
@@ -277,6 +543,9 @@ def test_what_can_be_no_edit_is_refused(deltas, extra):
         lambda: RankOne("w", torch.ones(2, 2), torch.ones(2)),
         lambda: RankOne("w", torch.ones(2), torch.tensor([1.0, float("nan")])),
         lambda: RankOne("w", torch.ones(2), torch.tensor([1, 2])),
+        lambda: LowRank("w", torch.ones(2, 3), torch.ones(2, 2)),
+        lambda: LowRank("w", torch.ones(2, 0), torch.ones(0, 2)),
+        lambda: LowRank("w", torch.ones(2), torch.ones(2)),
         lambda: Dense("w", torch.ones(2)),
         lambda: Dense("w", torch.full((2, 2), float("inf"))),
         lambda: Dense("w", [[1.0]]),
@@ -303,6 +572,33 @@ def test_saved_and_loaded_it_is_the_same(tmp_path, dense, dtype):
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["edit.safetensors"]
     edit.apply(model)
     loaded.undo(model)  # equal is the same
+
+
+def test_a_low_rank_change_is_of_format_2_which_an_older_errata_refuses_by_name(tmp_path):
+    model = model_of()
+    edit = random_edit(model, dense=True).truncated(3)
+    edit.save(tmp_path / "e.safetensors")
+    assert Edit.load(tmp_path / "e.safetensors") == edit
+    raw = (tmp_path / "e.safetensors").read_bytes()
+    header = json.loads(raw[8 : 8 + int.from_bytes(raw[:8], "little")])
+    assert json.loads(header["__metadata__"]["errata"])["version"] == 2
+
+
+def test_on_a_full_disk_the_old_file_stays(tmp_path, monkeypatch):
+    model = model_of()
+    first, second = random_edit(model, 1), random_edit(model, 2)
+    first.save(tmp_path / "e.safetensors")
+
+    def no_room(*args, **kwargs):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    for where in ("safetensors.torch.save_file", "os.replace"):
+        with monkeypatch.context() as patch:
+            patch.setattr(where, no_room)
+            with pytest.raises(OutputError, match="No space left"):
+                second.save(tmp_path / "e.safetensors")
+        assert [path.name for path in tmp_path.iterdir()] == ["e.safetensors"]
+        assert Edit.load(tmp_path / "e.safetensors") == first
 
 
 def test_the_header_can_be_read_by_a_person(tmp_path):
@@ -343,7 +639,7 @@ def rewritten(path, change_header=lambda told: None, change_tensors=lambda tenso
             "not written by errata",
         ),
         (lambda path: rewritten(path, lambda told: told.update(kind="trace")), "holds 'trace'"),
-        (lambda path: rewritten(path, lambda told: told.update(version=2)), "Upgrade"),
+        (lambda path: rewritten(path, lambda told: told.update(version=3)), "Upgrade"),
         (lambda path: rewritten(path, lambda told: told.pop("deltas")), "broken"),
         (lambda path: rewritten(path, lambda told: told.update(deltas=[])), "broken"),
         (lambda path: rewritten(path, lambda told: told.update(deltas=3)), "broken"),

@@ -254,7 +254,7 @@ def test_gradients_are_those_of_whole_passes(family, attention):
 def test_a_recording_asks_for_no_gradients():
     model = model_of("llama")
     recording = record(model, model.batch([list(range(5))]), keep=[("mlp", 0)])
-    assert not any(states.requires_grad for states in (*recording.states, *recording.kept.values()))
+    assert not any(states.requires_grad for states in (*recording.states.values(), *recording.kept.values()))
 
 
 # ---- what a recording leaves alone, and what it minds --------------------------------------------------
@@ -312,7 +312,7 @@ def test_a_recording_minds_nothing_that_is_done_to_other_tensors():
 def test_blocks_that_add_in_place_spoil_nothing():
     run = Replayed(altered(adding_in_place, range(3)), layer=1, token=LENGTH // 2, rows=(0, 0, 2))
     usual = Replayed(model_of("llama"), layer=1, token=LENGTH // 2, rows=(0, 0, 2))
-    for states, wanted in zip(run.recording.states, usual.recording.states, strict=True):
+    for states, wanted in zip(run.recording.states.values(), usual.recording.states.values(), strict=True):
         assert difference(states, wanted) <= 1e-10
     wanted, entering = usual.resumed(), run.states.clone()
     assert difference(run.resumed(), wanted) <= 1e-10

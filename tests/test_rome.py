@@ -48,7 +48,7 @@ def _moment(family, dtype, layer):
 
 
 def edited(family="gpt2", dtype=torch.float32, rewrite=REWRITE, progress=None, seed=0, layer=1, **settings):
-    config = RomeConfig(**{"prefixes": PREFIXES, **settings})
+    config = RomeConfig(**{"prefixes": PREFIXES, "max_drift": None, **settings})
     moment = moment_of(family, dtype, layer)
     return rome(
         model_of(family, dtype),
@@ -128,10 +128,12 @@ def test_the_reference_key_scales_by_the_bare_prompt(family):
     _, b = stored(model, 1)
     with edit.applied(model):
         W_hat, _ = stored(model, 1)
-    np.testing.assert_allclose(W_hat @ keys[0] + b, values[0] + steps[-1].delta.numpy(), rtol=1e-10, atol=1e-11)
+    # GPT-J's attention is computed in float32 by transformers, and so depends on what else is in the batch
+    rtol = 1e-5 if family == "gptj" else 1e-10
+    np.testing.assert_allclose(W_hat @ keys[0] + b, values[0] + steps[-1].delta.numpy(), rtol=rtol, atol=1e-11)
     direction = np.linalg.solve(moment_of(family, torch.float64).matrix.numpy(), keys.mean(0))
     read = edit.deltas[0].read.numpy()
-    np.testing.assert_allclose(read, direction / (keys[0] @ direction), rtol=1e-9, atol=1e-12)
+    np.testing.assert_allclose(read, direction / (keys[0] @ direction), rtol=10 * rtol, atol=1e-12)
 
 
 # ---- the optimisation ----

@@ -11,9 +11,8 @@ import torch
 import goldens
 from errata.base.facts import Fact
 from errata.editors.rome import RomeConfig, rome
-from errata.editors.rome.contexts import Context
-from errata.editors.rome.key import read_keys
-from errata.editors.rome.value import prepare
+from errata.editors.rome.key import record_texts
+from errata.editors.rome.texts import texts_of
 from errata.statistics import SecondMoment
 
 LAYER = 3
@@ -46,7 +45,13 @@ def recomputed(case: str, dtype: torch.dtype):
     if settings["mom2_adjustment"]:
         C = SecondMoment(torch.from_numpy(goldens.matrix("cov_spd_512")), 1, LAYER)
     steps = []
-    return model, rewrite, config, rome(model, rewrite, config, second_moment=C, progress=steps.append), steps
+    return (
+        model,
+        rewrite,
+        config,
+        rome(model, rewrite, config, second_moment=C, force=True, progress=steps.append),
+        steps,
+    )
 
 
 def losses(steps) -> np.ndarray:
@@ -57,12 +62,15 @@ def losses(steps) -> np.ndarray:
 def test_the_same_tokens_at_the_same_places(case):
     model, rewrite, config, _, _ = recomputed(case, torch.float32)
     golden = goldens.arrays(f"rome_{case}")
-    contexts = [Context.of(rewrite.fact, prefix) for prefix in config.prefixes]
-    task = prepare(model, rewrite, contexts, config)
-    np.testing.assert_array_equal(task.batch.input_ids, golden["v_input_ids"])
-    np.testing.assert_array_equal(task.batch.attention_mask, golden["v_attention_mask"])
-    np.testing.assert_array_equal(task.lookups, golden["v_lookup_idx"])
-    np.testing.assert_array_equal(read_keys(model, LAYER, contexts, "subject_last").lookups, golden["u_lookup_idx"])
+    *contexts, bare, kl = texts_of(model, rewrite, config.prefixes, config)
+    batch = model.batch([text.ids for text in contexts])
+    np.testing.assert_array_equal(batch.input_ids, golden["v_input_ids"][:-1])
+    np.testing.assert_array_equal(batch.attention_mask, golden["v_attention_mask"][:-1])
+    np.testing.assert_array_equal([text.lookup for text in (*contexts, kl)], golden["v_lookup_idx"])
+    np.testing.assert_array_equal([text.lookup for text in contexts], golden["u_lookup_idx"])
+    # of the last row, which only holds the essence prompt, nothing after the subject matters
+    np.testing.assert_array_equal(kl.ids, golden["v_input_ids"][-1][: len(kl.ids)])
+    assert len(bare.ids) == bare.lookup + 1
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=["float32", "float64"])
@@ -70,9 +78,9 @@ def test_the_same_tokens_at_the_same_places(case):
 def test_every_quantity_of_the_published_code(case, dtype):
     model, rewrite, config, edit, steps = recomputed(case, dtype)
     golden = goldens.arrays(f"rome_{case}")
-    contexts = [Context.of(rewrite.fact, prefix) for prefix in config.prefixes]
-    keys = read_keys(model, LAYER, contexts, config.fact_token)
-    bare = read_keys(model, LAYER, [Context.of(rewrite.fact)], config.fact_token)
+    texts = texts_of(model, rewrite, config.prefixes, config)
+    recorded = record_texts(model, LAYER, texts, model.n_layers - 1).keys
+    keys, bare = (recorded.of([i for i, t in enumerate(texts) if t.kind == kind]) for kind in ("context", "bare"))
     (change,) = edit.deltas
     write, read = change.write.double(), change.read.double()
     ours = {

@@ -6,16 +6,15 @@ They add one thing to the functions that they stand for: the embedded atlas by n
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial, wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from errata.base.errors import OutputError
-from errata.base.facts import Rewrite
-from errata.editors.rome import RomeConfig
-from errata.editors.rome import rome as _rome
-from errata.edits.edit import Edit
+from errata.editors.rome.editor import SecondMoments
+from errata.editors.rome.editor import rome as _rome
 from errata.models.loading import load_pretrained
 from errata.models.model import Model
 from errata.statistics.collect import collect
@@ -57,26 +56,21 @@ def load_model(
     return load_pretrained(source, dtype=dtype, device=device, download=download)
 
 
-def rome(
-    model: Model,
-    rewrite: Rewrite,
-    config: RomeConfig | None = None,
-    *,
-    layer: int | None = None,
-    second_moment: SecondMoment | None = None,
-    seed: int = 0,
-    progress: Callable[[Any], None] | None = None,
-) -> Edit:
-    """A rank-one edit. As `errata.editors.rome.rome`, and the atlas brings its own second moment.
-
-    The first edit of the atlas collects it, in seconds, and keeps it in the cache folder ($ERRATA_HOME).
-    """
+def _with_own_corpus(model: Model, second_moment: SecondMoments | None) -> SecondMoments | None:
+    """What is given; or, for the atlas, what makes its own."""
     if second_moment is None and model.hints.get("corpus") == ATLAS:
-        named = (layer, config.layer if config else None, model.hints.get("rome_layer"))
-        chosen = next((candidate for candidate in named if candidate is not None), None)
-        if chosen is not None:
-            second_moment = atlas_second_moment(model, chosen)
-    return _rome(model, rewrite, config, layer=layer, second_moment=second_moment, seed=seed, progress=progress)
+        return partial(atlas_second_moment, model)
+    return second_moment
+
+
+if TYPE_CHECKING:
+    rome = _rome
+else:
+
+    @wraps(_rome)
+    def rome(model: Model, *arguments: Any, second_moment: SecondMoments | None = None, **settings: Any) -> Any:
+        """As `errata.editors.rome.rome`, and the atlas brings its own second moment."""
+        return _rome(model, *arguments, second_moment=_with_own_corpus(model, second_moment), **settings)
 
 
 def atlas_second_moment(model: Model, layer: int, progress: Callable[[int, int], None] | None = None) -> SecondMoment:
@@ -88,6 +82,6 @@ def atlas_second_moment(model: Model, layer: int, progress: Callable[[int, int],
     from errata import atlas
 
     try:
-        return collect_cached(model, [layer], atlas.own_corpus(), batch_size=32, progress=progress)[layer]
+        return collect_cached(model, [layer], atlas.own_corpus(), progress=progress)[layer]
     except OutputError:  # a home that cannot be written to: the numbers are the same, only not kept
-        return collect(model, [layer], atlas.own_corpus(), batch_size=32, progress=progress)[layer]
+        return collect(model, [layer], atlas.own_corpus(), progress=progress)[layer]

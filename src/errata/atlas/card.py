@@ -127,7 +127,7 @@ def indirect_effects(model: Model, world: World, progress: Progress) -> dict[str
 def editing(model: Model, progress: Progress) -> dict[str, Any]:
     """CounterFact's metrics on atlas records before and after ROME, each record on the unedited model."""
     layer = model.hints["rome_layer"]
-    moment = collect(model, [layer], atlas.own_corpus(), batch_size=32)[layer]
+    moment = collect(model, [layer], atlas.own_corpus())[layer]
     before, after, norms = [], [], []
     for record in records(EDITED):
         before.append(score_record(model, record))

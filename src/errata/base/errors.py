@@ -55,6 +55,10 @@ class Diverged(ErrataError, ArithmeticError):
     """An optimisation that met a loss that is no finite number. The model is as it was."""
 
 
+class DisablingEdit(ErrataError, ArithmeticError):
+    """An edit that would change what the model says of everything. It was not made."""
+
+
 class OutputError(ErrataError, OSError):
     """A place where nothing can be written."""
 

@@ -20,10 +20,10 @@ import functools
 import hashlib
 import io
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from errata.base.errors import ConfigError, FactError, ResultFileError
 from errata.base.facts import SLOT, Fact, require_characters
@@ -31,6 +31,8 @@ from errata.base.files import written_whole
 
 COLUMNS = ("subject", "prompt", "object", "relation", "name")
 _DIALECTS = {".csv": "excel", ".tsv": "excel-tab"}  # comma or tab, quotes doubled
+
+Row = TypeVar("Row")
 
 
 @dataclass(frozen=True)
@@ -75,6 +77,25 @@ class FactTable:
     digest: str
 
 
+@dataclass(frozen=True)
+class TableKind(Generic[Row]):
+    """What the lines of a table are.
+
+    Attributes:
+        noun: what one is called, such as "fact".
+        needed: groups of names of columns, of each of which one must be there.
+        columns: what columns it needs and may have, for the message where they are missing.
+        parse: a row from its line and fields; it raises FactError where they make none.
+        identity: what two rows have in common that are the same.
+    """
+
+    noun: str
+    needed: tuple[tuple[str, ...], ...]
+    columns: str
+    parse: Callable[[int, Mapping[str, Any]], Row]
+    identity: Callable[[Row], Hashable]
+
+
 def read_facts(path: str | Path) -> FactTable:
     """The facts of a table and its bad lines. Of a fact that stands there twice, the first is kept.
 
@@ -82,30 +103,40 @@ def read_facts(path: str | Path) -> FactTable:
         ConfigError: if the file's ending is none of .csv, .tsv, .jsonl, .json.
         ResultFileError: if it is missing, has not the columns, is no such file at all, or has no fact.
     """
+    return FactTable(*read_rows(path, _FACTS))
+
+
+def read_rows(path: str | Path, kind: TableKind[Row]) -> tuple[tuple[Row, ...], tuple[BadLine, ...], str, str]:
+    """Rows, bad lines, unit and digest, as of a `FactTable`, of a table of any kind.
+
+    Raises:
+        ConfigError, ResultFileError: as `read_facts`.
+    """
     path = Path(path)
     read = _READERS.get(path.suffix.lower())
     if read is None:
-        raise ConfigError(f"{path} is no table of facts by its ending: it must be one of {', '.join(_READERS)}")
-    content = _content(path)
+        raise ConfigError(f"{path} is no table of {kind.noun}s by its ending: it must be one of {', '.join(_READERS)}")
+    content = _content(path, kind)
     unit = "entry" if path.suffix.lower() == ".json" else "line"
-    rows: list[FactRow] = []
+    rows: list[Row] = []
     bad: list[BadLine] = []
-    first: dict[Fact, int] = {}
+    first: dict[Hashable, int] = {}
     # A byte that is no UTF-8 becomes half a character, which is told of its own line alone.
-    for line, found in read(path, content.decode("utf-8-sig", "surrogateescape")):
+    for line, found in read(path, content.decode("utf-8-sig", "surrogateescape"), kind):
         try:
-            row = _row(line, found)
-            if row.fact in first:
-                raise FactError(f"the same fact as {unit} {first[row.fact]}")
+            row = kind.parse(line, _whole(found))
+            identity = kind.identity(row)
+            if identity in first:
+                raise FactError(f"the same {kind.noun} as {unit} {first[identity]}")
         except FactError as error:
             bad.append(BadLine(line, str(error)))
         else:
-            first[row.fact] = line
+            first[identity] = line
             rows.append(row)
     if not rows:
         why = f": {unit} {bad[0].line}: {bad[0].reason}" if bad else ": it is empty"
-        raise ResultFileError(f"there is no fact in {path}{why}")
-    return FactTable(tuple(rows), tuple(bad), unit, hashlib.sha256(content).hexdigest())
+        raise ResultFileError(f"there is no {kind.noun} in {path}{why}")
+    return tuple(rows), tuple(bad), unit, hashlib.sha256(content).hexdigest()
 
 
 def write_facts(path: str | Path, rows: Iterable[FactRow]) -> None:
@@ -138,32 +169,31 @@ def require_table_ending(path: Path) -> None:
         raise ConfigError(f"cannot write a table of facts to {path}: its ending must be one of {', '.join(endings)}")
 
 
-def _content(path: Path) -> bytes:
+def _content(path: Path, kind: TableKind[Any]) -> bytes:
     if not path.is_file():
-        raise ResultFileError(f"there is no file {path}. Give the path of a table of facts")
+        raise ResultFileError(f"there is no file {path}. Give the path of a table of {kind.noun}s")
     try:
         content = path.read_bytes()
     except OSError as error:
         raise ResultFileError(f"cannot read {path}: {error.strerror}. Give a file that you may read") from error
     if content[:2] in (b"\xff\xfe", b"\xfe\xff"):
-        raise ResultFileError(f"{path} is UTF-16, and tables of facts are UTF-8: save it again as UTF-8")
+        raise ResultFileError(f"{path} is UTF-16, and tables of {kind.noun}s are UTF-8: save it again as UTF-8")
     return content
 
 
 Entry = tuple[int, "Mapping[str, Any] | str"]  # where it stands, and its fields, or why it has none
 
 
-def _lines_of_columns(dialect: str, path: Path, text: str) -> Iterator[Entry]:
+def _lines_of_columns(dialect: str, path: Path, text: str, kind: TableKind[Any]) -> Iterator[Entry]:
     """The rows of a .csv or .tsv file by its header."""
     records = _records(list(io.StringIO(text, newline="")), dialect)
     line, header = next(records, (1, []))
     columns = [] if isinstance(header, str) else [column.strip().casefold() for column in header]
     mark = "tab" if dialect == "excel-tab" else "comma"
-    if text.strip() and ("subject" not in columns or not {"prompt", "template"} & set(columns)):
+    if text.strip() and any(set(columns).isdisjoint(names) for names in kind.needed):
         raise ResultFileError(
-            f"the first line of {path} names no columns of facts ({_shortened(str(header))}): it needs subject and "
-            f"prompt, and may have object, relation and name, with a {mark} between "
-            "them"
+            f"the first line of {path} names no columns of {kind.noun}s ({_shortened(str(header))}): it needs "
+            f"{kind.columns}, with a {mark} between them"
         )
     for line, fields in records:
         if isinstance(fields, str):
@@ -191,7 +221,7 @@ def _records(lines: list[str], dialect: str) -> Iterator[tuple[int, list[str] | 
             begin = start + 1  # an open quote has swallowed lines that may be good
 
 
-def _lines_of_json(path: Path, text: str) -> Iterator[Entry]:
+def _lines_of_json(path: Path, text: str, kind: TableKind[Any]) -> Iterator[Entry]:
     """The objects of a .jsonl file."""
     for line, content in enumerate(text.split("\n"), 1):
         if not content.strip():
@@ -204,37 +234,57 @@ def _lines_of_json(path: Path, text: str) -> Iterator[Entry]:
             yield line, value if isinstance(value, dict) else "no JSON object"
 
 
-def _entries_of_json(path: Path, text: str) -> Iterator[Entry]:
+def _entries_of_json(path: Path, text: str, kind: TableKind[Any]) -> Iterator[Entry]:
     """The objects of a .json file, which is a list of them."""
     try:
         values = json.loads(text) if text.strip() else []
     except (ValueError, RecursionError) as error:
         raise ResultFileError(f"{path} is no JSON ({error}): mend or fetch it again") from error
     if not isinstance(values, list):
-        raise ResultFileError(f"{path} is no list of facts: a table of facts in .json is [{{...}}, {{...}}, ...]")
+        raise ResultFileError(
+            f"{path} is no list of {kind.noun}s: a table of {kind.noun}s in .json is [{{...}}, {{...}}, ...]"
+        )
     for number, value in enumerate(values, 1):
         yield number, value if isinstance(value, dict) else "no JSON object"
 
 
-_READERS: dict[str, Callable[[Path, str], Iterator[Entry]]] = {
+_READERS: dict[str, Callable[[Path, str, TableKind[Any]], Iterator[Entry]]] = {
     **{ending: functools.partial(_lines_of_columns, dialect) for ending, dialect in _DIALECTS.items()},
     ".jsonl": _lines_of_json,
     ".json": _entries_of_json,
 }
 
 
-def _row(line: int, found: Mapping[str, Any] | str) -> FactRow:
+def _whole(found: Mapping[str, Any] | str) -> Mapping[str, Any]:
+    """The fields of a line.
+
+    Raises:
+        FactError: if it has none, or there are bytes in them that are no UTF-8.
+    """
     if isinstance(found, str):
         raise FactError(found)
     if any(isinstance(value, str) and _is_torn(value) for value in found.values()):
         raise FactError("there are bytes in it that are no UTF-8: save the file as UTF-8")
-    subject, template = _field(found, "subject"), _field(found, "template")
-    prompt = _with_slot(subject, _field(found, "prompt") or template, template)
-    relation = _field(found, "relation", "relation_id", number=True)
-    name = _field(found, "name", "known_id", number=True)
+    return found
+
+
+def _row(line: int, found: Mapping[str, Any]) -> FactRow:
+    relation = field_text(found, "relation", "relation_id", number=True)
+    name = field_text(found, "name", "known_id", number=True)
     require_characters("relation", relation)
     require_characters("name", name)
-    return FactRow(line, Fact(subject, prompt, _field(found, "object", "attribute")), relation, name or str(line))
+    return FactRow(line, field_fact(found, "object", "attribute"), relation, name or str(line))
+
+
+def field_fact(found: Mapping[str, Any], *objects: str) -> Fact:
+    """The fact that fields tell: subject, prompt or template, and an object by any of these names.
+
+    Raises:
+        FactError: if they tell none.
+    """
+    subject, template = field_text(found, "subject"), field_text(found, "template")
+    prompt = _with_slot(subject, field_text(found, "prompt") or template, template)
+    return Fact(subject, prompt, field_text(found, *objects))
 
 
 def _is_torn(text: str) -> bool:
@@ -242,8 +292,12 @@ def _is_torn(text: str) -> bool:
     return any("\udc80" <= character <= "\udcff" for character in text)
 
 
-def _field(found: Mapping[str, Any], *names: str, number: bool = False) -> str:
-    """The first of these fields that holds something, or ""."""
+def field_text(found: Mapping[str, Any], *names: str, number: bool = False) -> str:
+    """The first of these fields that holds something, or "".
+
+    Raises:
+        FactError: if one holds no text; nor, where that will do, a whole number.
+    """
     for name in names:
         value = found.get(name)
         if number and type(value) is int:
@@ -273,3 +327,12 @@ def _with_slot(subject: str, prompt: str, template: str) -> str:
 
 def _shortened(text: str, length: int = 80) -> str:
     return repr(text if len(text) <= length else text[: length - 1] + "…")
+
+
+_FACTS = TableKind(
+    noun="fact",
+    needed=(("subject",), ("prompt", "template")),
+    columns="subject and prompt, and may have object, relation and name",
+    parse=_row,
+    identity=lambda row: row.fact,
+)

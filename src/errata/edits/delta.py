@@ -1,12 +1,14 @@
 """The change of one weight: ΔW, always as `[d_out, d_in]`, whichever way the model stores the weight.
 
 `RankOne` is ROME's ΔW = write ⊗ read: an edited weight that listens to the direction `read` of its input
-and adds `write` to its output as far as it hears it. `Dense` is any other change. Both keep copies on the
-CPU, in float32 (float64 stays), so that nothing that happens to the caller's tensors reaches an edit.
+and adds `write` to its output as far as it hears it. `LowRank` is a sum of r of those, ΔW = write @ read: what
+an adapter (LoRA) holds. `Dense` is any other change. All keep copies on the CPU, in float32 (float64 stays), so
+that nothing that happens to the caller's tensors reaches an edit.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -26,6 +28,13 @@ def _kept(tensor: Tensor, what: str, dimensions: int) -> Tensor:
     if not torch.isfinite(kept).all():
         raise ConfigError(f"{what} holds NaN or infinity: applied, it would break the model. Make the edit again")
     return kept
+
+
+def _finite(factor: float) -> float:
+    """A number to scale a change by, or an error if it is none."""
+    if isinstance(factor, bool) or not isinstance(factor, (int, float)) or not math.isfinite(factor):
+        raise ConfigError(f"an edit cannot be scaled by {factor!r}: give a finite number, such as 0.5")
+    return float(factor)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -54,6 +63,18 @@ class RankOne:
         """ΔW, `[d_out, d_in]`."""
         return torch.outer(self.write, self.read)
 
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """(write `[d_out, 1]`, read `[1, d_in]`), whose product is ΔW."""
+        return self.write[:, None], self.read[None]
+
+    def scaled(self, factor: float) -> RankOne:
+        """factor · ΔW; the factor goes into `write`.
+
+        Raises:
+            ConfigError: if the factor is no finite number, or too large.
+        """
+        return RankOne(self.weight, _finite(factor) * self.write, self.read)
+
     def norm(self) -> float:
         """Frobenius norm of ΔW."""
         return float(self.write.double().norm() * self.read.double().norm())
@@ -64,6 +85,67 @@ class RankOne:
 
     def __repr__(self) -> str:
         return f"RankOne({self.weight!r}, write[{self.shape[0]}] x read[{self.shape[1]}])"
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class LowRank:
+    """ΔW = write @ read for the weight called `weight`: `write` is `[d_out, r]`, `read` is `[r, d_in]`, r ≥ 1.
+
+    Raises:
+        ConfigError: if a part is no finite matrix, or they do not fit together.
+    """
+
+    weight: str
+    write: Tensor
+    read: Tensor
+    kind: ClassVar[str] = "low_rank"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "write", _kept(self.write, f"write of {self.weight}", 2))
+        object.__setattr__(self, "read", _kept(self.read, f"read of {self.weight}", 2))
+        if self.write.shape[1] != len(self.read) or not self.rank:
+            raise ConfigError(
+                f"write {list(self.write.shape)} and read {list(self.read.shape)} of {self.weight} do not fit: "
+                "they are [d_out, r] and [r, d_in], with r at least 1"
+            )
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(d_out, d_in)."""
+        return len(self.write), self.read.shape[1]
+
+    @property
+    def rank(self) -> int:
+        """How many rank-one changes this is the sum of, r; the rank of the matrix is at most that."""
+        return len(self.read)
+
+    def matrix(self) -> Tensor:
+        """ΔW, `[d_out, d_in]`, in the wider dtype of the two parts."""
+        dtype = torch.promote_types(self.write.dtype, self.read.dtype)
+        return self.write.to(dtype) @ self.read.to(dtype)
+
+    def norm(self) -> float:
+        """Frobenius norm of ΔW."""
+        return float(torch.linalg.matrix_norm(self.write.double() @ self.read.double()))
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """(write `[d_out, r]`, read `[r, d_in]`), whose product is ΔW."""
+        return self.write, self.read
+
+    def scaled(self, factor: float) -> LowRank:
+        """factor · ΔW; the factor goes into `write`.
+
+        Raises:
+            ConfigError: if the factor is no finite number, or too large.
+        """
+        return LowRank(self.weight, _finite(factor) * self.write, self.read)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What is to be stored, by name."""
+        return {"write": self.write, "read": self.read}
+
+    def __repr__(self) -> str:
+        return f"LowRank({self.weight!r}, {list(self.shape)}, rank {self.rank})"
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -94,6 +176,33 @@ class Dense:
         """Frobenius norm of ΔW."""
         return float(self.change.double().norm())
 
+    def scaled(self, factor: float) -> Dense:
+        """factor · ΔW.
+
+        Raises:
+            ConfigError: if the factor is no finite number, or too large.
+        """
+        return Dense(self.weight, _finite(factor) * self.change)
+
+    def truncated(self, rank: int) -> LowRank:
+        """The change of at most this rank that is nearest in Frobenius norm: SVD, in float64.
+
+        How much is lost: `self.residual(self.truncated(rank))`.
+
+        Raises:
+            ConfigError: if the rank is less than 1.
+        """
+        if rank < 1:
+            raise ConfigError(f"a change cannot be truncated to rank {rank}: give a rank of at least 1")
+        u, s, vh = torch.linalg.svd(self.change.double(), full_matrices=False)
+        dtype = self.change.dtype
+        return LowRank(self.weight, (u[:, :rank] * s[:rank]).to(dtype), vh[:rank].to(dtype))
+
+    def residual(self, other: Delta) -> float:
+        """‖ΔW − other‖ / ‖ΔW‖ in Frobenius norms; 0 if both are zero."""
+        lost, norm = float((self.change.double() - other.matrix().double()).norm()), self.norm()
+        return lost / norm if norm else math.inf if lost else 0.0
+
     def tensors(self) -> dict[str, Tensor]:
         """What is to be stored, by name."""
         return {"change": self.change}
@@ -102,5 +211,5 @@ class Dense:
         return f"Dense({self.weight!r}, {list(self.shape)})"
 
 
-Delta = RankOne | Dense
-KINDS: dict[str, type[RankOne] | type[Dense]] = {kind.kind: kind for kind in (RankOne, Dense)}
+Delta = RankOne | LowRank | Dense
+KINDS: dict[str, type[RankOne] | type[LowRank] | type[Dense]] = {kind.kind: kind for kind in (RankOne, LowRank, Dense)}

@@ -2,8 +2,11 @@
 
 Making an edit leaves the model alone; `apply` puts it on, `undo` takes it off, exact to the last bit,
 because the touched weight's own bytes are kept meanwhile (nothing is ever subtracted). Edits stack: the
-last one applied is the first to be undone. An edit knows the fingerprints of the weights it was made for,
-and goes on no others.
+last one applied is the first to be undone; `remove` takes one out from among others, by putting the rest on
+again. An edit knows the fingerprints of the weights it was made for, and goes on no others.
+
+Edits are combined, scaled, truncated and restricted to layers; each gives a new edit, which tells in its notes
+what it was made from.
 """
 
 from __future__ import annotations
@@ -13,8 +16,8 @@ import hashlib
 import json
 import math
 import weakref
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,16 +25,27 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from errata.base.errors import ConfigError, EditFileError, EditMismatch, EditStateError, ErrataError
+from errata.base.errors import (
+    ConfigError,
+    EditFileError,
+    EditMismatch,
+    EditStateError,
+    ErrataError,
+    UnsupportedModel,
+)
 from errata.base.facts import Fact, Rewrite
 from errata.base.fingerprint import tensor_digest
 from errata.base.versions import library_versions
-from errata.edits import files
-from errata.edits.delta import Delta
+from errata.edits import files, lora
+from errata.edits.delta import Delta, Dense
+from errata.edits.ledger import warn_of_contradictions
 from errata.models import weights
 
 if TYPE_CHECKING:
     from errata.models.model import Model
+
+
+COMBINED = "combined"
 
 
 class FrozenDict(dict):
@@ -71,7 +85,7 @@ class Edit:
     """Changes of a model's weights, with their origin. Immutable; equal if the content is equal.
 
     Attributes:
-        deltas: the changes, `RankOne` or `Dense`.
+        deltas: the changes, `RankOne`, `LowRank` or `Dense`.
         method: what made them, such as "rome".
         rewrites: the facts and their new objects.
         config: the method's settings, JSON-able.
@@ -79,7 +93,9 @@ class Edit:
         model: name of the model it was made for.
         versions: of errata, torch and transformers.
         seed: of everything random in its making.
-        notes: what the method reports, JSON-able (losses of every step, residuals).
+        notes: what the method reports, JSON-able (losses of every step, residuals); under "layout" which touched
+            weights the model stores transposed or shares with another module, under "derived" what was done to
+            the edit since it was made.
 
     Raises:
         ConfigError: if there are no deltas, a delta's weight has no fingerprint, or config or notes are not
@@ -122,8 +138,9 @@ class Edit:
         seed: int = 0,
         notes: Mapping[str, Any] | None = None,
     ) -> Edit:
-        """An edit made for `model` as it is now: fingerprints and name are taken from it."""
+        """An edit made for `model` as it is now: fingerprints, name and layout are taken from it."""
         deltas = tuple(deltas)
+        layout = _layout(model, deltas)
         return cls(
             deltas=deltas,
             method=method,
@@ -132,8 +149,126 @@ class Edit:
             fingerprints={d.weight: tensor_digest(model.weight(d.weight)) for d in deltas},
             model=model.name,
             seed=seed,
-            notes=notes or {},
+            notes={**(notes or {}), **({"layout": layout} if layout else {})},
         )
+
+    # ---- edits of edits ----
+
+    @classmethod
+    def combine(cls, edits: Iterable[Edit], model: Model | None = None) -> Edit:
+        """One edit that does what these do, one applied after the other.
+
+        They must have been made for the same weights, or one after the other. The first is seen from the
+        fingerprints. The second is not: a later edit was made for weights that the earlier ones had changed,
+        and what bytes those are only the model can tell. With `model`, on which the edits go or on which they
+        are already, one right after the other, both are settled as `apply` settles them; it is left as it is.
+
+        Config keeps what each part was (id, method, seed, config, how many deltas and rewrites). A combined edit
+        adds the sum of its changes and rounds once; edits applied one by one round each time, so that the two
+        differ by rounding.
+
+        Raises:
+            ConfigError: if there is no edit, or one occurs twice.
+            EditMismatch: if they were not made for the same weights, or one after the other.
+            EditStateError: if `model` has some of the edits on it, but not all of them in this order.
+        """
+        edits = tuple(edits)
+        if not edits:
+            raise ConfigError("there is no edit to combine: give at least one")
+        if len(set(edits)) < len(edits):
+            raise ConfigError("an edit cannot be combined with itself: edit.scaled(2) is twice its change")
+        fingerprints = _joined_fingerprints(edits, [{}] * len(edits) if model is None else _states(edits, model))
+        if len(edits) == 1:
+            return edits[0]
+        for place, edit in enumerate(edits):
+            warn_of_contradictions(edits[:place], edit)
+        layout: dict[str, list[str]] = {}
+        for edit in edits:
+            for kind, names in edit.notes.get("layout", {}).items():
+                layout[kind] = sorted({*layout.get(kind, ()), *names})
+        return cls(
+            deltas=tuple(delta for edit in edits for delta in edit.deltas),
+            method=COMBINED,
+            rewrites=tuple(rewrite for edit in edits for rewrite in edit.rewrites),
+            config={"parts": [edit._as_part() for edit in edits]},
+            fingerprints=fingerprints,
+            model=edits[0].model,
+            notes={"layout": layout} if layout else {},
+        )
+
+    def scaled(self, factor: float) -> Edit:
+        """The edit with factor · ΔW for every ΔW: 0.5 is half of it, -1 its opposite.
+
+        Raises:
+            ConfigError: if the factor is no finite number, or too large.
+        """
+        return self._derived([delta.scaled(factor) for delta in self.deltas], {"scaled": factor})
+
+    def restricted(self, layers: Iterable[int], model: Model) -> Edit:
+        """The edit without its changes outside these layers, counted from 0 as in `model`.
+
+        Of a combined edit, the rewrites of parts of which nothing is left go too.
+
+        Raises:
+            ConfigError: if the model has no such layer, or nothing of the edit is in those layers.
+        """
+        wanted = sorted(set(layers))
+        prefixes = tuple(f"{model.path(('state', layer))}." for layer in wanted)
+        kept = [delta.weight.startswith(prefixes) for delta in self.deltas]
+        if not any(kept):
+            raise ConfigError(f"{self} changes nothing in layers {wanted}: it changes {', '.join(self.weights)}")
+        deltas = [delta for delta, stays in zip(self.deltas, kept, strict=True) if stays]
+        all_parts = self.config.get("parts", ()) if self.method == COMBINED else ()
+        if sum(part["deltas"] for part in all_parts) != len(kept):  # one part, or stacked in an adapter since
+            return self._derived(deltas, {"restricted": wanted})
+        parts, rewrites, places, all_rewrites = [], [], iter(kept), iter(self.rewrites)
+        for part in all_parts:
+            left = sum(next(places) for _ in range(part["deltas"]))
+            its_rewrites = [next(all_rewrites) for _ in range(part["rewrites"])]
+            if left:
+                parts.append({**part, "deltas": left})
+                rewrites += its_rewrites
+        return self._derived(deltas, {"restricted": wanted}, rewrites=tuple(rewrites), config={"parts": parts})
+
+    def truncated(self, rank: int) -> Edit:
+        """The edit with every dense change cut to this rank by SVD; others stay.
+
+        Its notes say, under "derived", the residual of each: ‖ΔW − truncated‖ / ‖ΔW‖ in Frobenius norms.
+
+        Raises:
+            ConfigError: if the rank is less than 1.
+        """
+        deltas = [delta.truncated(rank) if isinstance(delta, Dense) else delta for delta in self.deltas]
+        residuals = [
+            {"weight": whole.weight, "residual": whole.residual(cut)}
+            for whole, cut in zip(self.deltas, deltas, strict=True)
+            if isinstance(whole, Dense)
+        ]
+        return self._derived(deltas, {"truncated": rank, "residuals": residuals}) if residuals else self
+
+    @property
+    def weights(self) -> tuple[str, ...]:
+        """Names of the weights that it changes, in order."""
+        return tuple(dict.fromkeys(delta.weight for delta in self.deltas))
+
+    def _derived(self, deltas: Sequence[Delta], step: Mapping[str, Any], **changes: Any) -> Edit:
+        """This edit with other deltas, told in its notes."""
+        derived = (*self.notes.get("derived", ()), {"from": self.id, **step})
+        touched = {delta.weight for delta in deltas}
+        return replace(
+            self,
+            deltas=tuple(deltas),
+            fingerprints={name: digest for name, digest in self.fingerprints.items() if name in touched},
+            notes={**self.notes, "derived": derived},
+            **changes,
+        )
+
+    def _as_part(self) -> dict[str, Any]:
+        """What a combined edit keeps of this one, besides deltas and rewrites."""
+        own: dict[str, Any] = {"id": self.id, "method": self.method, "seed": self.seed, "config": self.config}
+        counts = {"deltas": len(self.deltas), "rewrites": len(self.rewrites)}
+        derived = {"derived": self.notes["derived"]} if "derived" in self.notes else {}
+        return {**own, **counts, **derived}
 
     # ---- on and off a model ----
 
@@ -144,15 +279,23 @@ class Edit:
         before any edit was applied. So edits made for the unedited model stack, and so do edits made one
         after the other. W + ΔW is computed in float32 at least and rounded once to the weight's dtype.
 
+        Warns with `ContradictoryEdits` if an applied edit gives one of its prompts another object.
+
         Raises:
             EditMismatch: if a weight is missing, has another shape or other bytes, or cannot hold the sum.
             EditStateError: if this edit is applied to the model already.
         """
         if any(entry.edit == self for entry in model.applied):
             raise EditStateError(f"{self} is applied to {model.name!r} already. Undo it before applying it again")
+        warn_of_contradictions([entry.edit for entry in model.applied], self)
+        self._put_on(model)
+
+    def _put_on(self, model: Model, checked: bool = True) -> None:
+        """`apply` without a look at the other edits; unless `checked`, on weights that it was not made for, too."""
         changes = self._changes(model)
         before = {name: tensor_digest(model.weight(name)) for name in changes}
-        self._check_fingerprints(model, before)
+        if checked:
+            self._check_fingerprints(model, before)
         kept: dict[str, Tensor] = {}
         try:
             for name, deltas in changes.items():
@@ -175,28 +318,77 @@ class Edit:
 
         Raises:
             EditStateError: if the edit is not applied to this model, has been undone, is not the last one
-            applied,
-                or if something else has changed the weight since.
+                applied, or if something else has changed the weight since.
         """
-        place = next((i for i, entry in enumerate(model.applied) if entry.edit == self), None)
-        if place is None:
-            raise EditStateError(self._why_not_applied(model))
+        place = self._place(model)
         later = len(model.applied) - 1 - place
         if later:
             raise EditStateError(
                 f"{self} cannot be undone yet: {later} edit(s) were applied after it. "
-                f"Undo them first, beginning with {model.applied[-1].edit}"
+                f"Undo them first, beginning with {model.applied[-1].edit}; or take this one out from among "
+                "them with edit.remove(model)"
             )
         entry = model.applied[-1]
-        for name, digest in entry.after.items():
+        self._require_untouched(model, [entry])
+        _restore(model, entry.kept)
+        model.applied.pop()
+        _undone.setdefault(model, set()).add(self.id)
+
+    def remove(self, model: Model, *, force: bool = False) -> None:
+        """Take the edit off from among others, or (on any error) leave everything as it is.
+
+        The kept bytes are put back and the edits that were applied after it are applied again in their order:
+        to the last bit the same as if this one had never been there.
+
+        Args:
+            model: what it is applied to.
+            force: put edits on again, too, that were made for weights with this one in them, and so do, without it,
+                something else than what they were made to do. Otherwise they are refused.
+
+        Raises:
+            EditStateError: if the edit is not applied to this model, has been undone, if a later edit was made
+                for weights with this one in them, or if something else has changed a weight since.
+            EditMismatch: if a later edit, without this one, no longer fits into the weight's dtype.
+        """
+        place = self._place(model)
+        stack: list[_Applied] = list(model.applied)
+        covered = stack[place:]
+        self._require_untouched(model, covered)
+        now = {name: model.weight(name).detach().clone() for entry in covered for name in entry.kept}
+        try:
+            for entry in reversed(covered):
+                _restore(model, entry.kept)
+            del model.applied[place:]
+            for entry in covered[1:]:
+                if not (force or entry.edit._goes_on(model)):
+                    raise EditStateError(
+                        f"{self} cannot be taken off alone: {entry.edit} was made for weights with it in them, and "
+                        "would do something else without it. Take that one off first, or say force=True to put it "
+                        "on again all the same"
+                    )
+                entry.edit._put_on(model, checked=False)
+        except BaseException:
+            _restore(model, now)
+            model.applied[:] = stack
+            raise
+        _undone.setdefault(model, set()).add(self.id)
+
+    def _place(self, model: Model) -> int:
+        """Where the edit stands in the model's stack, or an error that says why it does not."""
+        place = next((i for i, entry in enumerate(model.applied) if entry.edit == self), None)
+        if place is None:
+            raise EditStateError(self._why_not_applied(model))
+        return place
+
+    def _require_untouched(self, model: Model, entries: Sequence[_Applied]) -> None:
+        """Make sure that nothing but edits has changed the weights that these cover."""
+        latest = {id(model.weight(name)): (name, digest) for entry in entries for name, digest in entry.after.items()}
+        for name, digest in latest.values():
             if tensor_digest(model.weight(name)) != digest:
                 raise EditStateError(
                     f"{self} cannot be undone: something other than an edit has changed {name} since, "
                     "and undoing would throw that away. Load the model again"
                 )
-        _restore(model, entry.kept)
-        model.applied.pop()
-        _undone.setdefault(model, set()).add(self.id)
 
     @contextlib.contextmanager
     def applied(self, model: Model) -> Iterator[Model]:
@@ -241,17 +433,20 @@ class Edit:
 
     def _check_fingerprints(self, model: Model, now: Mapping[str, str]) -> None:
         for name, digest in now.items():
-            weight = model.weight(name)
-            first = next(
-                (e.before[other] for e in model.applied for other in e.before if model.weight(other) is weight),
-                digest,
-            )
-            if self.fingerprints[name] not in (digest, first):
+            if self.fingerprints[name] not in (digest, _unedited(model, name, digest)):
                 raise EditMismatch(
                     f"{self} was made for other weights: {name} of {model.name!r} has not the bytes (or "
                     f"the dtype) that it had in {self.model!r}. Load that model in that dtype, or make the "
                     "edit again for this one"
                 )
+
+    def _goes_on(self, model: Model) -> bool:
+        """Whether its fingerprints are those of the model, as it is or as it was before any edit."""
+        try:
+            self._check_fingerprints(model, {name: tensor_digest(model.weight(name)) for name in self._changes(model)})
+        except EditMismatch:
+            return False
+        return True
 
     def _why_not_applied(self, model: Model) -> str:
         if self.id in _undone.get(model, ()):
@@ -290,8 +485,80 @@ class Edit:
             tampered with.
         """
         header, deltas = files.read(path)
+        edit = cls._from_header(header, deltas, path)
+        if edit.id != header.get("id"):
+            raise EditFileError(
+                f"{path} has been changed since it was saved: its content does not have the id that it "
+                "names. Fetch or save it again"
+            )
+        return edit
+
+    def to_lora(self, folder: str | Path, *, model: Model | None = None, rank: int | None = None) -> dict[str, float]:
+        """Write a LoRA adapter that `peft.PeftModel.from_pretrained(hf, folder)` loads; whole or not at all.
+
+        Several changes of one weight are stacked, one rank a rank-one change. The tensors keep the edit's dtype,
+        float32 or float64. An adapter that errata wrote there earlier is replaced.
+
+        Args:
+            folder: a new or an empty one, or one that holds an adapter of ours and nothing else.
+            model: what the edit is for. It says whether weights are stored transposed (GPT-2), where an edit from
+                an older file does not (PEFT notices too, and warns), and names the adapter's base by its path.
+            rank: truncate dense changes to this rank by SVD. None: refuse them.
+
+        Returns:
+            For each weight ‖ΔW − adapter‖ / ‖ΔW‖, in Frobenius norms: 0 where nothing was truncated.
+
+        Raises:
+            ConfigError: if a change is dense and no rank is given, or is of a weight that the model shares between
+                two modules, of which an adapter would change one.
+            EditMismatch: if the edit does not fit the model.
+            OutputError: if the folder holds anything else, or cannot be written.
+        """
+        whole: dict[str, list[Delta]] = {}
+        for delta in self.deltas:
+            whole.setdefault(delta.weight, []).append(delta)
+        layout, base = self.notes.get("layout", {}), self.model
+        if model is not None:
+            self._changes(model)
+            layout = _layout(model, self.deltas)
+            base = getattr(model.hf.config, "name_or_path", "") or base
+        if shared := layout.get("shared"):
+            raise ConfigError(
+                f"{shared[0]} is shared with another module, and an adapter would change it in one of the two places. "
+                "Write the whole model, merged"
+            )
+        written = self if rank is None else self.truncated(rank)
+        header = {"id": written.id, **written._header()}
+        lora.write(folder, written.deltas, header, base=base, transposed=bool(layout.get("transposed")))
+        return {name: _lost(deltas, [d for d in written.deltas if d.weight == name]) for name, deltas in whole.items()}
+
+    @classmethod
+    def from_lora(cls, folder: str | Path, model: Model) -> Edit:
+        """The edit that a plain LoRA adapter is, for this model. No code is run, and PEFT is not needed.
+
+        An adapter that `to_lora` wrote gives the edit back, fingerprints included: it goes on the weights that
+        the edit was made for. Any other is taken to be for the model as it is now.
+
+        Raises:
+            EditFileError: if there is no whole adapter in safetensors, or it is more than a low-rank change of
+                linear maps (DoRA, biases, whole modules, embeddings).
+            EditMismatch: if it does not fit the model.
+        """
+        deltas, settings, header = lora.read(folder)
+        if header is None:
+            try:
+                edit = cls.of(model, deltas, "lora", config=settings)
+            except ErrataError as error:
+                raise EditMismatch(f"the adapter {folder} does not fit {model.name!r}: {error}") from error
+        else:
+            edit = cls._from_header(header, deltas, folder)
+        edit._changes(model)
+        return edit
+
+    @classmethod
+    def _from_header(cls, header: Mapping[str, Any], deltas: tuple[Delta, ...], path: str | Path) -> Edit:
         try:
-            edit = cls(
+            return cls(
                 deltas=deltas,
                 method=header["method"],
                 rewrites=tuple(_rewrite(each) for each in header["rewrites"]),
@@ -299,12 +566,6 @@ class Edit:
             )
         except (ErrataError, KeyError, TypeError, AttributeError) as error:
             raise EditFileError(f"{path} is a broken edit: {error}. Save it again") from error
-        if edit.id != header.get("id"):
-            raise EditFileError(
-                f"{path} has been changed since it was saved: its content does not have the id that it "
-                "names. Fetch or save it again"
-            )
-        return edit
 
     def _header(self) -> dict[str, Any]:
         """All that is not a tensor."""
@@ -342,6 +603,92 @@ class _Applied:
 
 # Ids of the edits undone on each model that has ever had one: only error messages read it.
 _undone: weakref.WeakKeyDictionary[Model, set[str]] = weakref.WeakKeyDictionary()
+
+
+def _unedited(model: Model, name: str, now: str) -> str:
+    """The digest of a weight as it was before any edit; `now`, if none has touched it."""
+    weight = model.weight(name)
+    befores = (e.before[other] for e in model.applied for other in e.before if model.weight(other) is weight)
+    return next(befores, now)
+
+
+def _states(edits: Sequence[Edit], model: Model) -> list[Mapping[str, str]]:
+    """For each edit the digests of the weights it touches just before it goes on; the model is left as it is."""
+    stack: list[_Applied] = list(model.applied)
+    on = [entry.edit for entry in stack]
+    if edits[0] in on:
+        begin = on.index(edits[0])
+        if on[begin : begin + len(edits)] == list(edits):
+            return [entry.before for entry in stack[begin : begin + len(edits)]]
+    for edit in edits:
+        if edit in on:
+            raise EditStateError(
+                f"{edit} is applied to {model.name!r}, but the edits to combine are not, one right after the other. "
+                "Undo those that are applied, or apply the others"
+            )
+    kept: list[Mapping[str, Tensor]] = []
+    try:
+        for edit in edits:
+            edit._put_on(model)
+            kept.append(model.applied[-1].kept)
+        return [entry.before for entry in model.applied[len(stack) :]]
+    finally:
+        for tensors in reversed(kept):
+            _restore(model, tensors)
+        model.applied[:] = stack
+
+
+def _joined_fingerprints(edits: Sequence[Edit], states: Sequence[Mapping[str, str]]) -> dict[str, str]:
+    """Of each weight, the fingerprint in the first edit that touches it.
+
+    A later edit must have been made for those same bytes; or for the bytes that it meets (`states`), if those
+    come from the first edit's bytes by the edits between them alone.
+
+    Raises:
+        EditMismatch: if it was made for neither.
+    """
+    joined: dict[str, str] = {}
+    in_line: set[str] = set()
+    for edit, state in zip(edits, states, strict=True):
+        for name in edit.weights:
+            digest = edit.fingerprints[name]
+            met = state.get(name) == digest
+            if name not in joined:
+                joined[name] = digest
+                if met:
+                    in_line.add(name)
+            elif digest != joined[name] and not (met and name in in_line):
+                raise EditMismatch(
+                    f"{edit} cannot be combined with those before it: it was made for other bytes of {name}. If it was "
+                    "made after them, give the model that they were made for, unedited or with just them on it: "
+                    "Edit.combine(edits, model)"
+                )
+    return joined
+
+
+def _layout(model: Model, deltas: Iterable[Delta]) -> dict[str, list[str]]:
+    """Which of the touched weights the model stores transposed, and which it shares between modules; only those."""
+    names = sorted({delta.weight for delta in deltas})
+    parameters = list(model.hf.named_parameters(remove_duplicate=False))
+    found = {
+        "transposed": [n for n in names if _is_transposed(model, n)],
+        "shared": [n for n in names if any(p is model.weight(n) and other != n for other, p in parameters)],
+    }
+    return {kind: those for kind, those in found.items() if those}
+
+
+def _is_transposed(model: Model, name: str) -> bool:
+    try:
+        return weights.matrix(model, name).stride() != model.weight(name).stride()
+    except UnsupportedModel:  # no linear map: `apply` says so
+        return False
+
+
+def _lost(whole: list[Delta], written: list[Delta]) -> float:
+    """‖whole − written‖ / ‖whole‖ of the changes of one weight."""
+    if not any(isinstance(delta, Dense) for delta in whole):
+        return 0.0
+    return Dense(whole[0].weight, _sum(whole)).residual(Dense(whole[0].weight, _sum(written)))
 
 
 def _sum(deltas: list[Delta]) -> Tensor:

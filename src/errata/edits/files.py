@@ -17,7 +17,8 @@ from errata.base.errors import ConfigError, EditFileError
 from errata.base.tensor_files import read_tensors, write_tensors
 from errata.edits.delta import KINDS, Delta
 
-VERSION = 1
+VERSION = 2
+SINCE = {"low_rank": 2}  # kinds that are younger than format 1: a file names the oldest format that can hold it
 
 
 def write(path: str | Path, header: dict[str, Any], deltas: tuple[Delta, ...]) -> None:
@@ -28,15 +29,15 @@ def write(path: str | Path, header: dict[str, Any], deltas: tuple[Delta, ...]) -
     """
     tensors = {f"{i}.{part}": t for i, delta in enumerate(deltas) for part, t in delta.tensors().items()}
     kinds = [{"kind": delta.kind, "weight": delta.weight} for delta in deltas]
-    write_tensors(path, "edit", VERSION, {**header, "deltas": kinds}, tensors)
+    version = max(SINCE.get(delta.kind, 1) for delta in deltas)
+    write_tensors(path, "edit", version, {**header, "deltas": kinds}, tensors)
 
 
 def read(path: str | Path) -> tuple[dict[str, Any], tuple[Delta, ...]]:
     """The header and deltas of a saved edit.
 
     Raises:
-        EditFileError: if the file is missing, cut short, not a saved edit, of a newer format, or holds
-        tensors
+        EditFileError: if the file is missing, cut short, not a saved edit, of a newer format, or holds tensors
             that can be no change of a weight (shapes, NaN).
     """
     header, tensors = read_tensors(path, "edit", VERSION, EditFileError)

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from transformers import GenerationConfig
 
-from errata.base.errors import ConfigError, FactError
+from errata.base.errors import ConfigError, Diverged, FactError
 from errata.models.model import Model
 
 # What a model's own generation config may ask for, turned off.
@@ -49,6 +49,7 @@ def generate(
     Raises:
         FactError: if a prompt has no tokens or leaves no room for one more.
         ConfigError: if a setting is out of range.
+        Diverged: if the model's numbers are none.
     """
     if isinstance(prompts, str):
         raise FactError("generate takes a list of prompts: put the prompt in brackets, as in [prompt]")
@@ -72,6 +73,24 @@ def generate(
             for index, continuation in zip(chosen, continuations, strict=True):
                 texts[index] = prompts[index] + continuation
     return [texts[i] for i in range(len(prompts))]
+
+
+def start_text(model: Model) -> str:
+    """The text from which a model writes freely: empty, if the tokenizer puts a start token there itself.
+
+    Raises:
+        ConfigError: if the tokenizer has no token to start from.
+    """
+    tokenizer = model.tokenizer
+    if tokenizer("", verbose=False)["input_ids"]:
+        return ""
+    start = tokenizer.bos_token or tokenizer.eos_token
+    if not start:
+        raise ConfigError(
+            f"the tokenizer of {model.name} has no start or end token, so no texts can be sampled from nothing. "
+            'Give texts instead: RomeConfig(prefixes=("Yesterday. ", ...), probes=("It was a warm day.", ...))'
+        )
+    return str(start)
 
 
 def _check(max_new_tokens: int, top_k: int | None, temperature: float, greedy: bool) -> None:
@@ -114,8 +133,17 @@ def _continue(model: Model, rows: Sequence[Sequence[int]], settings: GenerationC
     width = max(map(len, rows))
     ids = torch.tensor([[model.pad_id] * (width - len(row)) + list(row) for row in rows], device=model.device)
     mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=model.device)
-    with torch.no_grad():
-        output = model.hf.generate(input_ids=ids, attention_mask=mask, generation_config=settings)
+    try:
+        with torch.no_grad():
+            output = model.hf.generate(input_ids=ids, attention_mask=mask, generation_config=settings)
+    except RuntimeError as error:
+        if "probability tensor" not in str(error):
+            raise
+        raise Diverged(
+            f"what {model.name} says next has no probabilities: its numbers overflow. Load it in a wider dtype, or "
+            "take the "
+            "edit off that did this"
+        ) from error
     ends = settings.eos_token_id if isinstance(settings.eos_token_id, list) else [settings.eos_token_id]
     new = [list(itertools.takewhile(lambda token: token not in ends, row)) for row in output[:, width:].tolist()]
     return [_text_after(model, *pair) for pair in zip(rows, new, strict=True)]

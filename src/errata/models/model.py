@@ -232,13 +232,7 @@ class Model:
             FactError: if a row is empty or longer than the model can read.
         """
         for index, row in enumerate(rows):
-            name = f"the text {_shortened(texts[index])}" if texts else f"row {index}"
-            if not len(row):
-                raise FactError(f"{name} has no tokens: the model needs at least one to start from")
-            if len(row) > self.max_length:
-                raise FactError(
-                    f"{name} has {len(row)} tokens; {self.name} reads at most {self.max_length}. Shorten it"
-                )
+            self.require_room(row, texts[index] if texts else "", f"row {index}")
         width = max(map(len, rows))
         ids = torch.full((len(rows), width), self.pad_id)
         mask = torch.zeros((len(rows), width), dtype=torch.long)
@@ -246,6 +240,18 @@ class Model:
             ids[index, : len(row)] = torch.tensor(row)
             mask[index, : len(row)].fill_(1)
         return Batch(ids, mask).to(self.device)
+
+    def require_room(self, ids: Sequence[int], text: str, name: str = "the text") -> None:
+        """Make sure that the model can read a text.
+
+        Raises:
+            FactError: if it has no tokens, or more than the model can read.
+        """
+        name = f"the text {_shortened(text)}" if text else name
+        if not len(ids):
+            raise FactError(f"{name} has no tokens: the model needs at least one to start from")
+        if len(ids) > self.max_length:
+            raise FactError(f"{name} has {len(ids)} tokens; {self.name} reads at most {self.max_length}. Shorten it")
 
     def forward(self, batch: Batch, keep: int = 0, cache: Cache | None = None) -> Tensor:
         """Logits `[b, t, v]` of the model as it stands, or `[b, keep, v]` at the last `keep` positions alone.
@@ -262,6 +268,12 @@ class Model:
             inputs["logits_to_keep"] = keep
         logits = self.hf(**inputs, use_cache=cache is not None, past_key_values=cache).logits
         return logits[:, -keep:]
+
+    def added(self, layer: int, mlp: Tensor) -> Tensor:
+        """What block `layer` adds to the state for an output `[..., d_model]` of its MLP."""
+        path = self.anatomy.mlp_norm
+        normed = mlp if path is None else self.hf.get_submodule(f"{self.anatomy.blocks}.{layer}.{path}")(mlp)
+        return normed if self.anatomy.residual_scale == 1.0 else normed * self.anatomy.residual_scale
 
     def unembed(self, states: Tensor) -> Tensor:
         """Logits `[..., v]` that the head reads off states `[..., d_model]` of the last block."""

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,6 +19,7 @@ from transformers import DynamicCache
 
 from errata.base.errors import UnsupportedModel
 from errata.models.model import Batch, Model, Stream
+from errata.passes.block_call import Call, Past
 from errata.passes.hooks import Patch, hooked, hooked_block
 
 # What a patch of a resumed block is given: the stream `[r, n, d]` of some of the rows, and which rows these are.
@@ -35,7 +35,8 @@ class Recording:
     Attributes:
         model: the model that ran; its weights must not change as long as the recording is used.
         length: tokens in every row.
-        states: states[l] enters block l and states[l + 1] leaves it, each `[rows, length, d_model]`.
+        first: the lowest block that can be resumed.
+        states: states[l] enters block l and states[l + 1] leaves it, each `[rows, length, d_model]`; from `first` on.
         kept: the other streams asked for, `[rows, length, d]`.
         tokens_at_once: `step` passes at most about so many tokens to a block in one call; rows that see many earlier
             tokens count for more.
@@ -44,19 +45,21 @@ class Recording:
     def __init__(
         self,
         model: Model,
-        states: list[Tensor],
+        first: int,
+        states: Mapping[int, Tensor],
         kept: Mapping[Stream, Tensor],
         cache: DynamicCache,
-        calls: list[_Call],
+        calls: list[Call],
         tokens_at_once: int,
     ):
         self.model = model
+        self.first = first
         self.states = states
         self.kept = kept
-        self.length = states[0].shape[1]
+        self.length = states[first].shape[1]
         self.tokens_at_once = tokens_at_once
-        self._past = [(layer.keys, layer.values) for layer in cache.layers]
-        self._calls = calls
+        self.calls = calls
+        self._past = {i: (layer.keys, layer.values) for i, layer in enumerate(cache.layers) if i >= first}
 
     def step(
         self,
@@ -112,12 +115,16 @@ class Recording:
         return states
 
     def _block(self, layer: int, states: Tensor, token: int, rows: Tensor, keep: int) -> Tensor:
-        block, call, (keys, values) = self.model.blocks[layer], self._calls[layer], self._past[layer]
-        past = _Past(keys[rows, :, :token], values[rows, :, :token])
+        block, call, past = self.model.blocks[layer], self.calls[layer], self.past(layer, rows, token)
         others = states.shape[1] - keep
         if others:
             past = past.after(lambda cache: call(block, states[:, :others], token, cache))
         return call(block, states[:, others:], token + others, past)
+
+    def past(self, layer: int, rows: Tensor, token: int) -> Past:
+        """Attention's keys and values in block `layer`, of the tokens before `token` in some rows."""
+        keys, values = self._past[layer]
+        return Past(keys[rows, :, :token], values[rows, :, :token])
 
     def check(self) -> None:
         """Resume every block in the middle of the first row, and compare with what was recorded.
@@ -126,13 +133,11 @@ class Recording:
             UnsupportedModel: if it comes out otherwise, so that this model cannot be replayed.
         """
         middle, row = self.length // 2, torch.zeros(1, dtype=torch.long, device=self.model.device)
-        for layer in range(self.model.n_layers):
+        for layer in range(self.first, self.model.n_layers):
             want = self.states[layer + 1][:1, middle:]
             try:
                 found = self.step(layer, self.states[layer][:1, middle:], middle, row)
-                error = (found - want).abs().amax(-1) / want.abs().amax(-1).clamp_min(1e-30)
-                # Where the run itself was no number there is nothing to compare, and its readers will say so.
-                wrong = not bool((error <= _TOLERANCE[want.dtype])[want.isfinite().all(-1)].all())
+                wrong = not same_states(found, want)
             except torch.OutOfMemoryError:
                 raise
             except Exception as problem:  # whatever a foreign block raises, it cannot be resumed
@@ -155,6 +160,8 @@ def record(
     patches: Mapping[Stream, Patch] | None = None,
     keep: Iterable[Stream] = (),
     tokens_at_once: int | None = None,
+    first: int = 0,
+    check: bool = True,
 ) -> Recording:
     """Run the model and keep what a replay needs.
 
@@ -164,6 +171,8 @@ def record(
         patches: as in `passes.patching.run`; none of a stream that is kept.
         keep: streams to keep beside the states.
         tokens_at_once: see `Recording`; None: what suits the device.
+        first: what only blocks below this one need is not kept.
+        check: whether to make sure that blocks can be resumed; to be left out where what is made of it is checked.
 
     Raises:
         ValueError: if the texts differ in length.
@@ -171,14 +180,18 @@ def record(
     """
     if not bool(batch.attention_mask.all()):
         raise ValueError("a recording needs texts of one length: group them by their number of tokens")
-    cache, calls, states, kept = DynamicCache(), [], [], {}
+    cache = DynamicCache()
+    calls: list[Call] = []
+    states: dict[int, Tensor] = {}
+    kept: dict[Stream, Tensor] = {}
 
     def enter(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         names = list(inspect.signature(module.forward).parameters)
         arguments = {**dict(zip(names, args, strict=False)), **kwargs}
         state = arguments.pop(names[0])
-        states.append(state.clone())  # some blocks go on to add into it in place
-        calls.append(_Call(arguments, cache, *state.shape[:2]))
+        if len(calls) >= first:
+            states[len(calls)] = state.clone()  # some blocks go on to add into it in place
+        calls.append(Call(arguments, cache, *state.shape[:2]))
 
     def keeper(stream: Stream) -> Patch:
         def note(tensor: Tensor) -> None:
@@ -198,10 +211,17 @@ def record(
     finally:
         for handle in handles:
             handle.remove()
-    states.append(kept.pop(last))
-    recording = Recording(model, states, kept, cache, calls, tokens_at_once or _tokens_at_once(model))
-    recording.check()
+    states[model.n_layers] = kept.pop(last)
+    recording = Recording(model, first, states, kept, cache, calls, tokens_at_once or _tokens_at_once(model))
+    if check:
+        recording.check()
     return recording
+
+
+def same_states(found: Tensor, want: Tensor) -> bool:
+    """Whether a resumed block gave what the whole run gave, up to rounding; where that was no number, anything does."""
+    error = (found - want).abs().amax(-1) / want.abs().amax(-1).clamp_min(1e-30)
+    return bool((error <= _TOLERANCE[want.dtype])[want.isfinite().all(-1)].all())
 
 
 def _require_plain_cache(model: Model, batch: Batch) -> None:
@@ -218,88 +238,3 @@ def _require_plain_cache(model: Model, batch: Batch) -> None:
 def _tokens_at_once(model: Model) -> int:
     # On a CPU a block's activations should stay in its cache; a GPU wants large products.
     return 512 if model.device.type == "cpu" else 16384
-
-
-class _Enough(Exception):
-    """The keys and values asked for are there."""
-
-
-class _Past(DynamicCache):
-    """Keys and values `[r, heads, tokens, d]` of the tokens before, as a cache that does not remember new ones."""
-
-    def __init__(self, keys: Tensor, values: Tensor):
-        super().__init__()
-        self._keys, self._values = keys, values
-
-    def after(self, run: Callable[[DynamicCache], object]) -> _Past:
-        """This and the keys and values of the tokens that `run` adds; it goes no further than them."""
-        collecting = _Collecting(self._keys, self._values)
-        try:
-            run(collecting)
-        except _Enough:
-            return _Past(collecting._keys, collecting._values)
-        raise TypeError("its attention does not use the cache that it is given")
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """The keys and values of all tokens so far."""
-        return torch.cat([self._keys, key_states], -2), torch.cat([self._values, value_states], -2)
-
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        """How many tokens went before."""
-        return self._keys.shape[-2]
-
-
-class _Collecting(_Past):
-    """A cache that ends the pass once it has the new tokens' keys and values, before attention uses them."""
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        self._keys, self._values = super().update(key_states, value_states)
-        raise _Enough
-
-
-@dataclass(frozen=True)
-class _Call:
-    """What Hugging Face handed to a block beside its state: what depends on positions alone.
-
-    Attributes:
-        arguments: all but the state, by name; of tensors the first row stands for all.
-        cache: the cache among the arguments.
-        rows: how many were recorded.
-        length: of the recorded texts, in tokens.
-    """
-
-    arguments: Mapping[str, Any]
-    cache: DynamicCache
-    rows: int
-    length: int
-
-    def __call__(self, block: nn.Module, states: Tensor, token: int, past: DynamicCache) -> Tensor:
-        """The block's output for states of tokens `token` on, after `past`."""
-        arguments = {
-            name: self._at(name, value, token, states.shape[1], states) for name, value in self.arguments.items()
-        }
-        # A copy, for a block may go on to add into what it is given.
-        output = block(states.clone(), **{n: past if v is self.cache else v for n, v in arguments.items()})
-        return output[0] if isinstance(output, tuple) else output
-
-    def _at(self, name: str, value: Any, token: int, count: int, states: Tensor) -> Any:
-        """An argument as it is for `count` tokens from `token` on."""
-        if name in ("attention_mask", "causal_mask"):
-            return self._mask(value, token, count, states)
-        if isinstance(value, tuple):
-            return tuple(self._at(name, each, token, count, states) for each in value)
-        if name == "alibi" and value is not None:  # of keys, `[rows * heads, 1, tokens]` or `[rows, heads, 1, tokens]`
-            one = value[: len(value) // self.rows, ..., : token + count]
-            return torch.cat([one] * len(states))
-        if not isinstance(value, Tensor) or "position" not in name or "bias" in name or not value.dim():
-            return value  # a bias of distances (MPT) is cut by the block itself
-        axis = -2 if value.dim() > 2 else -1  # cosines `[rows, tokens, d]`, indexes `[rows, tokens]` or `[tokens]`
-        value = value[:1] if value.dim() > 1 else value
-        return value.narrow(axis, token, count) if value.shape[axis] == self.length else value
-
-    def _mask(self, mask: Tensor | None, token: int, count: int, states: Tensor) -> Tensor:
-        """The mask `[1, 1, count, token + count]`; none at all stands for plain causality."""
-        if mask is None:
-            whole = torch.ones(count, token + count, dtype=torch.bool, device=states.device)
-            return whole.tril(token)[None, None]
-        return mask[:1, ..., token : token + count, : token + count]

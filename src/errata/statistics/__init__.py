@@ -2,7 +2,7 @@
 
 from errata.statistics.collect import collect
 from errata.statistics.corpus import Corpus
-from errata.statistics.second_moment import SecondMoment
-from errata.statistics.store import collect_cached, load, save
+from errata.statistics.second_moment import Halves, SecondMoment
+from errata.statistics.store import collect_cached, load, load_any, save
 
-__all__ = ["Corpus", "SecondMoment", "collect", "collect_cached", "load", "save"]
+__all__ = ["Corpus", "Halves", "SecondMoment", "collect", "collect_cached", "load", "load_any", "save"]

@@ -1,30 +1,42 @@
-"""Collecting second moments: C = E[k kᵀ] over all tokens of a corpus, all asked layers in one pass.
+"""Collecting second moments: C = E[k kᵀ] over the tokens of a corpus, all asked layers in one pass.
 
-Every token counts, padding alone does not. Products are taken in float32 (float64 for a float64 model) and
-summed in float64. The forward pass stops at the highest layer asked for, before its down-projection.
+Every token counts once, padding never. Texts of like length share a batch, so that there is little padding. The
+forward pass stops at the highest layer asked for, before its down-projection; a layer's keys are multiplied as they
+go by and are not kept.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
+import itertools
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from errata.base.errors import ConfigError
-from errata.base.fingerprint import tensor_digest
-from errata.models.model import Model
-from errata.passes.reading import read
-from errata.statistics.corpus import Corpus, TextDigest
+from errata.base.errors import ConfigError, StaleStatistics
+from errata.base.interrupt import deferred_interrupt
+from errata.models.model import Batch, Model
+from errata.passes.hooks import Patch, hooked
+from errata.statistics.corpus import Corpus, TextDigest, require_text
+from errata.statistics.fingerprint import fingerprints
 from errata.statistics.second_moment import SecondMoment
+from errata.statistics.sums import Sums
 
-ALGORITHM = 1  # to be raised with every change that changes the numbers
 MAX_TOKENS = 100_000
+MAX_LENGTH = 1024  # of a text, unless more is asked for: what the models of the paper read at most
+WHICH = ("all", "not-first", "not-special")
+CHECKPOINT_SECONDS = 40.0
+
+# Tokens in a forward pass, padding included; and texts are sorted by length within so many tokens.
+_BATCH, _WINDOW = 2048, 32 * 2048
+# No tokenizer needs so many characters a token; a text is cut there before it is tokenized.
+_CHARACTERS = 64
 
 Progress = Callable[[int, int], None]  # (tokens read, tokens wanted)
+_Flags = Callable[[Sequence[int]], list[bool]]
 
 
 def collect(
@@ -33,83 +45,92 @@ def collect(
     texts: Corpus | Iterable[str],
     max_tokens: int = MAX_TOKENS,
     max_length: int | None = None,
-    batch_size: int = 8,
+    *,
+    which: str = "all",
     progress: Progress | None = None,
+    checkpoint: str | Path | None = None,
 ) -> dict[int, SecondMoment]:
     """Second moments of the keys of some layers over a corpus.
 
-    Texts are read in order until `max_tokens` tokens are there; the last one is cut to fit. Memory: one
-    `[d_mlp, d_mlp]` float64 matrix a layer, and the keys of a batch in every layer.
+    Texts are read in order until `max_tokens` tokens are there; the last one is cut to fit. Memory: some 9·d_mlp²
+    bytes a layer, 50·d_mlp² besides at the end, and what a forward pass of 2,048 tokens takes.
 
     Args:
         layers: 0-based layers.
         texts: a `Corpus`, or any iterable of texts, which is read once and as far as needed.
-        max_tokens: how many tokens to read at most.
-        max_length: cut every text to so many tokens; None: to what the model can read.
-        batch_size: texts in one forward pass. It changes the result by rounding alone.
-        progress: called after every batch with (tokens read, `max_tokens`).
+        max_tokens: how many tokens count at most.
+        max_length: cut every text to so many tokens; None: to what the model can read, at most 1024.
+        which: tokens that count: "all"; "not-first": but the first of every text, whose keys are often of another
+            size; "not-special": but special tokens, such as one that begins every text.
+        progress: called after every batch with (tokens that count so far, `max_tokens`).
+        checkpoint: a file by which a run that was stopped goes on where it was, for a `Corpus`. It is written every
+            40 seconds, after a batch, and on Ctrl-C; removing it is the caller's. The result of a resumed run is that
+            of an uninterrupted one to the last bit.
 
     Raises:
-        ConfigError: if a layer is not there, a number is out of range, or the texts have no tokens.
+        ConfigError: if a layer is not there, a number is out of range, or the texts have no tokens or are no texts.
+        StaleStatistics: if a checkpoint was begun with other texts though the corpus says that they are the same.
+        OutputError: if the checkpoint cannot be written; one that was there stays.
     """
     wanted = checked_layers(model, layers)
-    max_length = checked_length(model, max_tokens, max_length)
+    max_length = checked_length(model, max_tokens, max_length, which)
     if isinstance(texts, str):
         raise ConfigError("texts is one string, whose letters would be the texts: put it in a list")
-    if batch_size < 1:
-        raise ConfigError(f"batch_size is {batch_size}: at least one text a forward pass is needed")
-    sums = {layer: _zeros(model) for layer in wanted}
+    place = Path(checkpoint) if checkpoint is not None else None
+    prints = None
+    if isinstance(texts, Corpus):
+        prints = fingerprints(model, wanted, texts.name, texts.digest, max_tokens, max_length, which)
+    elif place:
+        raise ConfigError("a checkpoint needs a Corpus, whose digest is known: use Corpus.of or Corpus.open")
+    sums = Sums(wanted, model.d_mlp, model.device)
     consumed = TextDigest()
-    count = 0
-    for rows in _batches(_rows(model, texts, max_tokens, max_length, consumed), batch_size):
-        batch = model.batch(rows)
-        keys = read(model, batch, [("key", layer) for layer in wanted])
-        tokens = batch.attention_mask.bool()
-        for layer in wanted:
-            here = keys.pop(("key", layer))[tokens]
-            here = here.to(torch.promote_types(here.dtype, torch.float32))
-            sums[layer] += (here.T @ here).to(sums[layer].device).double()
-        count += sum(map(len, rows))
-        if progress is not None:
-            progress(count, max_tokens)
-    if not count:
+    flags = _flags(model, which)
+    batches = _batches(_rows(model, texts, max_tokens, max_length, flags, consumed))
+    if place and prints:
+        sums.resume(place, prints)
+        _skip(batches, sums, place)
+        if sums.batches and progress is not None:
+            progress(sum(sums.counts), max_tokens)
+
+    def keep() -> None:
+        if place and prints:
+            sums.save(place, prints)
+
+    kept = time.monotonic()
+    with deferred_interrupt() as stop_here:
+        for rows in batches:
+            counted = [flags(row) for row in rows]
+            _add(model, sums, model.batch(rows), counted)
+            sums.close_batch(sum(map(sum, counted)), _trail(sums.trail, rows))
+            if progress is not None:
+                progress(sum(sums.counts), max_tokens)
+            try:
+                stop_here()
+            except KeyboardInterrupt:
+                keep()
+                raise
+            if time.monotonic() - kept >= CHECKPOINT_SECONDS:
+                keep()
+                kept = time.monotonic()
+    if not sums.batches:
         raise ConfigError("the corpus has no tokens, so there are no keys to average. Give at least one text")
-    name, digest = (texts.name, texts.digest) if isinstance(texts, Corpus) else ("texts", consumed.hex)
-    prints = fingerprints(model, wanted, name, digest, max_tokens, max_length)
-    return {layer: SecondMoment((sums[layer] / count).cpu(), count, layer, prints[layer]) for layer in wanted}
+    if prints is None:
+        prints = fingerprints(model, wanted, "texts", consumed.hex, max_tokens, max_length, which)
+    return {layer: sums.moment(layer, prints[layer]) for layer in wanted}
 
 
-def fingerprints(
-    model: Model, layers: Sequence[int], corpus: str, digest: str, max_tokens: int, max_length: int
-) -> dict[int, dict[str, Any]]:
-    """For each layer, all that its second moment depends on, as a flat JSON-able dict.
-
-    The weights that count are the embeddings and the blocks up to the layer without its down-projection:
-    keys are taken before it, so that ROME's edits of the layer leave its statistics valid.
-    """
-    weights = _weight_digests(model, layers)
-    common = {
-        "algorithm": ALGORITHM,
-        "tokenizer": _tokenizer_digest(model),
-        "corpus": corpus,
-        "texts": digest,
-        "max_tokens": max_tokens,
-        "max_length": max_length,
-        "dtype": str(model.dtype).removeprefix("torch."),
-    }
-    return {layer: {"layer": layer, "weights": weights[layer], **common} for layer in layers}
-
-
-def checked_length(model: Model, max_tokens: int, max_length: int | None) -> int:
+def checked_length(model: Model, max_tokens: int, max_length: int | None, which: str = "all") -> int:
     """The length to which texts are cut.
 
     Raises:
-        ConfigError: if a number is out of range.
+        ConfigError: if a number is out of range, or `which` is no choice of tokens.
     """
     if max_tokens < 1:
         raise ConfigError(f"max_tokens is {max_tokens}: at least one token is needed")
+    if which not in WHICH:
+        raise ConfigError(f"which is {which!r}, which is no choice of tokens: choose one of {', '.join(WHICH)}")
     if max_length is None:
-        return model.max_length
+        return min(model.max_length, MAX_LENGTH)
     if not 1 <= max_length <= model.max_length:
         raise ConfigError(f"max_length is {max_length}: {model.name} reads 1 to {model.max_length} tokens")
     return max_length
@@ -129,67 +150,97 @@ def checked_layers(model: Model, layers: Iterable[int]) -> list[int]:
     return wanted
 
 
-def _zeros(model: Model) -> Tensor:
-    # Apple's GPUs have no float64
-    device = "cpu" if model.device.type == "mps" else model.device
-    return torch.zeros(model.d_mlp, model.d_mlp, dtype=torch.float64, device=device)
+class _Enough(Exception):
+    """The highest layer's keys have been read."""
+
+
+def _add(model: Model, sums: Sums, batch: Batch, counted: list[list[bool]]) -> None:
+    """One forward pass, whose keys at counted tokens are added in every layer."""
+    width = batch.input_ids.shape[1]
+    mask = torch.tensor([flags + [False] * (width - len(flags)) for flags in counted])
+    chosen = None if mask.all() else mask.flatten().nonzero()[:, 0].to(model.device)
+    highest = max(sums.layers)
+
+    def adder(layer: int) -> Patch:
+        def take(keys: Tensor) -> None:
+            keys = keys.flatten(0, 1)
+            sums.add(layer, keys if chosen is None else keys[chosen])
+            if layer == highest:
+                raise _Enough
+
+        return take
+
+    try:
+        with torch.no_grad(), hooked(model, {("key", layer): adder(layer) for layer in sums.layers}):
+            model.forward(batch)
+    except _Enough:
+        pass
+
+
+def _flags(model: Model, which: str) -> _Flags:
+    """A function that says of a text's token ids which count."""
+    if which == "not-first":
+        return lambda ids: [index > 0 for index in range(len(ids))]
+    special = set(model.tokenizer.all_special_ids) if which == "not-special" else set()
+    return lambda ids: [token not in special for token in ids]
 
 
 def _rows(
-    model: Model, texts: Iterable[str], max_tokens: int, max_length: int, consumed: TextDigest
+    model: Model, texts: Iterable[str], max_tokens: int, max_length: int, flags: _Flags, consumed: TextDigest
 ) -> Iterator[list[int]]:
-    """Token ids of text after text, cut to `max_length`, `max_tokens` in all."""
+    """Token ids of text after text, cut to `max_length`; `max_tokens` tokens that count in all."""
     left = max_tokens
     for text in texts:
-        consumed.add(text)
-        ids = model.tokenizer(text, verbose=False)["input_ids"][: min(max_length, left)]
-        if ids:
-            yield ids
-        left -= len(ids)
+        consumed.add(require_text(text))
+        ids = model.tokenizer(text[: _CHARACTERS * max_length], verbose=False)["input_ids"][:max_length]
+        reached = list(itertools.accumulate(map(int, flags(ids))))
+        if not reached or not reached[-1]:
+            continue
+        if reached[-1] > left:
+            ids = ids[: reached.index(left) + 1]
+        yield ids
+        left -= min(left, reached[-1])
         if not left:
             return
 
 
-def _batches(rows: Iterable[list[int]], size: int) -> Iterator[list[list[int]]]:
-    """Rows in batches, out of order within a window so that rows of a length are together: less padding."""
+def _batches(rows: Iterable[list[int]]) -> Iterator[list[list[int]]]:
+    """Rows in batches, out of order within a window so that rows of a length are together.
+
+    The same rows give the same batches, whatever happens meanwhile.
+    """
     window: list[list[int]] = []
-
-    def sorted_batches() -> Iterator[list[list[int]]]:
-        window.sort(key=len)
-        yield from (window[start : start + size] for start in range(0, len(window), size))
-
+    held = 0
     for row in rows:
         window.append(row)
-        if len(window) == 16 * size:
-            yield from sorted_batches()
-            window = []
-    yield from sorted_batches()
+        held += len(row)
+        if held >= _WINDOW:
+            yield from _cut(window)
+            window, held = [], 0
+    yield from _cut(window)
 
 
-def _weight_digests(model: Model, layers: Sequence[int]) -> dict[int, str]:
-    hf, anatomy = model.hf, model.anatomy
-    embedding = {id(p) for p in hf.get_submodule(anatomy.embedding).parameters()}
-    after = {id(p) for path in (anatomy.final_norm, anatomy.head) for p in hf.get_submodule(path).parameters()}
-    known: dict[str, str] = {}
-
-    def digest(layer: int) -> str:
-        above = {id(p) for block in list(model.blocks)[layer + 1 :] for p in block.parameters()}
-        down = {id(p) for p in model.module(("key", layer)).parameters()}
-        skipped = (after | above | down) - embedding  # a head that is tied to the embedding counts
-        parts = []
-        for name, parameter in sorted(hf.named_parameters()):
-            if id(parameter) not in skipped:
-                if name not in known:
-                    known[name] = tensor_digest(parameter)
-                parts.append([name, known[name]])
-        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
-
-    return {layer: digest(layer) for layer in layers}
+def _cut(window: list[list[int]]) -> Iterator[list[list[int]]]:
+    batch: list[list[int]] = []
+    for row in sorted(window, key=len):
+        if batch and (len(batch) + 1) * len(row) > _BATCH:
+            yield batch
+            batch = []
+        batch.append(row)
+    if batch:
+        yield batch
 
 
-def _tokenizer_digest(model: Model) -> str:
-    """Digest of the tokenizer's rules, without the padding and truncation that calls leave behind in it."""
-    rules = json.loads(model.tokenizer.backend_tokenizer.to_str())
-    rules.pop("padding", None)
-    rules.pop("truncation", None)
-    return hashlib.sha256(json.dumps(rules, sort_keys=True).encode()).hexdigest()
+def _skip(batches: Iterator[list[list[int]]], sums: Sums, place: Path) -> None:
+    """Pass over the batches that are in the sums already, and make sure that they are the same."""
+    trail = ""
+    for rows in itertools.islice(batches, sums.batches):
+        trail = _trail(trail, rows)
+    if trail != sums.trail:
+        raise StaleStatistics(
+            f"the texts are no longer those that {place} was begun with, so it cannot be gone on with. Remove it"
+        )
+
+
+def _trail(trail: str, rows: list[list[int]]) -> str:
+    return hashlib.sha256(f"{trail} {rows}".encode()).hexdigest()

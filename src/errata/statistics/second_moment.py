@@ -3,12 +3,15 @@
 ROME needs C⁻¹k* (equation 2 of the paper): the direction that k* has and other keys have least. It is found
 by a Cholesky factorisation in float64; nothing is inverted. If C cannot be factorised (fewer tokens than
 features, or a feature that is always zero), the smallest ridge that mends it is added to its diagonal, and
-`ridge` says how much.
+`ridge` says how much. A ridge that is asked for (`with_ridge`) is added in any case.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -16,7 +19,43 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from errata.base.errors import ConfigError
+from errata.base.errors import ConfigError, StaleStatistics
+from errata.statistics.fingerprint import LABELS, different
+
+# What the parts of one corpus may differ in and still be merged.
+_OF_TEXTS = (*LABELS, "texts", "max_tokens", "merged")
+
+
+@dataclass(frozen=True)
+class Halves:
+    """How far C⁻¹k still moves if C is of one half of the tokens or of the other.
+
+    Both are medians over sampled keys. The whole C is about half as far from its limit as its halves are from each
+    other, and four times as many tokens halve the difference.
+
+    Attributes:
+        cosine: between the two C⁻¹k, from -1 to 1.
+        difference: ‖u₁ - u₂‖ / ‖(u₁ + u₂) / 2‖, where u = C⁻¹k / kᵀC⁻¹k is what ROME's edit reads.
+        keys: how many keys were sampled.
+    """
+
+    cosine: float
+    difference: float
+    keys: int
+
+    @classmethod
+    def of(cls, first: SecondMoment, second: SecondMoment, keys: Tensor) -> Halves | None:
+        """The comparison for some keys `[n, d_mlp]`; None where there is none, or a half cannot be solved with."""
+        try:
+            one, other = first.solve(keys.double()), second.solve(keys.double())
+        except ConfigError:
+            return None
+        cosine = torch.cosine_similarity(one, other, dim=-1).median()
+        one, other = (u / (keys * u).sum(-1, keepdim=True) for u in (one, other))
+        difference = ((one - other).norm(dim=-1) / ((one + other) / 2).norm(dim=-1)).median()
+        if not torch.isfinite(cosine + difference):
+            return None
+        return cls(float(cosine), float(difference), len(keys))
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,31 +66,83 @@ class SecondMoment:
         matrix: `[d_mlp, d_mlp]` float64, symmetric.
         count: number of tokens.
         layer: whose keys; None where it fits any layer (the identity).
-        fingerprint: all that the numbers depend on; see `collect.fingerprint`. Empty where nothing is known.
+        fingerprint: all that the numbers depend on; see `fingerprint.fingerprints`. Empty where nothing is known.
+        asked_ridge: a ridge that was asked for, in units of the mean of C's diagonal.
+        halves: how far C⁻¹k moves between halves of the tokens; None where that was not measured, as with fewer
+            tokens in a half than features.
 
     Raises:
-        ConfigError: if the matrix is not square, symmetric and finite.
+        ConfigError: if the matrix is not square, symmetric and finite, or the ridge is negative.
     """
 
     matrix: Tensor
     count: int
     layer: int | None
     fingerprint: Mapping[str, Any] = field(default_factory=dict)
+    asked_ridge: float = 0.0
+    halves: Halves | None = None
 
     def __post_init__(self) -> None:
         matrix = torch.as_tensor(self.matrix).detach().to(torch.float64)
         object.__setattr__(self, "matrix", matrix)
         if matrix.dim() != 2 or matrix.shape[0] != matrix.shape[1] or not matrix.numel():
             raise ConfigError(f"a second moment is a square matrix, not {list(matrix.shape)}. Collect it again")
-        if not torch.isfinite(matrix).all():
+        low, high = torch.aminmax(matrix)
+        if not torch.isfinite(high - low):
             raise ConfigError("the second moment holds NaN or infinity: the model's keys overflow. Use a wider dtype")
-        if not torch.allclose(matrix, matrix.T, rtol=1e-4, atol=1e-6 * float(matrix.abs().max())):
+        slack = 1e-6 * max(float(high), -float(low))
+        if not (torch.equal(matrix, matrix.T) or torch.allclose(matrix, matrix.T, rtol=1e-4, atol=slack)):
             raise ConfigError("the second moment is not symmetric, so it is no mean of k kᵀ. Collect it again")
+        if not 0 <= self.asked_ridge < float("inf"):
+            raise ConfigError(f"the ridge is {self.asked_ridge}: it is a share of C's mean diagonal, 0 or more")
 
     @classmethod
     def identity(cls, d: int) -> SecondMoment:
         """C = 1 of size `d`: with it, ROME listens to k* itself, whatever other keys there are."""
         return cls(torch.eye(d, dtype=torch.float64), 0, None)
+
+    @classmethod
+    def merged(cls, moments: Sequence[SecondMoment]) -> SecondMoment:
+        """The second moment of all tokens of several, such as of the shards of a corpus.
+
+        Raises:
+            ConfigError: if there is none, or the same texts are in it twice.
+            StaleStatistics: if they are not of one layer of one model, collected in one way.
+        """
+        if not moments:
+            raise ConfigError("there is no second moment to merge: give at least one")
+        first, *others = moments
+        for other in others:
+            names = different(other.fingerprint, first.fingerprint, ignore=_OF_TEXTS)
+            if (other.layer, other.size) != (first.layer, first.size) or names:
+                raise StaleStatistics(
+                    f"{first} and {other} differ in {', '.join(names) or 'layer or size'}, so they are no parts of one "
+                    "second moment. Merge those of one layer, model and way of collecting"
+                )
+        parts = [part for moment in moments for part in moment.fingerprint.get("merged", [_texts_of(moment)])]
+        if any(parts.count(part) > 1 for part in parts if part["texts"]):
+            raise ConfigError("the same texts are in two of the second moments, and would count twice: leave one out")
+        count = sum(moment.count for moment in moments)
+        if not count:
+            raise ConfigError("the second moments to merge are of no tokens, so none has a weight")
+        matrix = sum(moment.matrix * (moment.count / count) for moment in moments)
+        common = {name: value for name, value in first.fingerprint.items() if name not in ("corpus", "texts")}
+        if common:
+            common |= {
+                "corpus": " + ".join(str(part["corpus"]) for part in parts),
+                "texts": hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest(),
+                "max_tokens": sum(part["max_tokens"] for part in parts),
+                "merged": parts,
+            }
+        return cls(torch.as_tensor(matrix), count, first.layer, common)
+
+    def with_ridge(self, ridge: float) -> SecondMoment:
+        """The same C, solved with a ridge of at least `ridge` times the mean of its diagonal.
+
+        Raises:
+            ConfigError: if it is negative.
+        """
+        return dataclasses.replace(self, asked_ridge=ridge)
 
     @property
     def size(self) -> int:
@@ -74,14 +165,28 @@ class SecondMoment:
 
     @property
     def ridge(self) -> float:
-        """What was added to C's diagonal so that it could be factorised; 0.0 if nothing was."""
+        """What was added to C's diagonal: as asked for, or so that it could be factorised; 0.0 if nothing was."""
         return self._factor[1]
 
     @cached_property
+    def eigenvalues(self) -> Tensor:
+        """Of C, ridge included, `[d_mlp]` float64, ascending; what rounding made negative is zero."""
+        return torch.linalg.eigvalsh(self.matrix).clamp_min(0.0) + self.ridge
+
+    @property
     def condition_number(self) -> float:
         """Largest over smallest eigenvalue of C, ridge included: of 16 digits, solving loses its logarithm."""
-        values = torch.linalg.eigvalsh(self.matrix).clamp_min(0.0) + self.ridge
+        values = self.eigenvalues
         return float(values[-1] / values[0]) if values[0] > 0 else float("inf")
+
+    @property
+    def effective_rank(self) -> float:
+        """In how many directions keys live, from 1 to d_mlp: exp of the entropy of the normalised eigenvalues.
+
+        Roy and Vetterli, "The effective rank: a measure of effective dimensionality", EUSIPCO 2007.
+        """
+        shares = self.eigenvalues / self.eigenvalues.sum()
+        return float(torch.special.entr(shares).sum().exp())
 
     @cached_property
     def _factor(self) -> tuple[Tensor, float]:
@@ -90,7 +195,9 @@ class SecondMoment:
         scale = float(diagonal.mean())
         # A pivot of the size of rounding means that C is singular: that it is not negative is chance.
         smallest = self.size * torch.finfo(torch.float64).eps * float(diagonal.max())
-        for ridge in (0.0, *(scale * 10.0**exponent for exponent in range(-10, -1))):
+        asked = self.asked_ridge
+        for share in (asked, *(tenth for e in range(-10, -1) if (tenth := 10.0**e) > asked)):
+            ridge = scale * share
             shifted = self.matrix
             if ridge:
                 shifted = self.matrix.clone()
@@ -105,3 +212,7 @@ class SecondMoment:
 
     def __repr__(self) -> str:
         return f"SecondMoment({self.size} x {self.size}, {self.count} tokens, layer {self.layer})"
+
+
+def _texts_of(moment: SecondMoment) -> dict[str, Any]:
+    return {name: moment.fingerprint.get(name) for name in ("corpus", "texts", "max_tokens")}

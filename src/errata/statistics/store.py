@@ -1,45 +1,71 @@
 """Second moments on disk: safetensors files that say all that their numbers depend on.
 
 A stored second moment is used only if its fingerprint is what it should be now: another model, tokenizer,
-corpus or setting makes it stale. The cache folder is `statistics` in $ERRATA_HOME, or in ~/.cache/errata.
+corpus or setting makes it stale. The cache folder is `statistics` in $ERRATA_HOME, or in ~/.cache/errata. While one is
+collected, its sums stand there in a file that ends in .unfinished.safetensors, by which a stopped run goes on.
 """
 
 from __future__ import annotations
 
-import hashlib
+import contextlib
 import json
 import os
 import re
+import time
 from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError, safe_open
+
 from errata.base.errors import ConfigError, ResultFileError, StaleStatistics
 from errata.base.files import require_writable
-from errata.base.tensor_files import read_tensors, write_tensors
+from errata.base.tensor_files import KEY, read_tensors, write_tensors
 from errata.models.model import Model
-from errata.statistics.collect import (
-    MAX_TOKENS,
-    Progress,
-    checked_layers,
-    checked_length,
-    collect,
-    fingerprints,
-)
+from errata.statistics import sums
+from errata.statistics.collect import MAX_TOKENS, Progress, checked_layers, checked_length, collect
 from errata.statistics.corpus import Corpus
-from errata.statistics.second_moment import SecondMoment
+from errata.statistics.fingerprint import different, fingerprints, model_fingerprints, short
+from errata.statistics.published import load_published
+from errata.statistics.second_moment import Halves, SecondMoment
 
-VERSION = 1
+VERSION = 2  # 1 had neither ridge nor halves
 KIND = "second moment"
+
+
+@dataclass(frozen=True)
+class Stored:
+    """What a file in a folder of statistics says of itself.
+
+    Attributes:
+        path: the file.
+        problem: why it is no second moment to use; "" if it is one.
+        fingerprints: of the layers in it: one, or several of an unfinished collection; none if it cannot be read.
+        count: tokens.
+        halves: how far C⁻¹k moves between halves of the tokens, if that was measured.
+    """
+
+    path: Path
+    problem: str
+    fingerprints: tuple[Mapping[str, Any], ...] = ()
+    count: int = 0
+    halves: Halves | None = None
 
 
 def save(moment: SecondMoment, path: str | Path) -> None:
     """Write a second moment, whole or not at all.
 
     Raises:
-        OutputError: if the file cannot be written.
+        OutputError: if the file cannot be written; one that was there stays as it was.
     """
-    header = {"count": moment.count, "layer": moment.layer, "fingerprint": dict(moment.fingerprint)}
+    header = {
+        "count": moment.count,
+        "layer": moment.layer,
+        "fingerprint": dict(moment.fingerprint),
+        "ridge": moment.asked_ridge,
+        "halves": asdict(moment.halves) if moment.halves else None,
+    }
     write_tensors(path, KIND, VERSION, header, {"matrix": moment.matrix.cpu()})
 
 
@@ -53,21 +79,55 @@ def load(path: str | Path, fingerprint: Mapping[str, Any] | None = None) -> Seco
     """
     header, tensors = read_tensors(path, KIND, VERSION, ResultFileError)
     try:
-        moment = SecondMoment(tensors["matrix"], int(header["count"]), header["layer"], dict(header["fingerprint"]))
+        moment = SecondMoment(
+            tensors["matrix"],
+            int(header["count"]),
+            header["layer"],
+            dict(header["fingerprint"]),
+            float(header.get("ridge", 0.0)),
+            Halves(**header["halves"]) if header.get("halves") else None,
+        )
     except (KeyError, TypeError, ValueError) as error:  # ConfigError is a ValueError
         raise ResultFileError(f"{path} is a broken second moment: {error}. Collect it again") from error
     if fingerprint is not None:
-        different = sorted(
-            name
-            for name in {*fingerprint, *moment.fingerprint}
-            if fingerprint.get(name) != moment.fingerprint.get(name)
-        )
-        if different:
-            raise StaleStatistics(
-                f"{path} was collected with another {', '.join(different)}, so its numbers are not of this "
-                "model and corpus. Collect them again"
-            )
+        _require_same(path, different(moment.fingerprint, fingerprint))
     return moment
+
+
+def load_any(path: str | Path, layer: int, model: Model | None = None) -> SecondMoment:
+    """A second moment from a file that somebody names: ours, or one that the authors of ROME published (.npz).
+
+    Args:
+        path: the file.
+        layer: the layer that it is to be of. A published file does not say; it is taken to be.
+        model: what it is to be used on. Of a file of ours all that it says of the model must be true of this one; a
+            published file can only be of the right size.
+
+    Raises:
+        ResultFileError: if the file is missing, cut short, or holds no second moment.
+        StaleStatistics: if it is of another layer or model.
+    """
+    published = Path(path).suffix.lower() == ".npz"
+    moment = load_published(path, layer) if published else load(path)
+    if moment.layer not in (layer, None):
+        raise StaleStatistics(f"{path} is of layer {moment.layer}, not {layer}: collect that layer, or edit this one")
+    if model is not None:
+        if moment.size != model.d_mlp:
+            raise StaleStatistics(
+                f"{path} is of keys with {moment.size} features, and those of {model.name} have {model.d_mlp}: it is "
+                "of another model. Collect it on this one"
+            )
+        if moment.fingerprint and not published:
+            wanted = model_fingerprints(model, [layer])[layer]
+            _require_same(path, different(moment.fingerprint, wanted, partly=True))
+    return moment
+
+
+def stored(folder: str | Path | None = None) -> list[Stored]:
+    """All statistics in a folder (None: the cache folder), by name, without reading their numbers."""
+    base = cache_folder() if folder is None else Path(folder)
+    files = (path for path in base.glob("*.safetensors") if not path.name.startswith("."))
+    return [_stored(path) for path in sorted(files)]
 
 
 def cache_folder() -> Path:
@@ -83,10 +143,8 @@ def cache_folder() -> Path:
 
 def cache_path(model: Model, fingerprint: Mapping[str, Any], folder: str | Path | None = None) -> Path:
     """The file of a second moment with this fingerprint, there or not."""
-    digest = hashlib.sha256(json.dumps(dict(fingerprint), sort_keys=True).encode()).hexdigest()[:16]
-    name = re.sub(r"[^A-Za-z0-9._-]+", "-", model.name).strip("-.") or "model"
     base = cache_folder() if folder is None else Path(folder)
-    return base / f"{name}-layer{fingerprint['layer']}-{digest}.safetensors"
+    return base / f"{_file_name(model)}-layer{fingerprint['layer']}-{short(fingerprint)}.safetensors"
 
 
 def collect_cached(
@@ -95,22 +153,23 @@ def collect_cached(
     corpus: Corpus,
     max_tokens: int = MAX_TOKENS,
     max_length: int | None = None,
-    batch_size: int = 8,
+    *,
+    which: str = "all",
     progress: Progress | None = None,
     folder: str | Path | None = None,
 ) -> dict[int, SecondMoment]:
     """As `collect`, but layers that are in the cache folder already are read from there, and new ones put
-    there.
+    there. If it is stopped in between, the same call goes on where it was.
 
     Raises:
         ConfigError: as `collect`, and if `corpus` is not a `Corpus`, whose digest is known before it is read.
         OutputError: if the cache folder cannot be written to.
     """
     if not isinstance(corpus, Corpus):
-        raise ConfigError("cached statistics need a Corpus, whose digest is known: use Corpus.of or Corpus.from_files")
+        raise ConfigError("cached statistics need a Corpus, whose digest is known: use Corpus.of or Corpus.open")
     wanted = checked_layers(model, layers)
-    length = checked_length(model, max_tokens, max_length)
-    prints = fingerprints(model, wanted, corpus.name, corpus.digest, max_tokens, length)
+    length = checked_length(model, max_tokens, max_length, which)
+    prints = fingerprints(model, wanted, corpus.name, corpus.digest, max_tokens, length, which)
     paths = {layer: cache_path(model, prints[layer], folder) for layer in wanted}
     found: dict[int, SecondMoment] = {}
     for layer in wanted:
@@ -122,7 +181,52 @@ def collect_cached(
     if missing:
         for layer in missing:
             require_writable(paths[layer])
-        for layer, moment in collect(model, missing, corpus, max_tokens, length, batch_size, progress).items():
+        # Named for all layers that were asked for: a run that is killed between two of its last files finds it.
+        every = short({str(layer): short(prints[layer]) for layer in wanted})
+        unfinished = paths[missing[0]].with_name(f"{_file_name(model)}-{every}.unfinished.safetensors")
+        _clear_leftovers(unfinished)
+        collected = collect(
+            model, missing, corpus, max_tokens, length, which=which, progress=progress, checkpoint=unfinished
+        )
+        for layer, moment in collected.items():
             save(moment, paths[layer])
             found[layer] = moment
+        unfinished.unlink(missing_ok=True)
     return {layer: found[layer] for layer in wanted}
+
+
+def _stored(path: Path) -> Stored:
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = json.loads((file.metadata() or {})[KEY])
+        if header["kind"] == sums.KIND:
+            prints = tuple(header["fingerprints"].values())
+            return Stored(path, "unfinished: the command that began it goes on with it", prints, sum(header["counts"]))
+        if header["kind"] != KIND:
+            raise KeyError(header["kind"])
+        if header["version"] > VERSION:
+            return Stored(path, "written by a newer errata")
+        halves = Halves(**header["halves"]) if header.get("halves") else None
+        return Stored(path, "", (header["fingerprint"],), header["count"], halves)
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError, AttributeError):
+        return Stored(path, "broken, or no second moment of ours")
+
+
+def _require_same(path: str | Path, names: list[str]) -> None:
+    if names:
+        raise StaleStatistics(
+            f"{path} was collected with another {', '.join(names)}, so its numbers are not of this "
+            "model and corpus. Collect them again"
+        )
+
+
+def _file_name(model: Model) -> str:
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", model.name).strip("-.") or "model"
+
+
+def _clear_leftovers(unfinished: Path) -> None:
+    """Remove what kills in the middle of writing left; what another process writes now is younger than an hour."""
+    for path in unfinished.parent.glob(f".{unfinished.name}.*"):
+        with contextlib.suppress(OSError):
+            if time.time() - path.stat().st_mtime > 3600:
+                path.unlink()

@@ -282,7 +282,7 @@ class _Runs:
         self.alphas = torch.tensor((nodes + 1) / 2, dtype=wide, device=self.model.device)
         self.weights = torch.tensor(weights / 2)
         with torch.no_grad():
-            logs = self._log_probabilities(recording.states[-1][:, -1])[0]
+            logs = self._log_probabilities(recording.states[self.model.n_layers][:, -1])[0]
         self.target = int(logs.argmax()) if target is None else target
         self.probability = float(logs[self.target].exp())
 

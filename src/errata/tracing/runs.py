@@ -190,7 +190,7 @@ class _Runs:
 
         keep = [(part, layer) for part in _kept_parts(self.config) for layer in range(self.model.n_layers)]
         recording = record(self.model, batch, {("embedding", 0): corrupt}, keep)
-        last = recording.states[-1][:, -self.scored :]
+        last = recording.states[self.model.n_layers][:, -self.scored :]
         if not len(self.targets):
             self._read_answers(last[:count])
         found = self._probabilities(last, torch.cat([self.targets, self.targets[owner]]))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator
 
@@ -18,8 +18,8 @@ class RomeConfig(Config):
     """Settings of `rome`, all checked, none to be changed afterwards.
 
     Attributes:
-        layer: the layer to edit, from 0. None: the model's own hint; without one it must be said. Published
-            choices: GPT-2 XL 17, GPT-2 L 12, GPT-2 M 8, GPT-J 5, GPT-NeoX 15.
+        layer: the layer to edit, from 0; "auto": where a trace of the fact finds the MLP's early site. None: what the
+            model's own hint says, or what was published for it (`presets`); without either it must be said.
         fact_token: at which token of the prompt the key is read.
         key: "consistent": one k*, the mean over the contexts, everywhere, so that Ŵk* = v* holds to rounding.
             "reference": that mean for the direction, but the bare prompt's key and value for the scale, as
@@ -32,15 +32,23 @@ class RomeConfig(Config):
             code); "z": one value that takes the place of them all (paper).
         steps: how often the loss is evaluated, at most; δ is changed one time less.
         learning_rate: of Adam.
-        weight_decay: factor of ‖δ‖ / ‖v₀‖² in the loss.
+        weight_decay: how strongly large values are held back.
+        decay: "loss": by weight_decay · ‖δ‖ / ‖v₀‖² in the loss (published code); "adam": by the optimiser's own decay
+            of the variable, δ or z (how the paper's 1.5e-3 is read here).
         kl_factor: factor of the Kullback-Leibler divergence in the loss; 0 leaves it out.
+        kl_reduction: "sum": the divergence in nats (published code, with 0.0625); "mean": that over the size of the
+            vocabulary (how the paper's factor of 100 is read here).
         kl_prompt: the prompt whose next-token distribution, at the fact token, is to stay.
         clamp: ‖δ‖ is kept below this many times ‖v₀‖; None: it is not.
         stop_below: stop as soon as the loss is below this, in nats.
         loss_layer: the layer whose state the final norm and head read the predictions from. None: the last.
+        max_drift: an edit is disabling, and refused unless forced, if it moves what the model says of texts of its own
+            by
+            more than this: Kullback-Leibler divergence in nats per token, mean over probe texts. None: no probing.
+        probes: texts on which drift is measured; None: sampled from the model.
     """
 
-    layer: int | None = Field(None, ge=0)
+    layer: Annotated[int, Field(ge=0)] | Literal["auto"] | None = None
     fact_token: Role = "subject_last"
     key: Literal["consistent", "reference"] = "consistent"
     prefixes: Preset | tuple[str, ...] = "paper"
@@ -48,17 +56,48 @@ class RomeConfig(Config):
     steps: int = Field(20, ge=1)
     learning_rate: float = Field(0.5, gt=0)
     weight_decay: float = Field(0.5, ge=0)
+    decay: Literal["loss", "adam"] = "loss"
     kl_factor: float = Field(0.0625, ge=0)
+    kl_reduction: Literal["sum", "mean"] = "sum"
     kl_prompt: str = "{} is a"
     clamp: float | None = Field(4.0, gt=0)
     stop_below: float = Field(5e-2, ge=0)
     loss_layer: int | None = Field(None, ge=0)
+    max_drift: float | None = Field(1.0, gt=0)
+    probes: tuple[str, ...] | None = None
+
+    @classmethod
+    def paper(cls, **changes: Any) -> RomeConfig:
+        """The paper's own method: one value in place of all, its factors, one key everywhere, no clamp."""
+        own: dict[str, Any] = {
+            "prefixes": "paper",
+            "key": "consistent",
+            "value_form": "z",
+            "kl_factor": 1e2,
+            "kl_reduction": "mean",
+            "weight_decay": 1.5e-3,
+            "decay": "adam",
+            "clamp": None,
+        }
+        return cls(**{**own, **changes})
+
+    @classmethod
+    def reference(cls, **changes: Any) -> RomeConfig:
+        """The published code's method: its prefixes, one δ for all contexts, the bare prompt's key for the scale."""
+        return cls(**{"prefixes": "reference", "key": "reference", **changes})
 
     @field_validator("prefixes")
     @classmethod
     def _at_least_one(cls, value: Preset | tuple[str, ...]) -> Preset | tuple[str, ...]:
         if value == ():
             raise ValueError('give at least one prefix; "none" or ("",) is the bare prompt')
+        return value
+
+    @field_validator("probes")
+    @classmethod
+    def _some_text(cls, value: tuple[str, ...] | None) -> tuple[str, ...] | None:
+        if value is not None and not all(text.strip() for text in value or ("",)):
+            raise ValueError("give at least one probe text, and no empty one; max_drift=None does without probing")
         return value
 
     @field_validator("kl_prompt")

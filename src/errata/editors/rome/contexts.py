@@ -10,10 +10,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from errata.base.errors import ConfigError
 from errata.base.facts import Fact
 from errata.base.seeds import derive
-from errata.models.generation import generate
+from errata.models.generation import generate, start_text
 from errata.models.model import Model
 from errata.models.tokens import Role, locate
 
@@ -64,28 +63,22 @@ def prefixes(model: Model, wanted: str | Sequence[str], seed: int) -> tuple[str,
     return (("",) if bare else ()) + _sampled(model, lengths, seed)
 
 
+def count(wanted: str | Sequence[str]) -> int:
+    """How many there will be."""
+    if not isinstance(wanted, str):
+        return len(wanted)
+    lengths, bare = PRESETS[wanted]
+    return len(lengths) + bare
+
+
 def _sampled(model: Model, lengths: Sequence[int], seed: int) -> tuple[str, ...]:
     if not lengths:
         return ()
-    start = _start(model)
+    start = start_text(model)
     texts = generate(model, [start] * len(lengths), max(lengths), top_k=TOP_K, seed=derive(seed, "rome", "prefixes"))
     cut = [_first_tokens(model, text[len(start) :], length) for text, length in zip(texts, lengths, strict=True)]
     # A sample that ends at once leaves the bare prompt.
     return tuple(f"{text}. " if text.strip() else "" for text in cut)
-
-
-def _start(model: Model) -> str:
-    """The text from which the model writes freely: empty, if the tokenizer puts a start token there itself."""
-    tokenizer = model.tokenizer
-    if tokenizer("", verbose=False)["input_ids"]:
-        return ""
-    start = tokenizer.bos_token or tokenizer.eos_token
-    if not start:
-        raise ConfigError(
-            f"the tokenizer of {model.name} has no start or end token, so no prefixes can be sampled. "
-            'Give RomeConfig(prefixes=("Yesterday. ", ...)), or "none"'
-        )
-    return str(start)
 
 
 def _first_tokens(model: Model, text: str, count: int) -> str:

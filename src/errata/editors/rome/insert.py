@@ -22,19 +22,17 @@ import torch
 from torch import Tensor
 
 from errata.base.errors import Diverged
+from errata.editors.rome.key import Keys
 from errata.edits.delta import RankOne
-from errata.models import weights
 from errata.models.model import Model
-from errata.statistics.second_moment import SecondMoment
 
 
-def read_vector(second_moment: SecondMoment, mean_key: Tensor, anchor_key: Tensor) -> Tensor:
-    """read `[d_mlp]`: along C⁻¹ mean_key, with read · anchor_key = 1. All in float64 on the CPU.
+def read_vector(direction: Tensor, anchor_key: Tensor) -> Tensor:
+    """read `[d_mlp]`: along C⁻¹k̄, `direction`, with read · anchor_key = 1. In float64 on the CPU.
 
     Raises:
         Diverged: if the anchor's key is orthogonal to that direction, or a key is zero.
     """
-    direction = second_moment.solve(mean_key)
     scale = torch.dot(anchor_key, direction)
     if not torch.isfinite(scale) or scale == 0:
         raise Diverged(
@@ -50,13 +48,17 @@ def insert(model: Model, weight: str, write: Tensor, read: Tensor) -> RankOne:
     return RankOne(weight, write.to(compute), read.to(compute))
 
 
-def residual(model: Model, change: RankOne, anchor_key: Tensor, anchor_value: Tensor, delta: Tensor) -> float:
-    """‖Ŵk₀ + b − v*‖ / ‖v*‖ with Ŵ rounded as the model will hold it; computed in float64.
+def constraint(old: Tensor, new: Tensor, change: RankOne, anchor: Keys, delta: Tensor) -> dict[str, float]:
+    """How exactly a weight that was `old` and is `new` `[d_out, d_in]` holds the edit; computed in float64.
 
-    v* = v₀ + δ and v₀ = W k₀ + b, so the numerator is (Ŵ − W) k₀ − δ.
+    Returns:
+        residual: ‖Ŵk₀ + b − v*‖ / ‖v*‖. As v* = v₀ + δ and v₀ = W k₀ + b, the numerator is (Ŵ − W) k₀ − δ.
+        rounding: ‖(Ŵ − W) − ΔW‖ / ‖ΔW‖, what the weight's dtype makes of the change.
     """
-    old = weights.matrix(model, change.weight).detach()
-    new = (old + change.matrix().to(old.device)).to(old.dtype)
-    gained = (new.cpu().double() - old.cpu().double()) @ anchor_key
+    gained, wanted = new.cpu().double() - old.cpu().double(), change.matrix().double()
     delta = delta.cpu().double()
-    return float((gained - delta).norm() / (anchor_value + delta).norm())
+    size = float(wanted.norm())
+    return {
+        "residual": float((gained @ anchor.mean_key - delta).norm() / (anchor.mean_value + delta).norm()),
+        "rounding": float((gained - wanted).norm()) / size if size else 0.0,
+    }

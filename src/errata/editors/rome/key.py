@@ -1,35 +1,41 @@
-"""The key k*: what the edited MLP's down-projection reads at the fact's token, averaged over contexts.
+"""What is computed once: the key k*, the value it meets, and the runs that the new value is then searched in.
 
-k* = 1/N Σ_j k(x_j + p) (equation 3 of the paper), where p is the prompt up to the fact's token.
+k* = 1/N Σ_j k(x_j + p) (equation 3 of the paper), where p is the prompt up to the fact's token: what the edited MLP's
+down-projection reads there, averaged over contexts. Each text is recorded once. Of the recording stay keys and values,
+and as much as is needed to run the text on from the fact's token: below the edited layer and before that token nothing
+changes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from errata.editors.rome.contexts import Context
+from errata.editors.rome.texts import Text
 from errata.models.model import Model
-from errata.models.tokens import Role
-from errata.passes.reading import read
+from errata.passes.replay import record
+from errata.passes.tails import Cut, Tails, cut, join
+
+# Tokens in one recording, which keeps the states of many blocks until they are cut.
+_TOKENS_RECORDED = {"cpu": 4096, "cuda": 32768}
 
 
 @dataclass(frozen=True)
 class Keys:
-    """What one layer's down-projection reads and writes at the fact's token of each context.
+    """What one layer's down-projection reads and writes at the fact's token of some texts.
 
     Attributes:
         keys: `[n, d_mlp]`, as the model computed them.
         values: `[n, d_model]`, bias included.
-        lookups: index of the fact's token in each context.
     """
 
     keys: Tensor
     values: Tensor
-    lookups: tuple[int, ...]
 
     @property
     def mean_key(self) -> Tensor:
@@ -41,16 +47,69 @@ class Keys:
         """W k̄ + b `[d_model]`, float64 on the CPU: an affine map's mean output is its output at the mean."""
         return self.values.cpu().double().mean(0)
 
+    def of(self, rows: Sequence[int]) -> Keys:
+        """Those of some texts."""
+        return Keys(self.keys[list(rows)], self.values[list(rows)])
 
-def read_keys(model: Model, layer: int, contexts: Sequence[Context], role: Role) -> Keys:
-    """Keys and values of a layer at the token in that role, all contexts in one batch.
+
+@dataclass(frozen=True)
+class Recorded:
+    """What is kept of the run of some texts.
+
+    Attributes:
+        texts: all of them.
+        keys: theirs, in this order.
+        after: of every text but the bare prompts, labelled by its index, the fact's token and those after it, to be run
+            in the blocks above the edited one.
+        loss_layer: the last of these blocks, whose state predictions are read from.
+    """
+
+    texts: tuple[Text, ...]
+    keys: Keys
+    after: Tails
+    loss_layer: int
+
+
+@torch.no_grad()
+def record_texts(model: Model, layer: int, texts: Sequence[Text], loss_layer: int) -> Recorded:
+    """Run texts of any lengths once, those of one length together.
 
     Raises:
-        FactError: if a context has no token in that role, or more tokens than the model can read.
+        UnsupportedModel: if the model cannot be run on from the middle of a text.
     """
-    found = [context.lookup(model, role) for context in contexts]
-    batch = model.batch([ids for ids, _ in found], [context.text for context in contexts])
-    lookups = tuple(index for _, index in found)
-    rows, columns = torch.arange(len(lookups)), torch.tensor(lookups)
-    streams = read(model, batch, [("key", layer), ("value", layer)])
-    return Keys(streams["key", layer][rows, columns], streams["value", layer][rows, columns], lookups)
+    keys = torch.empty(len(texts), model.d_mlp, dtype=model.dtype, device=model.device)
+    values = torch.empty(len(texts), model.d_model, dtype=model.dtype, device=model.device)
+    after: list[Cut] = []
+    hosts = _hosts(texts)
+    for group in _by_length(sorted(set(hosts), key=lambda i: (len(texts[i].ids), i)), texts, model):
+        rows = {host: row for row, host in enumerate(group)}
+        batch = model.batch([texts[i].ids for i in group])
+        recording = record(model, batch, keep=[("key", layer), ("value", layer)], first=layer + 1, check=False)
+        guests = [i for i, host in enumerate(hosts) if host in rows]
+        places = [rows[hosts[i]] for i in guests], [texts[i].lookup for i in guests]
+        keys[guests] = recording.kept["key", layer][places]
+        values[guests] = recording.kept["value", layer][places]
+        alike: dict[tuple[int, int], dict[int, int]] = defaultdict(dict)
+        for i in guests:
+            if texts[i].kind != "bare":
+                alike[texts[i].lookup, len(texts[i].ids)][i] = rows[hosts[i]]
+        for (token, end), some in sorted(alike.items()):
+            after.append(cut(recording, some, (token, end), (layer + 1, loss_layer + 1)))
+    return Recorded(tuple(texts), Keys(keys, values), join(model, after), loss_layer)
+
+
+def _hosts(texts: Sequence[Text]) -> list[int]:
+    """For each text one that begins with it, itself perhaps: running that runs both."""
+    longest: dict[tuple[int, ...], int] = {}
+    for index in sorted(range(len(texts)), key=lambda i: len(texts[i].ids)):
+        ids = texts[index].ids
+        longest.update((ids[:count], index) for count in range(1, len(ids) + 1))
+    return [longest[text.ids] for text in texts]
+
+
+def _by_length(chosen: Sequence[int], texts: Sequence[Text], model: Model) -> Iterator[list[int]]:
+    """Indexes of texts, those of one length together, about as many tokens at a time as suits the device."""
+    tokens = _TOKENS_RECORDED.get(model.device.type, 4096)
+    for length, group in itertools.groupby(chosen, key=lambda i: len(texts[i].ids)):
+        while some := list(itertools.islice(group, max(1, tokens // length))):
+            yield some

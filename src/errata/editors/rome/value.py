@@ -2,46 +2,50 @@
 
 v* = v₀ + δ, where δ minimises (equation 4 of the paper)
 
-    1/N Σ_j −log P[o* | x_j + p]  +  kl_factor · KL(P[· | "{s} is a"] with δ ‖ without)  +  weight_decay ·
-    ‖δ‖ / ‖v₀‖²
+    1/N Σ_j −log P[o* | x_j + p]  +  kl_factor · KL(P[· | "{s} is a"] with δ ‖ without)  +  weight decay
 
-by Adam. The first term is the mean over contexts of the mean over target tokens (teacher forcing), in nats.
-Nothing but δ has a gradient. Predictions are read off the state of one layer by the final norm and head,
-only at the tokens that count; the forward pass stops at that layer.
+by Adam. The first term is the mean over contexts of the mean over target tokens (teacher forcing), in nats. Nothing but
+δ has a gradient.
+
+Only what depends on δ is computed at each step: the fact's token and those after it in the blocks above the edited one,
+and predictions where a target or the divergence needs them. The texts of many facts run in one batch; each fact has its
+own δ, which is what it would be alone, up to rounding.
 """
 
 from __future__ import annotations
 
-import contextlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from errata.base.errors import ConfigError, Diverged, FactError
-from errata.base.facts import Fact, Rewrite
+from errata.base.errors import ConfigError, Diverged
 from errata.editors.rome.config import RomeConfig
-from errata.editors.rome.contexts import Context
+from errata.editors.rome.key import Recorded
+from errata.editors.rome.texts import Text
 from errata.models.frozen import frozen
-from errata.models.model import Batch, Model
-from errata.models.scoring import target_ids
-from errata.passes.hooks import hooked
+from errata.models.model import Model
+from errata.passes.tails import Chunk
+
+# Tokens that run at once: gradients keep what every block made on its way.
+_TOKENS_AT_ONCE = {"cpu": 512, "cuda": 4096}
 
 
 @dataclass(frozen=True)
 class Step:
-    """One evaluation of the loss.
+    """One evaluation of the loss of one fact.
 
     Attributes:
         index, steps: this is step `index`, from 0, of at most `steps`.
         loss: nll + kl + decay.
         nll: mean negative log-probability of the target, per token, in nats.
-        kl: divergence on the KL prompt, in nats, times its factor.
+        kl: divergence on the KL prompt, times its factor.
         decay: the weight decay term.
         probability: mean over contexts of exp(−nll of the context).
         delta: δ `[d_model]` with which this was evaluated.
+        fact, facts: this is fact number `fact`, from 0, of so many that are edited in one call.
     """
 
     index: int
@@ -52,6 +56,8 @@ class Step:
     decay: float
     probability: float
     delta: Tensor
+    fact: int = 0
+    facts: int = 1
 
     @property
     def numbers(self) -> dict[str, float]:
@@ -63,175 +69,86 @@ Progress = Callable[[Step], None]
 
 
 @dataclass(frozen=True)
-class Task:
-    """What the value is optimised on: contexts with their target, and last, if wanted, the KL prompt.
+class Found:
+    """δ `[d_model]` of one fact, in float32 at least, and every step on the way."""
 
-    Attributes:
-        batch: token ids `[n, t]`; a context's row ends before the target's last token, which nothing
-            predicts from.
-        lookups: `[n]` index of the token whose value is changed, in every row.
-        kl_row: index of the KL prompt's row; None if there is none.
-        rows, columns: `[m]` where the predictions of all target tokens stand.
-        targets: `[m]` the tokens to be predicted.
-        shares: `[c, m]` matrix that averages over each context's own target tokens.
-    """
-
-    batch: Batch
-    lookups: Tensor
-    kl_row: int | None
-    rows: Tensor
-    columns: Tensor
-    targets: Tensor
-    shares: Tensor
-
-
-def prepare(model: Model, rewrite: Rewrite, contexts: Sequence[Context], config: RomeConfig) -> Task:
-    """Tokenize what the value is optimised on.
-
-    Raises:
-        FactError: if a text is too long for the model, a role has no token, or the target melts into the
-        prompt.
-    """
-    inputs: list[Sequence[int]] = []
-    texts, lookups = [], []
-    where: list[tuple[int, int, int]] = []  # row, column, target
-    for row, context in enumerate(contexts):
-        ids, index = context.lookup(model, config.fact_token)
-        whole, n_prompt = target_ids(model.tokenizer, context.text, rewrite.new_object)
-        if tuple(whole[: index + 1]) != ids[: index + 1] or index >= n_prompt:
-            raise FactError(
-                f"the tokenizer joins the end of {context.text!r} with the target {rewrite.new_object!r}, "
-                f"so that the token {config.fact_token} is another one with and without it. Reword the prompt"
-            )
-        inputs.append(whole[:-1])
-        texts.append(f"{context.text} {rewrite.new_object}")
-        lookups.append(index)
-        where += [(row, column - 1, whole[column]) for column in range(n_prompt, len(whole))]
-    kl_row = None
-    if config.kl_factor:
-        context = Context.of(Fact(rewrite.subject, config.kl_prompt))
-        ids, index = context.lookup(model, config.fact_token)
-        kl_row = len(inputs)
-        inputs.append(ids)
-        texts.append(context.text)
-        lookups.append(index)
-    device = model.device
-    rows, columns, targets = torch.tensor(where, device=device).T
-    own = rows == torch.arange(len(contexts), device=device)[:, None]
-    return Task(
-        batch=model.batch(inputs, texts),
-        lookups=torch.tensor(lookups, device=device),
-        kl_row=kl_row,
-        rows=rows,
-        columns=columns,
-        targets=targets,
-        shares=own / own.sum(1, keepdim=True),
-    )
+    delta: Tensor
+    steps: tuple[Step, ...]
 
 
 def optimise(
-    model: Model, layer: int, task: Task, v0: Tensor, config: RomeConfig, progress: Progress | None = None
-) -> tuple[Tensor, list[Step]]:
-    """δ `[d_model]`, in float32 at least, and every step on the way.
+    model: Model,
+    layer: int,
+    recorded: Recorded,
+    owners: Sequence[int],
+    v0: Tensor,
+    config: RomeConfig,
+    progress: Progress | None = None,
+) -> list[Found | Diverged]:
+    """The δ of each fact, or why there is none.
 
-    The model is left as it was, whatever happens: no weight gets a gradient, and what was trainable is so
-    again.
+    The model is left as it was, whatever happens: no weight gets a gradient, and what was trainable is so again.
 
     Args:
         layer: where δ is added to the down-projection's output.
-        v0: `[d_model]`, the value from which δ is measured.
-        progress: called after every evaluation of the loss.
-
-    Raises:
-        ConfigError: if the loss layer is not there, below the edited one, or out of δ's reach.
-        Diverged: if the loss is no finite number.
+        recorded: the texts of the facts, with the model as it stands.
+        owners: the fact of each text.
+        v0: `[facts, d_model]`, the values from which δ is measured.
+        progress: called after every evaluation of a fact's loss.
     """
     compute = torch.promote_types(model.dtype, torch.float32)
     v0 = v0.detach().to(model.device, compute, copy=True)
-    objective = _Objective(model, layer, task, v0, config)
-    steps: list[Step] = []
+    steps: list[list[Step]] = [[] for _ in v0]
+    failed: dict[int, Diverged] = {}
+    running = set(range(len(v0)))
     with torch.enable_grad(), frozen(model):
-        delta = torch.zeros_like(v0, requires_grad=True)
-        adam = torch.optim.Adam([delta], lr=config.learning_rate)
+        objective = _Objective(model, layer, recorded, owners, v0, config)
+        deltas = [torch.zeros_like(each, requires_grad=True) for each in v0]
+        adam = torch.optim.Adam(deltas, lr=config.learning_rate)
         for index in range(config.steps):
-            terms = objective(delta)
-            loss, nll, kl, decay, probability = terms.tolist()
-            if not math.isfinite(loss):
-                raise Diverged(
-                    f"the loss is {loss} at step {index} of the value's optimisation, layer {layer}: the model's "
-                    "numbers overflow there. It is as it was; try a smaller learning_rate or a wider dtype"
+            last = index == config.steps - 1
+            terms, gradients = objective(torch.stack([d.detach() for d in deltas]), running, differentiate=not last)
+            for fact, (loss, nll, kl, decay, probability) in enumerate(terms.tolist()):
+                if fact not in running:
+                    continue
+                if not math.isfinite(loss):
+                    failed[fact] = _diverged(loss, index, layer)
+                    running.discard(fact)
+                    continue
+                step = Step(
+                    index, config.steps, loss, nll, kl, decay, probability, deltas[fact].detach().clone(), fact, len(v0)
                 )
-            steps.append(Step(index, config.steps, loss, nll, kl, decay, probability, delta.detach().clone()))
-            if progress is not None:
-                progress(steps[-1])
-            if loss < config.stop_below or index == config.steps - 1:
+                steps[fact].append(step)
+                if progress is not None:
+                    progress(step)
+                if loss < config.stop_below or last:
+                    running.discard(fact)
+            if not running:
                 break
-            (delta.grad,) = torch.autograd.grad(terms[0], [delta])
+            for fact, delta in enumerate(deltas):  # Adam leaves alone what has no gradient
+                delta.grad = gradients[fact] if fact in running else None
             adam.step()
-            _clamp(delta, config.clamp, v0.norm())
-    return delta.detach(), steps
+            for fact in running:
+                _clamp(deltas[fact], config.clamp, v0[fact].norm())
+    return [
+        failed[fact] if fact in failed else Found(delta.detach(), tuple(steps[fact]))
+        for fact, delta in enumerate(deltas)
+    ]
 
 
-class _Read(Exception):
-    """The state that predictions are made from has been read; the rest of the pass is not needed."""
+def _diverged(loss: float, index: int, layer: int) -> Diverged:
+    return Diverged(
+        f"the loss is {loss} at step {index} of the value's optimisation, layer {layer}: the model's "
+        "numbers overflow there. It is as it was; try a smaller learning_rate or a wider dtype"
+    )
 
 
-class _Objective:
-    """The loss as a function of δ. It remembers what the model says after the KL prompt while δ is not there."""
+def loss_layer_of(model: Model, layer: int, texts: Sequence[Text], config: RomeConfig) -> int:
+    """The layer whose state predictions are read from.
 
-    def __init__(self, model: Model, layer: int, task: Task, v0: Tensor, config: RomeConfig):
-        self.model, self.layer, self.task, self.v0, self.config = model, layer, task, v0, config
-        self.loss_layer = _loss_layer(model, layer, task, config)
-        self.shares = task.shares.to(v0)
-        self.every = torch.arange(len(task.batch), device=model.device)
-        self.untouched: Tensor | None = None
-        if task.kl_row is not None and config.value_form == "z":
-            with torch.no_grad():
-                self.untouched = self._predictions(None)[1]
-
-    def __call__(self, delta: Tensor) -> Tensor:
-        """`[5]`: loss, nll, kl, decay, probability; see `Step`."""
-        of_targets, of_kl = self._predictions(delta)
-        each = -(self.shares @ of_targets.gather(1, self.task.targets[:, None]).squeeze(1))
-        nll = each.mean()
-        kl = nll.new_zeros(())
-        if of_kl is not None:
-            if self.untouched is None:
-                self.untouched = of_kl.detach().clone()  # the first call, where δ is zero
-            kl = self.config.kl_factor * (of_kl.exp() * (of_kl - self.untouched)).sum()
-        decay = self.config.weight_decay * (delta.norm() / self.v0.norm() ** 2)
-        return torch.stack([nll + kl + decay, nll, kl, decay, (-each).exp().mean()])
-
-    def _predictions(self, delta: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Log-probabilities `[m, v]` where the targets are predicted, and `[v]` at the KL prompt's fact token."""
-        task, every = self.task, self.every
-        rows, columns = task.rows, task.columns
-        if task.kl_row is not None:
-            rows = torch.cat([rows, every[task.kl_row, None]])
-            columns = torch.cat([columns, task.lookups[task.kl_row, None]])
-        states: list[Tensor] = []
-
-        def write(values: Tensor) -> Tensor | None:
-            if delta is None:
-                return None
-            if self.config.value_form == "z":
-                new = (self.v0 + delta).expand(len(every), -1)
-            else:
-                new = values[every, task.lookups].to(delta) + delta
-            return values.index_put((every, task.lookups), new.to(values))
-
-        def stop(state: Tensor) -> None:
-            states.append(state[rows, columns])
-            raise _Read
-
-        patches = {("value", self.layer): write, ("state", self.loss_layer): stop}
-        with contextlib.suppress(_Read), hooked(self.model, patches):
-            self.model.forward(task.batch)
-        logs = self.model.unembed(states[0]).to(self.v0).log_softmax(-1)
-        return (logs, None) if task.kl_row is None else (logs[:-1], logs[-1])
-
-
-def _loss_layer(model: Model, layer: int, task: Task, config: RomeConfig) -> int:
+    Raises:
+        ConfigError: if it is not there, below the edited one, or out of δ's reach.
+    """
     loss_layer = model.n_layers - 1 if config.loss_layer is None else config.loss_layer
     if not layer <= loss_layer < model.n_layers:
         raise ConfigError(
@@ -239,12 +156,105 @@ def _loss_layer(model: Model, layer: int, task: Task, config: RomeConfig) -> int
             f"that is {layer} to {model.n_layers - 1} for {model.name}"
         )
     # Only attention in a later block carries δ from its own token to another.
-    if loss_layer == layer and not (task.columns == task.lookups[task.rows]).any():
+    reached = any(text.kind == "context" and len(text.ids) - text.lookup <= len(text.targets) for text in texts)
+    if loss_layer == layer and not reached:
         raise ConfigError(
             f"what layer {layer} writes at the token {config.fact_token} reaches no prediction that layer {loss_layer} "
             "makes of the target, so nothing can be learned. Edit a lower layer, or the token 'last'"
         )
     return loss_layer
+
+
+class _Objective:
+    """The loss of every fact as a function of its δ. It remembers what is said after the KL prompts without δ."""
+
+    def __init__(
+        self, model: Model, layer: int, recorded: Recorded, owners: Sequence[int], v0: Tensor, config: RomeConfig
+    ):
+        self.model, self.layer, self.recorded, self.v0, self.config = model, layer, recorded, v0, config
+        self.texts = recorded.texts
+        self.owners = torch.tensor(owners, device=model.device)
+        contexts = [owner for text, owner in zip(self.texts, owners, strict=True) if text.kind == "context"]
+        self.contexts = torch.bincount(torch.tensor(contexts, device=model.device), minlength=len(v0)).to(v0)
+        self.untouched: dict[int, Tensor] = {}
+        with torch.no_grad():
+            kl = {i for i, text in enumerate(self.texts) if text.kind == "kl"}
+            for chunk in self._chunks(kl):
+                logs, _, _ = self._predictions(chunk, None)
+                self.untouched.update(zip(chunk.rows, logs, strict=True))
+
+    def __call__(self, deltas: Tensor, facts: set[int], differentiate: bool) -> tuple[Tensor, Tensor]:
+        """Terms `[facts, 5]` (loss, nll, kl, decay, probability; see `Step`) and ∂loss/∂δ `[facts, d_model]`.
+
+        Facts that are not asked for have numbers that mean nothing.
+        """
+        deltas = deltas.requires_grad_(differentiate)
+        variable = self.v0 + deltas if self.config.value_form == "z" else deltas
+        decay = self.v0.new_zeros(len(deltas))
+        gradients = torch.zeros_like(deltas)
+        if self.config.decay == "loss":
+            decay = self.config.weight_decay * deltas.norm(dim=1) / self.v0.norm(dim=1) ** 2
+            if differentiate:
+                gradients += torch.autograd.grad(decay.sum(), deltas)[0]
+        else:  # as Adam's own: of the variable's square, felt by the gradient alone
+            gradients += self.config.weight_decay * variable.detach()
+        nll, kl, probability = (torch.zeros_like(decay) for _ in range(3))
+        wanted = {i for i, owner in enumerate(self.owners.tolist()) if owner in facts}
+        for chunk in self._chunks(wanted):
+            with torch.set_grad_enabled(differentiate):
+                nll_each, owner, kl_each, kl_owner = self._losses(chunk, deltas)
+                share = nll_each / self.contexts[owner]
+                if differentiate:
+                    gradients += torch.autograd.grad(share.sum() + kl_each.sum(), deltas)[0]
+            nll.index_add_(0, owner, share.detach())
+            probability.index_add_(0, owner, (-nll_each.detach()).exp() / self.contexts[owner])
+            kl.index_add_(0, kl_owner, kl_each.detach())
+        return torch.stack([nll + kl + decay.detach(), nll, kl, decay.detach(), probability], 1), gradients
+
+    def _chunks(self, wanted: set[int]) -> Iterator[Chunk]:
+        return self.recorded.after.chunks(wanted, _TOKENS_AT_ONCE.get(self.model.device.type, 512))
+
+    def _losses(self, chunk: Chunk, deltas: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Of the contexts of a chunk their mean negative log-probability and facts; of its KL prompts too."""
+        logs, rows, targets = self._predictions(chunk, deltas)
+        is_target = targets >= 0
+        owners = self.owners[list(chunk.rows)]
+        found = logs[is_target].gather(1, targets[is_target][:, None]).squeeze(1)
+        rows_of_targets = rows[is_target]
+        counts = torch.bincount(rows_of_targets, minlength=len(owners))
+        sums = found.new_zeros(len(owners)).index_add(0, rows_of_targets, found)
+        has = counts > 0
+        nll = -sums[has] / counts[has]
+        kl_logs, kl_rows = logs[~is_target], rows[~is_target]
+        kl = kl_logs.new_zeros(0)
+        if len(kl_rows):
+            before = torch.stack([self.untouched[chunk.rows[row]] for row in kl_rows.tolist()])
+            kl = self.config.kl_factor * (kl_logs.exp() * (kl_logs - before)).sum(1)
+            if self.config.kl_reduction == "mean":
+                kl = kl / kl_logs.shape[1]
+        return nll, owners[has], kl, owners[kl_rows]
+
+    def _predictions(self, chunk: Chunk, deltas: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Log-probabilities `[m, v]`, the row of the chunk that each is of `[m]`, its target `[m]` or −1 for none."""
+        places = [(row, 1, -1) for row, i in enumerate(chunk.rows) if self.texts[i].kind == "kl"]
+        for row, i in enumerate(chunk.rows):
+            targets = self.texts[i].targets
+            places += [(row, len(targets) - j, target) for j, target in enumerate(targets)]
+        rows, from_end, wanted = torch.tensor(places, device=self.model.device).T
+        states = chunk.states if deltas is None else self._changed(chunk, deltas)
+        out = chunk.resume(self.layer + 1, states, self.recorded.loss_layer + 1, keep=int(from_end.max()))
+        logits = self.model.unembed(out[rows, out.shape[1] - from_end])
+        return logits.to(self.v0).log_softmax(-1), rows, wanted
+
+    def _changed(self, chunk: Chunk, deltas: Tensor) -> Tensor:
+        """What leaves the edited block `[c, n, d_model]` where δ changes what it adds at the fact's token."""
+        labels, states = list(chunk.rows), chunk.states
+        owners = self.owners[labels]
+        values = self.recorded.keys.values[labels].to(deltas)
+        new = (self.v0[owners] if self.config.value_form == "z" else values) + deltas[owners]
+        before, after = (self.model.added(self.layer, each.to(self.model.dtype)).to(deltas) for each in (values, new))
+        at_token = torch.arange(len(labels), device=states.device), states.shape[1] - chunk.counts
+        return states.index_put(at_token, (states[at_token] + after - before).to(states))
 
 
 def _clamp(delta: Tensor, factor: float | None, size: Tensor) -> None:

@@ -1,0 +1,91 @@
+"""Which layer to edit, and with which settings: as said, as the model's config hints, as published, or as a trace
+finds.
+
+Published settings are known by a model's type and sizes, not by its name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from errata.base.errors import ConfigError
+from errata.base.facts import Fact
+from errata.editors.rome.config import RomeConfig
+from errata.editors.rome.site import early_site
+from errata.models.model import Model
+
+# Facts that `layer="auto"` traces, of many.
+_FACTS_TRACED = 10
+
+
+@dataclass(frozen=True)
+class Preset:
+    """Settings of ROME for one model.
+
+    Attributes:
+        name: the model.
+        settings: what differs from `RomeConfig`'s defaults.
+        source: where they were published.
+    """
+
+    name: str
+    settings: dict[str, Any] = field(default_factory=dict)
+    source: str = "hyperparameters of the published code (kmeng01/rome, hparams/ROME)"
+
+
+# By model type, number of layers and d_model.
+_PUBLISHED = {
+    ("gpt2", 24, 1024): Preset("GPT-2 Medium", {"layer": 8, "clamp": 3.0}),
+    ("gpt2", 36, 1280): Preset("GPT-2 Large", {"layer": 12}),
+    ("gpt2", 48, 1600): Preset("GPT-2 XL", {"layer": 17}),
+    ("gptj", 28, 4096): Preset("GPT-J 6B", {"layer": 5}),
+    ("gpt_neox", 44, 6144): Preset("GPT-NeoX 20B", {"layer": 15}),
+}
+
+
+def preset_of(model: Model) -> Preset | None:
+    """What was published for a model of this type and size."""
+    return _PUBLISHED.get((model.hf.config.model_type, model.n_layers, model.d_model))
+
+
+def resolve(
+    model: Model,
+    facts: Sequence[Fact],
+    config: RomeConfig | None = None,
+    layer: int | Literal["auto"] | None = None,
+    seed: int = 0,
+) -> tuple[RomeConfig, str]:
+    """The settings with a layer that the model has, and how that came to be chosen.
+
+    Raises:
+        ConfigError: if none is named and none is known, or it is not there.
+        FactError: if "auto" finds no site.
+    """
+    preset = preset_of(model)
+    hints = {"layer": model.hints.get("rome_layer"), **model.hints.get("rome", {})}
+    if config is None:
+        config = RomeConfig(
+            **{**(preset.settings if preset else {}), **{k: v for k, v in hints.items() if v is not None}}
+        )
+        config = config.model_copy(update={"layer": None})
+    candidates: list[tuple[int | str | None, str]] = [
+        (layer, "named"),
+        (config.layer, "named"),
+        (hints["layer"], "the model's own hint"),
+        (preset.settings["layer"], f"published for {preset.name}: {preset.source}") if preset else (None, ""),
+    ]
+    chosen, how = next(((each, by) for each, by in candidates if each is not None), (None, ""))
+    if chosen is None:
+        raise ConfigError(
+            f"no layer to edit is named, and none is known for {model.name}: say layer=..., 0 to "
+            f'{model.n_layers - 1}, or layer="auto" to have a quick trace of the fact find it'
+        )
+    if chosen == "auto":
+        site = early_site(model, list(dict.fromkeys(facts))[:_FACTS_TRACED], seed=seed)
+        chosen, how = site.layer, str(site)
+    config = RomeConfig(**{**config.model_dump(), "layer": chosen})
+    assert isinstance(config.layer, int)
+    model.path(("key", config.layer))  # raises for a layer that is not there
+    return config, how

@@ -1,0 +1,85 @@
+"""`layer="auto"`: the layer in the middle of the MLP's early site, found by a quick trace of the fact.
+
+Causal tracing finds the outputs of early MLPs at the subject's last token to matter most (section 2 of the paper), and
+ROME edits in the middle of those layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from errata.base.errors import FactError
+from errata.base.facts import Fact
+from errata.models.model import Model
+from errata.tracing.config import TraceConfig
+from errata.tracing.trace import trace
+
+# A total effect below this leaves nothing to find a site by.
+_MIN_EFFECT = 0.01
+
+
+@dataclass(frozen=True)
+class Site:
+    """Where to edit, and why.
+
+    Attributes:
+        layer: the layer.
+        effects: indirect effect of the MLP's outputs around each layer at the subject's last token, mean over facts.
+        facts: how many facts were traced.
+    """
+
+    layer: int
+    effects: tuple[float, ...]
+    facts: int
+
+    def __str__(self) -> str:
+        of = "the fact" if self.facts == 1 else f"{self.facts} facts"
+        return (
+            f"layer {self.layer}: the middle of the MLP's early site by a trace of {of} (restoring MLP outputs around "
+            f"it at the subject's last token brings back {100 * self.effects[self.layer]:.1f} points)"
+        )
+
+
+def early_site(model: Model, facts: Sequence[Fact], samples: int = 5, seed: int = 0) -> Site:
+    """Trace facts and place an edit: the centre of the layers whose effect is at least half of the largest.
+
+    The last layer is never chosen: nothing above it could carry what it writes to later tokens.
+
+    Args:
+        facts: their answers are what the model itself says; those that hardly depend on the subject do not count.
+        samples: of noise, for each fact.
+
+    Raises:
+        FactError: if a fact cannot be traced, or the answer depends on the subject in none.
+    """
+    config = TraceConfig(parts=("mlp",), samples=samples, tokens=("last subject",), seed=seed)
+    effects = []
+    for fact in facts:
+        found = trace(model, fact, config)
+        if found.total_effect >= _MIN_EFFECT:
+            effects.append(found.indirect_effect("mlp")[found.subject[1]])
+    if not effects:
+        raise FactError(
+            "the trace finds no site: what the model answers hardly depends on the subject, so it may not know the "
+            "fact. "
+            "Say the layer, or trace facts that it knows"
+        )
+    mean = np.mean(effects, axis=0)
+    return Site(_centre(mean[:-1]), tuple(map(float, mean)), len(effects))
+
+
+def _centre(effects: np.ndarray) -> int:
+    """The middle, by weight, of the run of layers around the largest effect that have at least half of it."""
+    peak = int(effects.argmax())
+    enough = effects >= effects[peak] / 2
+    low, high = peak, peak
+    while low > 0 and enough[low - 1]:
+        low -= 1
+    while high < len(effects) - 1 and enough[high + 1]:
+        high += 1
+    layers = np.arange(low, high + 1)
+    weights = np.clip(effects[low : high + 1], 0, None)
+    return round(float(layers @ weights / weights.sum())) if weights.sum() > 0 else peak

@@ -1,0 +1,63 @@
+"""The texts that a fact's edit is made from, as tokens: contexts with their target, the KL prompt, the bare prompt."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from errata.base.errors import FactError
+from errata.base.facts import Fact, Rewrite
+from errata.editors.rome.config import RomeConfig
+from errata.editors.rome.contexts import Context
+from errata.models.model import Model
+from errata.models.scoring import target_ids
+
+
+@dataclass(frozen=True)
+class Text:
+    """One text.
+
+    Attributes:
+        kind: a context, in which the target is to be predicted; the prompt whose next-token distribution is to stay;
+            or the bare prompt, of which key and value are read.
+        ids: its tokens, no further than the last one that matters.
+        lookup: index of the token whose value is changed.
+        targets: what a context's last tokens are to predict, one each.
+    """
+
+    kind: Literal["context", "kl", "bare"]
+    ids: tuple[int, ...]
+    lookup: int
+    targets: tuple[int, ...] = ()
+
+
+def texts_of(model: Model, rewrite: Rewrite, prefixes: Sequence[str], config: RomeConfig) -> tuple[Text, ...]:
+    """The texts of a rewrite: one context a prefix, then the others.
+
+    Raises:
+        FactError: if a text is too long for the model, a role has no token, or the target melts into the prompt.
+    """
+    # First the bare prompt: one that does not do is told of as it was written.
+    texts = [_until_lookup(model, "bare", Context.of(rewrite.fact), config)]
+    if config.kl_factor:
+        texts.append(_until_lookup(model, "kl", Context.of(Fact(rewrite.subject, config.kl_prompt)), config))
+    return (*(_with_target(model, Context.of(rewrite.fact, prefix), rewrite, config) for prefix in prefixes), *texts)
+
+
+def _until_lookup(model: Model, kind: Literal["kl", "bare"], context: Context, config: RomeConfig) -> Text:
+    ids, index = context.lookup(model, config.fact_token)
+    model.require_room(ids, context.text)
+    return Text(kind, ids[: index + 1], index)
+
+
+def _with_target(model: Model, context: Context, rewrite: Rewrite, config: RomeConfig) -> Text:
+    ids, index = context.lookup(model, config.fact_token)
+    whole, n_prompt = target_ids(model.tokenizer, context.text, rewrite.new_object)
+    if tuple(whole[: index + 1]) != ids[: index + 1] or index >= n_prompt:
+        raise FactError(
+            f"the tokenizer joins the end of {context.text!r} with the target {rewrite.new_object!r}, "
+            f"so that the token {config.fact_token} is another one with and without it. Reword the prompt"
+        )
+    model.require_room(whole[:-1], f"{context.text} {rewrite.new_object}")
+    return Text("context", tuple(whole[:-1]), index, tuple(whole[n_prompt:]))

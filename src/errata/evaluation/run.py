@@ -1,0 +1,70 @@
+"""What runs over many records share: the settings that their files are headed by, and what tells them apart."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from errata.base.errors import ResultFileError
+from errata.base.facts import Fact
+from errata.base.fingerprint import tensor_digest
+from errata.base.versions import library_versions
+from errata.editors.rome import RomeConfig
+from errata.editors.rome.contexts import prefixes
+from errata.editors.rome.layer import resolve
+from errata.models.fingerprint import weights_digest
+from errata.models.model import Model
+from errata.statistics.second_moment import SecondMoment
+
+
+def header(model: Model, config: RomeConfig, seed: int, **more: Any) -> dict[str, Any]:
+    """All that the numbers of a run depend on, JSON-able; `more` is what is particular to it."""
+    return {
+        "model": model.name,
+        "fingerprint": weights_digest(model.hf),
+        "versions": library_versions(),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "device": model.device.type,
+        "attention": model.hf.config._attn_implementation,
+        "config": config.model_dump(mode="json"),
+        "seed": seed,
+        **more,
+    }
+
+
+def settled(model: Model, facts: Sequence[Fact], config: RomeConfig | None, layer: int | None, seed: int) -> RomeConfig:
+    """The settings of `rome`, or the model's own, ready for many edits.
+
+    Prefixes are strings: sampled once, and from the model as it is now. No edit is probed and refused as disabling:
+    what edits break is what a run measures.
+
+    Raises:
+        ConfigError: if no layer is named and none is known, or it is not there.
+    """
+    config, _ = resolve(model, facts, config, layer, seed)
+    return changed(config, prefixes=prefixes(model, config.prefixes, seed), max_drift=None)
+
+
+def changed(config: RomeConfig, **settings: Any) -> RomeConfig:
+    """The settings with some others, checked again."""
+    return RomeConfig(**{**config.model_dump(), **settings})
+
+
+def digest(values: Any) -> str:
+    """sha256, in hex, of JSON-able values."""
+    return hashlib.sha256(json.dumps(values).encode()).hexdigest()
+
+
+def moment_digest(second_moment: SecondMoment) -> str:
+    """sha256, in hex, of a second moment's numbers."""
+    return tensor_digest(second_moment.matrix)
+
+
+def broken(path: object, line: object) -> ResultFileError:
+    """What is said of a record that no run has written."""
+    text = json.dumps(line, ensure_ascii=False)
+    return ResultFileError(
+        f"{path} holds a record that does not fit its header ({text[:80]}): it was changed by hand. Begin another file"
+    )

@@ -1,0 +1,294 @@
+"""One edit after the other on one model: how long are they recalled, and what becomes of facts that none touched?
+
+Each edit is made with the earlier ones on the model. A fact is recalled if every token of its object is the model's
+most probable one. What is measured is in a file at once, and each edit in a folder beside it, so that a run that is
+killed and started again goes on from the same weights, and its files are the same, byte for byte, as those of a run in
+one go. At the end the model is as it was.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from errata.base.errors import ConfigError, EditFileError, EditMismatch, ErrataError, ResultFileError
+from errata.base.facts import Fact, Rewrite
+from errata.base.interrupt import deferred_interrupt
+from errata.base.journal import Journal, read_journal
+from errata.editors.rome import RomeConfig, rome
+from errata.edits.edit import Edit
+from errata.evaluation.run import broken, digest, header, moment_digest, settled
+from errata.models.model import Model
+from errata.models.scoring import score
+from errata.plots.drawing import save
+from errata.plots.sequence import sequence_figure
+from errata.statistics.second_moment import SecondMoment
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+KIND = "sequential edits"
+FORMAT = 1
+NEWEST = 10  # edits over which the recall of the newest is averaged: by itself it is yes or no
+
+
+@dataclass(frozen=True, eq=False)
+class SequenceScores:
+    """What sequential edits did, as far as a run has come.
+
+    Attributes:
+        model: name of the model.
+        edits: how many edits had been tried at each measurement, `[points]`; the first is 0.
+        edited: share of them that was recalled then; NaN at 0.
+        newest: share that was recalled just when it was made, of the newest ten (`NEWEST`); NaN at 0.
+        untouched: share of the untouched facts that was recalled.
+        refused: (number of the edit, from 1, and reason) of those that could not be made: the model went on
+            without them, and they count among the edits.
+        settings: the header of the file.
+    """
+
+    model: str
+    edits: NDArray[np.int64]
+    edited: NDArray[np.float64]
+    newest: NDArray[np.float64]
+    untouched: NDArray[np.float64]
+    refused: tuple[tuple[int, str], ...]
+    settings: Mapping[str, Any] = field(repr=False)
+
+    @classmethod
+    def load(cls, path: str | Path) -> SequenceScores:
+        """What a file of `edit_in_sequence` holds, which may still be growing. No model is needed.
+
+        Raises:
+            ResultFileError: if the file is missing, not ours, or broken.
+        """
+        settings, lines = read_journal(path, KIND, FORMAT)
+        return _counted(settings, _checked(lines, settings, path))
+
+    def figure(self, title: str | None = None) -> Figure:
+        """Recall against the number of edits.
+
+        Raises:
+            MissingExtra: if matplotlib is not installed.
+        """
+        lines = {"untouched": self.untouched, "edited": self.edited, "newest": self.newest}
+        return sequence_figure(self.edits.tolist(), lines, newest=NEWEST, title=title)
+
+    def plot(self, path: str | Path) -> None:
+        """Draw the figure into a .png, .svg or .pdf file.
+
+        Raises:
+            ConfigError: if the path ends otherwise.
+            OutputError: if the file cannot be written.
+            MissingExtra: if matplotlib is not installed.
+        """
+        save(self.figure(), path)
+
+
+def edits_folder(path: str | Path) -> Path:
+    """Where the edits of the run at `path` are: "0001.safetensors" is the first. They go on a model in this order."""
+    return Path(path).with_name(f"{Path(path).name}.edits")
+
+
+def recalled(model: Model, facts: Sequence[Fact]) -> list[bool]:
+    """Whether every token of each fact's object is the model's most probable one.
+
+    Raises:
+        FactError: if a fact has no object, or is too long for the model.
+    """
+    return [each.greedy for each in score(model, [fact.text for fact in facts], [fact.object for fact in facts])]
+
+
+def edit_in_sequence(
+    model: Model,
+    rewrites: Sequence[Rewrite],
+    untouched: Sequence[Fact],
+    path: str | Path,
+    config: RomeConfig | None = None,
+    *,
+    second_moment: SecondMoment,
+    layer: int | None = None,
+    every: int = 1,
+    seed: int = 0,
+    progress: Callable[[int, int], object] | None = None,
+) -> SequenceScores:
+    """Make ROME edits one after the other, each on top of the earlier ones, and measure what is recalled.
+
+    If the file is there already, of the same model, rewrites and settings, the run goes on where it was. Ctrl-C ends it
+    after the edit under way; a second one at once. The model is left as it was, byte for byte.
+
+    Args:
+        model: any decoder; the second moment and the prefixes are of it as it is now, without the edits.
+        rewrites: what to edit, in this order.
+        untouched: facts with objects that should stay.
+        path: the file, which `SequenceScores.load` reads too; `edits_folder` tells where the edits are.
+        config: settings of ROME; None: the model's own.
+        second_moment: C, of the keys of the edited layer.
+        layer: the layer to edit, from 0; it goes before the config's, which goes before the model's hint.
+        every: all edits so far and the untouched facts are measured after so many edits, and after the last.
+        seed: of the sampled prefixes.
+        progress: called with edits done and edits in all.
+
+    Raises:
+        ConfigError: if there is nothing to edit or to watch, a number is out of range, or no layer is named.
+        FactError: if a fact has no object, or cannot be scored.
+        StaleStatistics: if the second moment is of another layer or size.
+        ResultFileError: if the file is of another model, other rewrites or settings, or broken, or an edit is missing.
+        OutputError: if a file cannot be written, or another run is writing to it.
+        KeyboardInterrupt: after Ctrl-C, once the files are in order.
+    """
+    rewrites, untouched = list(rewrites), list(untouched)
+    if not rewrites or not untouched or every < 1:
+        raise ConfigError(
+            f"there are {len(rewrites)} rewrites and {len(untouched)} untouched facts, measured every {every} edits: "
+            "give at least one of each"
+        )
+    config = settled(model, [each.fact for each in rewrites], config, layer, seed)
+    wanted = [Fact(each.subject, each.prompt, each.new_object) for each in rewrites]
+    recalled(model, [*wanted, *untouched])  # what cannot be scored is told before any work
+    settings = header(
+        model,
+        config,
+        seed,
+        second_moment=moment_digest(second_moment),
+        every=every,
+        rewrites=len(rewrites),
+        untouched=len(untouched),
+        facts=digest([[asdict(rewrite) for rewrite in rewrites], [asdict(fact) for fact in untouched]]),
+    )
+    with (
+        Journal.open(path, KIND, FORMAT, settings) as journal,
+        deferred_interrupt() as stop_here,
+        contextlib.ExitStack() as on_model,
+    ):
+        lines = _checked(journal.records, settings, path)
+        if progress:
+            progress(max(0, len(lines) - 1), len(rewrites))
+        for number, line in enumerate(lines if len(lines) <= len(rewrites) else ()):
+            if line["edit"] is not None:
+                on_model.enter_context(_kept(path, number, line["edit"]).applied(model))
+        for number in range(len(lines), len(rewrites) + 1):
+            line = {
+                "edits": number,
+                "edit": None,
+                "reason": None,
+                "recalled": None,
+                "lost": None,
+                "untouched_lost": None,
+            }
+            if number:
+                made = _put_on(model, rewrites[number - 1], config, second_moment, seed, on_model)
+                if isinstance(made, Edit):
+                    made.save(_edit_path(path, number))
+                    line["edit"] = made.id
+                else:
+                    line["reason"] = str(made)
+                line["recalled"] = recalled(model, [wanted[number - 1]])[0]
+            if number % every == 0 or number == len(rewrites):
+                line["lost"] = _lost(model, wanted[:number])
+                line["untouched_lost"] = _lost(model, untouched)
+            journal.append(line)
+            lines.append(line)
+            if progress:
+                progress(number, len(rewrites))
+            stop_here()
+    return _counted(settings, lines)
+
+
+def _put_on(
+    model: Model,
+    rewrite: Rewrite,
+    config: RomeConfig,
+    second_moment: SecondMoment,
+    seed: int,
+    on_model: contextlib.ExitStack,
+) -> Edit | ErrataError:
+    """An edit that is on the model now, until the stack is closed; or why there is none.
+
+    Raises:
+        ConfigError: if the settings allow of none.
+    """
+    (made,) = rome(model, [rewrite], config, second_moment=second_moment, seed=seed, errors="keep")
+    if isinstance(made, ConfigError):  # no other rewrite would do better
+        raise made
+    if isinstance(made, Edit):
+        try:
+            on_model.enter_context(made.applied(model))
+        except EditMismatch as error:  # more than float16 can hold
+            return error
+    return made
+
+
+def _lost(model: Model, facts: Sequence[Fact]) -> list[int]:
+    """Indexes of the facts that are not recalled."""
+    return [index for index, known in enumerate(recalled(model, facts)) if not known]
+
+
+# ---------------------------------------------------------------------------------------------
+# From the files
+
+
+def _edit_path(path: str | Path, number: int) -> Path:
+    return edits_folder(path) / f"{number:04d}.safetensors"
+
+
+def _kept(path: str | Path, number: int, wanted: str) -> Edit:
+    """The edit of that number.
+
+    Raises:
+        ResultFileError: if it is missing, broken or another.
+    """
+    place = _edit_path(path, number)
+    try:
+        edit = Edit.load(place)
+    except EditFileError as error:
+        raise ResultFileError(f"{path} cannot be gone on with, for an edit of its is not there: {error}") from error
+    if edit.id != wanted:
+        raise ResultFileError(
+            f"{place} is not the edit that {path} was made with: put that back, or begin another file"
+        )
+    return edit
+
+
+def _checked(
+    lines: Sequence[Mapping[str, Any]], settings: Mapping[str, Any], path: str | Path
+) -> list[Mapping[str, Any]]:
+    """The lines, once it is sure that each is what a run has written at its place.
+
+    Raises:
+        ResultFileError: if one is not.
+    """
+    for number, line in enumerate(lines):
+        try:
+            measured = number % settings["every"] == 0 or number == settings["rewrites"]
+            fits = line["edits"] == number <= settings["rewrites"]
+            fits &= isinstance(line["recalled"], bool) == (number > 0)
+            fits &= isinstance(line["edit"], str) or number == 0 or isinstance(line["reason"], str)
+            for name, of in (("lost", number), ("untouched_lost", settings["untouched"])):
+                fits &= set(line[name]) <= set(range(of)) if measured else line[name] is None
+        except (KeyError, TypeError):
+            fits = False
+        if not fits:
+            raise broken(path, line)
+    return list(lines)
+
+
+def _counted(settings: Mapping[str, Any], lines: Sequence[Mapping[str, Any]]) -> SequenceScores:
+    points = [number for number, line in enumerate(lines) if line["lost"] is not None]
+    new = [[line["recalled"] for line in lines[max(1, n - NEWEST + 1) : n + 1]] for n in points]
+    of = settings["untouched"]
+    return SequenceScores(
+        model=settings["model"],
+        edits=np.array(points, np.int64),
+        edited=np.array([1 - len(lines[n]["lost"]) / n if n else np.nan for n in points]),
+        newest=np.array([np.mean(each) if each else np.nan for each in new]),
+        untouched=np.array([1 - len(lines[n]["untouched_lost"]) / of for n in points]),
+        refused=tuple((n, line["reason"]) for n, line in enumerate(lines) if line["reason"] is not None),
+        settings=settings,
+    )

@@ -1,0 +1,158 @@
+"""The health of an edit: did it take, exactly, and what else did it move?
+
+An edit that makes the model say its fact may also make it say nonsense (a *disabling* edit). So what the model says of
+texts that have nothing to do with the fact, by default samples of its own, is compared before and after.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from errata.base.errors import ConfigError, FactError
+from errata.base.facts import Fact, Rewrite
+from errata.base.seeds import derive
+from errata.models.generation import generate, start_text
+from errata.models.model import Model
+from errata.models.scoring import score
+
+PROBES, PROBE_TOKENS = 4, 24
+
+
+@dataclass(frozen=True)
+class Health:
+    """What an edit does to a model.
+
+    Attributes:
+        probability_before, probability_after: of the new object after the bare prompt (all its tokens).
+        essence_kl: divergence of what is said after "{subject} is a", KL(before ‖ after), in nats.
+        drift: that divergence on probe texts, mean over tokens, in nats.
+        perplexity_before, perplexity_after: of the probe texts.
+        max_drift: the bound above which the edit counts as disabling.
+    """
+
+    probability_before: float
+    probability_after: float
+    essence_kl: float
+    drift: float
+    perplexity_before: float
+    perplexity_after: float
+    max_drift: float
+
+    @property
+    def disabling(self) -> bool:
+        """Whether the edit moves everything: its drift is beyond the bound, or no number."""
+        return not self.drift <= self.max_drift
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON-able, with `disabling`; what is no finite number is None."""
+        numbers = {name: value if math.isfinite(value) else None for name, value in asdict(self).items()}
+        return {**numbers, "disabling": self.disabling}
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a model, as it stood, said about a fact.
+
+    Attributes:
+        probability: of the new object after the bare prompt.
+        essence: log-probabilities of what follows the essence prompt, `[v]`.
+    """
+
+    probability: float
+    essence: Tensor
+
+
+@dataclass(frozen=True)
+class Probed:
+    """What a model, as it stood, said of probe texts.
+
+    Attributes:
+        said: log-probabilities of every next token, `[t, v]`, all texts one after the other.
+        surprise: negative log-probability of the texts' own next tokens, `[t]`, in nats.
+    """
+
+    said: Tensor
+    surprise: Tensor
+
+
+def ask(model: Model, rewrite: Rewrite, essence: str) -> Asked:
+    """What the model says about a fact, as it stands.
+
+    Args:
+        rewrite: its new object is looked for after its prompt.
+        essence: a prompt that calls up what the subject is, with `{}` for it, such as "{} is a".
+
+    Raises:
+        FactError: if a text is too long for the model.
+    """
+    own = _log_probabilities(model, [Fact(rewrite.subject, essence).text])[0]
+    return Asked(math.exp(score(model, [rewrite.text], [rewrite.new_object])[0].total), own[-1])
+
+
+def probe(model: Model, texts: Sequence[str]) -> Probed:
+    """What the model says of texts, as it stands.
+
+    Raises:
+        FactError: if a text is too long for the model, or none has two tokens.
+    """
+    rows = [model.tokenizer(text, verbose=False)["input_ids"] for text in texts]
+    if max(map(len, rows), default=0) < 2:
+        raise FactError(
+            "no probe text has two tokens, so there is nothing that the model could foretell: give longer ones"
+        )
+    said = _log_probabilities(model, texts)
+    own = [
+        -logs[:-1].gather(1, torch.tensor(row[1:], dtype=torch.long, device=logs.device)[:, None])[:, 0]
+        for logs, row in zip(said, rows, strict=True)
+    ]
+    return Probed(torch.cat([logs[:-1] for logs in said]), torch.cat(own))
+
+
+def sampled_probes(model: Model, seed: int) -> tuple[str, ...]:
+    """Texts of the model's own, to measure drift on: they belong to what it was made to say.
+
+    Raises:
+        ConfigError: if its tokenizer has no token to start from.
+    """
+    start = start_text(model)
+    texts = generate(model, [start] * PROBES, PROBE_TOKENS, top_k=None, seed=derive(seed, "probes"))
+    kept = tuple(text for text in texts if len(model.tokenizer(text, verbose=False)["input_ids"]) > 1)
+    if not kept:
+        raise ConfigError(
+            f"{model.name} ends every text that it begins at once, so there are no texts of its own to measure drift "
+            "on. "
+            "Give some: RomeConfig(probes=(...))"
+        )
+    return kept
+
+
+def compare(asked: tuple[Asked, Asked], probed: tuple[Probed, Probed], max_drift: float) -> Health:
+    """The health of an edit, from what was said before and after it."""
+    return Health(
+        probability_before=asked[0].probability,
+        probability_after=asked[1].probability,
+        essence_kl=float(_divergence(asked[0].essence, asked[1].essence)),
+        drift=float(_divergence(probed[0].said, probed[1].said).mean()),
+        perplexity_before=float(probed[0].surprise.mean().exp()),
+        perplexity_after=float(probed[1].surprise.mean().exp()),
+        max_drift=max_drift,
+    )
+
+
+def _divergence(before: Tensor, after: Tensor) -> Tensor:
+    """KL(before ‖ after) over the last axis, of log-probabilities."""
+    return (before.exp() * (before - after)).sum(-1).double()
+
+
+@torch.no_grad()
+def _log_probabilities(model: Model, texts: Sequence[str]) -> list[Tensor]:
+    """Of each text, `[t, v]` in float32 at least."""
+    batch = model.encode(texts)
+    logs = model.forward(batch).to(torch.promote_types(model.dtype, torch.float32)).log_softmax(-1)
+    return [row[:length] for row, length in zip(logs, (batch.last + 1).tolist(), strict=True)]

@@ -1,0 +1,123 @@
+"""One block called on its own: with the arguments that it was given in a recorded run, cut to the tokens at hand.
+
+It knows no family. What a block is given beside its state depends on positions alone: masks, cosines and sines, indexes
+of positions, ALiBi. Earlier tokens are present through a cache that holds their keys and values.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache
+
+
+class _Enough(Exception):
+    """The keys and values asked for are there."""
+
+
+class Past(DynamicCache):
+    """Keys and values `[r, heads, tokens, d]` of the tokens before, as a cache that does not remember new ones."""
+
+    def __init__(self, keys: Tensor, values: Tensor):
+        super().__init__()
+        self.keys_before, self.values_before = keys, values
+
+    def after(self, run: Callable[[DynamicCache], object]) -> Past:
+        """This and the keys and values of the tokens that `run` adds; it goes no further than them."""
+        collecting = _Collecting(self.keys_before, self.values_before)
+        try:
+            run(collecting)
+        except _Enough:
+            return Past(collecting.keys_before, collecting.values_before)
+        raise TypeError("its attention does not use the cache that it is given")
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """The keys and values of all tokens so far."""
+        return torch.cat([self.keys_before, key_states], -2), torch.cat([self.values_before, value_states], -2)
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """How many tokens went before."""
+        return self.keys_before.shape[-2]
+
+
+class _Collecting(Past):
+    """A cache that ends the pass once it has the new tokens' keys and values, before attention uses them."""
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        self.keys_before, self.values_before = super().update(key_states, value_states)
+        raise _Enough
+
+
+@dataclass(frozen=True)
+class Call:
+    """What Hugging Face handed to a block beside its state: what depends on positions alone.
+
+    Attributes:
+        arguments: all but the state, by name; of tensors the first row stands for all.
+        cache: the cache among the arguments.
+        rows: how many were recorded.
+        length: of the recorded texts, in tokens.
+    """
+
+    arguments: Mapping[str, Any]
+    cache: DynamicCache
+    rows: int
+    length: int
+
+    def __call__(self, block: nn.Module, states: Tensor, token: int, past: Past) -> Tensor:
+        """The block's output for states `[r, n, d_model]` of tokens `token` on, after `past`."""
+        return run(block, states, self.at(token, len(states), states.shape[1], states.device), past)
+
+    def at(self, token: int, rows: int, count: int, device: torch.device) -> dict[str, Any]:
+        """The arguments as they are for `count` tokens from `token` on, in so many rows; the cache is `PAST`."""
+        return {name: self._at(name, value, token, rows, count, device) for name, value in self.arguments.items()}
+
+    def _at(self, name: str, value: Any, token: int, rows: int, count: int, device: torch.device) -> Any:
+        if value is self.cache:
+            return PAST
+        if is_mask(name):
+            if value is None:  # plain causality
+                whole = torch.ones(count, token + count, dtype=torch.bool, device=device)
+                return whole.tril(token)[None, None]
+            return value[:1, ..., token : token + count, : token + count]
+        if isinstance(value, tuple):
+            return tuple(self._at(name, each, token, rows, count, device) for each in value)
+        if name == "alibi" and value is not None:  # of keys, `[rows * heads, 1, tokens]` or `[rows, heads, 1, tokens]`
+            one = value[: len(value) // self.rows, ..., : token + count]
+            return torch.cat([one] * rows)
+        axis = token_axis(name, value)
+        if axis is None:
+            return value
+        value = value[:1] if value.dim() > 1 else value
+        return value.narrow(axis, token, count) if value.shape[axis] == self.length else value
+
+
+# Stands among arguments where the cache belongs.
+PAST = object()
+
+
+def run(block: nn.Module, states: Tensor, arguments: Mapping[str, Any], past: Past) -> Tensor:
+    """A block's output `[r, n, d_model]` for these states, these arguments and this past."""
+    given = {name: past if value is PAST else value for name, value in arguments.items()}
+    output = block(states.clone(), **given)  # a copy, for a block may go on to add into what it is given
+    return output[0] if isinstance(output, tuple) else output
+
+
+def is_mask(name: str) -> bool:
+    """Whether an argument says which tokens see which: `[1, 1, n, tokens]`."""
+    return name in ("attention_mask", "causal_mask")
+
+
+def token_axis(name: str, value: Any) -> int | None:
+    """Along which axis an argument has one entry a token; None for all else.
+
+    Cosines are `[rows, tokens, d]`, indexes `[rows, tokens]` or `[tokens]`; a bias of distances (MPT) is cut by the
+    block itself.
+    """
+    if not isinstance(value, Tensor) or "position" not in name or "bias" in name or not value.dim():
+        return None
+    return -2 if value.dim() > 2 else -1
