@@ -11,7 +11,8 @@ import torch
 import typer
 
 from errata.base.errors import ErrataError
-from errata.cli.export import export, layer_numbers
+from errata.cli.export import export
+from errata.cli.options import layer_numbers
 from errata.edits import Dense, Edit, RankOne
 from errata.models import weights
 from errata.models.loading import load_pretrained

@@ -23,8 +23,13 @@ if TYPE_CHECKING:
     from errata.base.facts import Rewrite as Rewrite
     from errata.editors.rome.config import RomeConfig as RomeConfig
     from errata.edits.edit import Edit as Edit
+    from errata.edits.ledger import ledger as ledger
+    from errata.edits.ledger import save_merged as save_merged
+    from errata.evaluation.sequence import edit_in_sequence as edit_in_sequence
+    from errata.evaluation.sites import sweep_sites as sweep_sites
     from errata.models.model import Model as Model
     from errata.statistics.collect import collect
+    from errata.statistics.corpus import Corpus as Corpus
     from errata.statistics.second_moment import SecondMoment as SecondMoment
     from errata.tracing.average import average_effects as average_effects
     from errata.tracing.config import TraceConfig as TraceConfig
@@ -55,6 +60,11 @@ _HOME = {
     "load_traces": ("errata.tracing.result", "load_traces"),
     "average_effects": ("errata.tracing.average", "average_effects"),
     "integrated_gradients": ("errata.tracing.gradients", "integrated_gradients"),
+    "Corpus": ("errata.statistics.corpus", "Corpus"),
+    "edit_in_sequence": ("errata.evaluation.sequence", "edit_in_sequence"),
+    "ledger": ("errata.edits.ledger", "ledger"),
+    "save_merged": ("errata.edits.ledger", "save_merged"),
+    "sweep_sites": ("errata.evaluation.sites", "sweep_sites"),
     "CausalTrace": ("errata.tracing.result", "CausalTrace"),
 }
 

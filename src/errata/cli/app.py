@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from typing import Annotated, NoReturn
 
 import typer
 
 from errata import __version__
 from errata.base.errors import ErrataError
-from errata.cli import average, demo, edit, facts, figure, generate, gradients, trace
+from errata.cli import average, demo, edit, export, facts, figure, generate, gradients, stats, sweep, trace
 
 app = typer.Typer(
     name="errata",
@@ -25,6 +26,10 @@ app.command("gradients")(gradients.gradients)
 app.command("figure")(figure.figure)
 app.command("facts")(facts.facts)
 app.command("edit")(edit.edit)
+app.command("stats")(stats.stats)
+app.command("export")(export.export)
+app.command("sweep")(sweep.sweep)
+app.command("sequence")(sweep.sequence)
 app.command("generate")(generate.generate)
 
 
@@ -49,6 +54,7 @@ def main() -> None:
     Exit codes: 0, it worked; 1, it worked, but some lines of a table could not be used; 2, bad input (one line on
     standard error says what); 130, interrupted.
     """
+    warnings.showwarning = _warn
     if len(sys.argv) == 1:
         sys.argv.append("--help")
     try:
@@ -63,6 +69,11 @@ def main() -> None:
         if not hasattr(error, "format_message"):  # a bug of ours keeps its traceback
             raise
         _leave(2, f"error: {error.format_message()} See errata --help")
+
+
+def _warn(message: Warning | str, *details: object) -> None:
+    """A warning as one line, without the place in the code."""
+    print(f"warning: {' '.join(str(message).split())}", file=sys.stderr)
 
 
 def _leave(code: int, message: str) -> NoReturn:

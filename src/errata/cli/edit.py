@@ -1,87 +1,281 @@
-"""`errata edit`: change one fact."""
+"""`errata edit`: change a fact, or those of a table."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import re
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Optional
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Optional
 
 import typer
 
-from errata.cli import options
+from errata.benchmarks.fact_table import BadLine
+from errata.cli import moments, options, tables
+from errata.cli.export import Lora, Merge
 
 if TYPE_CHECKING:
+    from errata.base.facts import Fact, Rewrite
+    from errata.editors.rome import RomeConfig
+    from errata.editors.rome.site import Site
+    from errata.editors.rome.value import Step
+    from errata.edits.edit import Edit
     from errata.models.model import Model
-    from errata.statistics.second_moment import SecondMoment
 
 
 def edit(
-    subject: options.Subject,
-    prompt: options.Prompt,
-    to: Annotated[str, typer.Option(help="The new object.")],
-    model: options.ModelName = "atlas",
-    out: Annotated[Optional[Path], typer.Option(help="Where to save the edit, .safetensors.")] = None,  # noqa: UP045
+    subject: Annotated[Optional[str], typer.Option(help="What the fact is about.")] = None,  # noqa: UP045
+    prompt: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="A sentence up to its object, with {} where the subject stands."),
+    ] = None,
+    to: Annotated[Optional[str], typer.Option(help="The new object.")] = None,  # noqa: UP045
     old: Annotated[str, typer.Option("--from", help="The old object; else what the model says now.")] = "",
-    layer: Annotated[Optional[int], typer.Option(help="The layer to edit, from 0.")] = None,  # noqa: UP045
+    requests: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(
+            help="Instead of one fact a table: .csv, .tsv, .jsonl or .json, with subject, prompt, new_object."
+        ),
+    ] = None,
+    sequential: Annotated[
+        bool, typer.Option("--sequential", help="Of a table: make each edit with the earlier ones on the model.")
+    ] = False,
+    model: options.ModelName = "atlas",
+    out: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(help="Where to save: a .safetensors, of a table all in one; or a folder, with a file a request."),
+    ] = None,
+    lora: Lora = None,
+    merge: Merge = None,
+    layer: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="The layer to edit, from 0; or auto, to find it by a trace. Unless given: what is known."),
+    ] = None,
+    preset: Annotated[
+        Optional[Literal["paper", "reference"]],  # noqa: UP045
+        typer.Option(help="All settings as in the paper, or as in its published code."),
+    ] = None,
     key: Annotated[Optional[str], typer.Option(help="consistent (exact) or reference (the published code).")] = None,  # noqa: UP045
     also: Annotated[Optional[list[str]], typer.Option(help="Another prompt to watch; any number.")] = None,  # noqa: UP045
-    corpus: Annotated[Optional[list[Path]], typer.Option(help="Texts (.txt, .jsonl) for the second moment.")] = None,  # noqa: UP045
-    identity: Annotated[bool, typer.Option("--identity", help="Do without a second moment (C = 1).")] = False,
+    corpus: moments.Corpus = None,
+    field: moments.Field = "text",
+    revision: moments.Revision = None,
+    corpus_tokens: moments.Tokens = 100_000,
+    second_moment: moments.File = None,
+    identity: moments.Identity = False,
+    force: Annotated[bool, typer.Option("--force", help="Make an edit that would disable the model, too.")] = False,
+    strict: Annotated[bool, typer.Option("--strict", help="Stop at the first bad line of the table.")] = False,
     seed: options.Seed = 0,
     device: options.Device = None,
     dtype: options.Dtype = "auto",
     download: options.Download = False,
     json: options.Json = False,
 ) -> None:
-    """Rewrite one fact with ROME, show what the model says before and after, and save the edit."""
-    from errata.base.facts import Fact
-    from errata.cli import show
+    """Rewrite facts with ROME, show what the model says before and after and what else moved, and save the edits.
 
-    fact = Fact(subject, prompt, old)
-    rewrite = fact.rewrite(to)
-    to = rewrite.new_object
-    options.require_outputs(out)
+    One fact by --subject, --prompt and --to; or a table by --requests, whose edits are computed together. Requests that
+    cannot be met are named, and the others made; the exit code is 1 then.
+    """
+    from errata.base.errors import ConfigError, ErrataError
+    from errata.cli import export, show
+
+    source = moments.Source(corpus, field, revision, corpus_tokens, second_moment, identity, download)
+    where = _layer(layer)
+    table = None
+    if requests is None:
+        if sequential or strict:
+            raise ConfigError("--sequential and --strict are about a table of requests: give one by --requests")
+        rewrites = [_one(subject, prompt, to, old)]
+    else:
+        if any((subject, prompt, to, old, also)):
+            raise ConfigError("give one fact by --subject, --prompt and --to, or a table by --requests, not both")
+        table = tables.requested(requests, strict)
+        rewrites = [row.rewrite for row in table.rows]
+    _require_places(out, lora, merge, many=table is not None)
 
     # Torch comes only now: bad input is told at once.
     from errata.api import rome
-    from errata.editors.rome import RomeConfig
+    from errata.editors.rome.layer import resolve
+    from errata.edits.edit import Edit
+    from errata.edits.ledger import ContradictoryEdits
 
     loaded = options.load(model, device, dtype, download)
-    if not old:
-        old = loaded.complete(fact.text, 1)[len(fact.text) :].strip()
-        rewrite = Fact(subject, prompt, old).rewrite(to)
-    hinted = {"layer": loaded.hints.get("rome_layer"), **loaded.hints.get("rome", {})}
-    typed = {name: value for name, value in (("layer", layer), ("key", key)) if value is not None}
-    config = RomeConfig(**{**hinted, **typed})
-    with show.progress("second moment", "tokens") as bar:
-        moment = _second_moment(loaded, config.layer, corpus, identity, bar)
+    if table is None and not old:
+        rewrites = [_with_old_object(loaded, rewrites[0])]
+    config = _config(loaded, preset, key)
+    site = _site(loaded, [each.fact for each in rewrites], where, seed)
+    resolved, how = resolve(loaded, (), config, site)
+    assert isinstance(resolved.layer, int)  # resolve
+    moment = source.of(loaded, resolved.layer)
     with show.progress("editing", "steps") as bar:
         made = rome(
             loaded,
-            rewrite,
+            rewrites,
             config,
+            layer=site,
             second_moment=moment,
             seed=seed,
-            progress=lambda step: bar(step.index + 1, step.steps),
+            sequential=sequential,
+            force=force,
+            errors="keep",
+            progress=_counting(bar),
         )
-    prompts = [fact.text, *(also or [])]
-    before = _says(loaded, prompts, to)
-    with made.applied(loaded):
-        after = _says(loaded, prompts, to)
-    norm = made.relative_norm(loaded)
-    if out:
-        made.save(out)
+    if table is None or requests is None:
+        if isinstance(made[0], ErrataError):
+            raise made[0]
+        names = [rewrites[0].subject]
+        refused = []
+    else:
+        lines = [row.line for row in table.rows]
+        refused = [
+            BadLine(line, str(each)) for line, each in zip(lines, made, strict=True) if isinstance(each, ErrataError)
+        ]
+        tables.tell_bad_lines(refused, requests, table.unit, strict)
+        names = [row.name for row, each in zip(table.rows, made, strict=True) if isinstance(each, Edit)]
+    edits = [each for each in made if isinstance(each, Edit)]
+    told: dict[str, Any] = {"model": loaded.name, "layer": resolved.layer, "chosen": how}
+    if edits:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ContradictoryEdits)  # of the table, and told
+            _save(edits, names, out, loaded, sequential)
+            told |= export.write(loaded, edits, lora, merge)
+    told |= {name: str(path) if path and edits else None for name, path in _named(out, lora, merge)}
+    if table is None:
+        _tell_one(loaded, edits[0], also or [], told, json)
+    else:
+        unused = [{table.unit: each.line, "reason": each.reason} for each in (*table.bad, *refused)]
+        _tell_many(edits, names, {**told, "refused": unused}, json)
+    if not json and edits:
+        show.written(out, lora, merge)
+    if table and (table.bad or refused):
+        typer.echo(f"left out: {len(table.bad) + len(refused)} of {len(table.bad) + len(table.rows)}", err=True)
+        raise typer.Exit(1)
+
+
+# ---- what goes in ----
+
+
+def _one(subject: str | None, prompt: str | None, to: str | None, old: str) -> Rewrite:
+    from errata.base.errors import ConfigError
+    from errata.base.facts import Fact
+
+    if subject is None or prompt is None or to is None:
+        raise ConfigError("there is no fact to edit: give --subject, --prompt and --to, or a table by --requests")
+    return Fact(subject, prompt, old).rewrite(to)
+
+
+def _with_old_object(model: Model, rewrite: Rewrite) -> Rewrite:
+    """The rewrite of what the model says now."""
+    from errata.base.facts import Fact
+
+    said = model.complete(rewrite.text, 1)[len(rewrite.text) :].strip()
+    return Fact(rewrite.subject, rewrite.prompt, said).rewrite(rewrite.new_object)
+
+
+def _layer(text: str | None) -> int | Literal["auto"] | None:
+    from errata.base.errors import ConfigError
+
+    if text is None or text == "auto":
+        return text  # type: ignore[return-value]
+    if not text.isdecimal():
+        raise ConfigError(f"--layer is {text!r}: name one by its number, from 0, or say auto")
+    return int(text)
+
+
+def _require_places(out: Path | None, lora: Path | None, merge: Path | None, many: bool) -> None:
+    """Make sure, before long work, that its results can be written."""
+    from errata.base.errors import OutputError
+    from errata.cli import export
+
+    options.require_apart(dict(_named(out, lora, merge)))
+    export.require_free(lora, merge)
+    if out is None:
+        return
+    if out.suffix != ".safetensors" and many:
+        if out.is_file():
+            raise OutputError(f"--out is {out}, a file: name a folder for a file a request, or a .safetensors for all")
+        options.require_outputs(out / "0.safetensors")
+        return
+    options.require_ending(out, [".safetensors"], "an edit")
+    options.require_outputs(out)
+
+
+def _named(out: Path | None, lora: Path | None, merge: Path | None) -> tuple[tuple[str, Path | None], ...]:
+    return ("saved", out), ("lora", lora), ("merged", merge)
+
+
+def _config(model: Model, preset: str | None, key: str | None) -> RomeConfig:
+    """What is known for the model, or the preset, with what was typed."""
+    from errata.editors.rome import RomeConfig
+    from errata.editors.rome.layer import known_settings
+
+    presets = {"paper": RomeConfig.paper, "reference": RomeConfig.reference}
+    config = presets[preset]() if preset else known_settings(model)
+    return RomeConfig(**{**config.model_dump(), "key": key}) if key else config
+
+
+def _site(model: Model, facts: Sequence[Fact], where: int | Literal["auto"] | None, seed: int) -> int | Site | None:
+    """The layer as it was named; None where it is known; else what a trace finds."""
+    from errata.cli import show
+    from errata.editors.rome.layer import known_layer
+    from errata.editors.rome.site import early_site
+
+    if isinstance(where, int) or (where is None and known_layer(model)):
+        return where
+    with show.progress("finding the layer", "facts") as bar:
+        return early_site(model, facts, seed=seed, progress=bar)
+
+
+def _counting(bar: Callable[[int, int], None]) -> Callable[[Step], None]:
+    """Counts steps of all facts; those that stop early leave the bar short of its end."""
+    done = 0
+
+    def tell(step: Step) -> None:
+        nonlocal done
+        done += 1
+        bar(done, step.steps * step.facts)
+
+    return tell
+
+
+# ---- what comes out ----
+
+
+def _save(edits: Sequence[Edit], names: Sequence[str], out: Path | None, model: Model, sequential: bool) -> None:
+    """One file for all, or one each in a folder."""
+    from errata.edits.edit import Edit
+
+    if out is None:
+        return
+    if out.suffix == ".safetensors":
+        whole = edits[0] if len(edits) == 1 else Edit.combine(edits, model if sequential else None)
+        whole.save(out)
+        return
+    for number, (made, name) in enumerate(zip(edits, names, strict=True), start=1):
+        slug = re.sub(r"[^A-Za-z0-9]+", "-", f"{name} {made.rewrites[0].subject}").strip("-")[:60]
+        made.save(out / f"{number:04d}-{slug}.safetensors")
+
+
+def _tell_one(model: Model, made: Edit, also: Sequence[str], told: Mapping[str, Any], json: bool) -> None:
+    """What the model says before and after, and the health of the edit."""
+    from errata.cli import show
+
+    (rewrite,) = made.rewrites
+    prompts, to = [rewrite.text, *also], rewrite.new_object
+    before = _says(model, prompts, to)
+    with made.applied(model):
+        after = _says(model, prompts, to)
+    norm = made.relative_norm(model)
     if after[0][1] < 0.5:
-        show.errors.print(
+        typer.echo(
             f"warning: the edit is weak: P({to}) is {show.percent(after[0][1])} after it, {show.percent(before[0][1])} "
-            "before. Another layer may do (errata trace shows where), or more text in --corpus",
-            markup=False,
-            highlight=False,
+            "before. Another layer may do (--layer auto, or errata trace shows where), or more text in --corpus",
+            err=True,
         )
     if json:
         show.as_json(
             {
-                "model": loaded.name,
+                **told,
                 "id": made.id,
                 "weights": [delta.weight for delta in made.deltas],
                 "relative_norm": norm,
@@ -89,8 +283,10 @@ def edit(
                     {"prompt": p, "before": b[0], "after": a[0], "p_new_before": b[1], "p_new_after": a[1]}
                     for p, b, a in zip(prompts, before, after, strict=True)
                 ],
+                "health": made.notes.get("health"),
+                "residual": made.notes["residual"],
+                "rounding": made.notes["rounding"],
                 "config": dict(made.config),
-                "saved": str(out) if out else None,
             }
         )
         return
@@ -99,39 +295,50 @@ def edit(
     ]
     show.table(("prompt", "before", f"P({to})", "after", f"P({to})"), rows)
     weights = ", ".join(delta.weight for delta in made.deltas)
-    show.console.print(f"{weights} changed by ‖ΔW‖/‖W‖ = {norm:.3f}", highlight=False, markup=False)
-    if out:
-        size = out.stat().st_size / 1024
-        show.console.print(f"saved: {out} ({size:.0f} KB), for errata generate --edit", markup=False, highlight=False)
+    show.line(f"{weights} changed by ‖ΔW‖/‖W‖ = {norm:.3f}; layer {told['layer']}: {told['chosen']}")
+    show.line(show.health_summary(made))
 
 
-def _second_moment(
-    model: Model, layer: int | None, corpus: list[Path] | None, identity: bool, bar: Callable[[int, int], None]
-) -> SecondMoment:
-    """What the options ask for; the atlas has a corpus of its own."""
-    from errata.api import ATLAS, atlas_second_moment
-    from errata.base.errors import ConfigError
-    from errata.statistics.corpus import Corpus
-    from errata.statistics.second_moment import SecondMoment
-    from errata.statistics.store import collect_cached
+def _tell_many(edits: Sequence[Edit], names: Sequence[str], told: Mapping[str, Any], json: bool) -> None:
+    """A line an edit."""
+    from errata.cli import show
 
-    if identity and corpus:
-        raise ConfigError("--identity does without a corpus: give one of --identity and --corpus")
-    if identity:
-        return SecondMoment.identity(model.d_mlp)
-    if not corpus and model.hints.get("corpus") != ATLAS:
-        raise ConfigError(
-            f"ROME needs text to learn which keys of {model.name} to leave alone: give --corpus FILE (.txt or .jsonl, "
-            "some 100,000 tokens), or --identity to do without"
+    if json:
+        told_edits = [
+            {
+                "name": name,
+                "id": made.id,
+                "subject": made.rewrites[0].subject,
+                "new_object": made.rewrites[0].new_object,
+                "health": made.notes.get("health"),
+                "residual": made.notes["residual"],
+                "rounding": made.notes["rounding"],
+            }
+            for made, name in zip(edits, names, strict=True)
+        ]
+        show.as_json({**told, "edits": told_edits})
+        return
+    rows = []
+    for made, name in zip(edits, names, strict=True):
+        (rewrite,), health = made.rewrites, made.notes["health"]
+        rows.append(
+            (
+                name,
+                f"{rewrite.text} {rewrite.new_object}",
+                show.percent(health["probability_before"]),
+                show.percent(health["probability_after"]),
+                f"{health['relative_norm']:.3f}",
+                "–"
+                if health["drift"] is None
+                else f"{health['drift']:.2g}" + (" disabling" if health["disabling"] else ""),
+            )
         )
-    if layer is None:
-        raise ConfigError(f"no layer to edit is named: give --layer, 0 to {model.n_layers - 1}")
-    if not corpus:
-        return atlas_second_moment(model, layer, bar)
-    return collect_cached(model, [layer], Corpus.from_files(*corpus), progress=bar)[layer]
+    if rows:
+        show.table(("name", "edit", "P before", "after", "‖ΔW‖/‖W‖", "drift"), rows)
+        show.line(f"layer {told['layer']}: {told['chosen']}. Drift is in nats per token, on texts of the model's own.")
 
 
-def _says(model: Model, prompts: list[str], target: str) -> list[tuple[str, float]]:
+def _says(model: Model, prompts: Sequence[str], target: str) -> list[tuple[str, float]]:
     """For each prompt how the model goes on, and the probability of the target."""
     import math
 

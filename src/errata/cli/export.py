@@ -47,7 +47,7 @@ def export(
     if out:
         options.require_ending(out, [".safetensors"], "an edit")
         options.require_outputs(out)
-    wanted = None if layers is None else layer_numbers(layers)
+    wanted = None if layers is None else options.layer_numbers(layers)
     require_free(lora, merge)
 
     from errata.edits.edit import Edit
@@ -121,25 +121,6 @@ def require_free(lora: Path | None, merge: Path | None) -> None:
         saving.require_free(lora, is_ours)
     if merge:
         saving.require_free(merge)
-
-
-def layer_numbers(text: str) -> list[int]:
-    """Layers as people write them: 3, 3-5, 2,4-6.
-
-    Raises:
-        ConfigError: if they are written otherwise.
-    """
-    from errata.base.errors import ConfigError
-
-    found: list[int] = []
-    for word in options.comma_separated(text):
-        first, dash, last = word.partition("-")
-        if not first.isdecimal() or (dash and not last.isdecimal()):
-            raise ConfigError(f"--layers is {text!r}, which names no layers: write 3, 3-5 or 2,4-6")
-        found += range(int(first), int(last or first) + 1)
-    if not found:
-        raise ConfigError(f"--layers is {text!r}, which names no layers: the lower one comes first, as in 3-5")
-    return found
 
 
 def _residuals(edit: Edit) -> dict[str, float]:

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Annotated, Optional
 
 import typer
 
-from errata.cli import options
+from errata.cli import options, tables
 
 if TYPE_CHECKING:
-    from errata.benchmarks.fact_table import BadLine, FactRow, FactTable
+    from errata.benchmarks.fact_table import FactRow
     from errata.models.model import Model
 
 KIND = "continuations"
@@ -55,7 +55,7 @@ def facts(
     bad = [*table.bad]
     if known:
         bad += [BadLine(row.line, "it has no object to know") for row in table.rows if not row.fact.object]
-    tell_bad_lines(bad, file, table, strict)
+    tables.tell_bad_lines(bad, file, table.unit, strict)
     kept: Sequence[FactRow] = table.rows
     result: dict[str, object] = {"file": str(file), "facts": len(kept)}
     summary = f"{len(kept)} facts in {file}"
@@ -65,7 +65,7 @@ def facts(
 
         loaded = options.load(model, device, dtype, download)
         refused = [BadLine(r.line, reason) for r in kept if r.fact.object and (reason := refusal(loaded, r.fact.text))]
-        tell_bad_lines(refused, file, table, strict)
+        tables.tell_bad_lines(refused, file, table.unit, strict)
         bad += refused
         unusable = {each.line for each in bad}
         rows = [row for row in kept if row.line not in unusable]
@@ -103,21 +103,6 @@ def facts(
     if bad:
         typer.echo(f"left out: {len(bad)} of {len(table.rows) + len(table.bad)}", err=True)
         raise typer.Exit(1)
-
-
-def tell_bad_lines(bad: Sequence[BadLine], file: Path, table: FactTable, strict: bool) -> None:
-    """Name bad lines on standard error.
-
-    Raises:
-        FactError: of the first, if strict.
-    """
-    from errata.base.errors import FactError
-
-    for each in sorted(bad, key=lambda one: one.line):
-        told = f"{file}, {table.unit} {each.line}: {each.reason}"
-        if strict:
-            raise FactError(told)
-        typer.echo(" ".join(told.split()), err=True)
 
 
 def _ask(

@@ -119,6 +119,25 @@ def comma_separated(text: str) -> tuple[str, ...]:
     return tuple(word.strip() for word in text.split(","))
 
 
+def layer_numbers(text: str) -> list[int]:
+    """Layers as people write them: 3, 3-5, 2,4-6.
+
+    Raises:
+        ConfigError: if they are written otherwise.
+    """
+    from errata.base.errors import ConfigError
+
+    found: list[int] = []
+    for word in comma_separated(text):
+        first, dash, last = word.partition("-")
+        if not first.isdecimal() or (dash and not last.isdecimal()):
+            raise ConfigError(f"--layers is {text!r}, which names no layers: write 3, 3-5 or 2,4-6")
+        found += range(int(first), int(last or first) + 1)
+    if not found:
+        raise ConfigError(f"--layers is {text!r}, which names no layers: the lower one comes first, as in 3-5")
+    return found
+
+
 def memory_bytes(text: str | None) -> int | None:
     """Bytes, from how people write them: 4GB, 1.5 GiB, 500M, 4096.
 

@@ -20,6 +20,7 @@ from errata.plots.drawing import part_name
 from errata.tracing.result import ROLES
 
 if TYPE_CHECKING:
+    from errata.edits.edit import Edit
     from errata.tracing.average import AverageEffects
     from errata.tracing.result import CausalTrace
 
@@ -124,6 +125,24 @@ def _best(trace: CausalTrace) -> tuple[int, int, float]:
     first, last = trace.subject
     in_subject = not np.isnan(trace.restored[part][first : last + 1]).all()
     return trace.best(part, in_subject=in_subject)
+
+
+def health_summary(edit: Edit) -> str:
+    """How exactly an edit holds, and what else it moves, in two sentences."""
+    notes, health = edit.notes, edit.notes.get("health")
+    exact = f"Ŵk* = v* holds to {notes['residual']:.1e}"
+    if notes["rounding"] > 1e-4:
+        exact += f" (the weight's dtype rounds {percent(notes['rounding'])} of the change away)"
+    if health is None:
+        return f"{exact}."
+    drift, ppl = health["drift"], (health["perplexity_before"], health["perplexity_after"])
+    if drift is None:
+        return f"{exact}. What it says of its own texts is no number any more: a disabling edit."
+    return (
+        f"{exact}. Of texts of its own the model speaks differently by {drift:.2g} nats per token (perplexity "
+        f"{ppl[0]:.3g} "
+        f"before, {ppl[1]:.3g} after)" + (": a disabling edit." if health["disabling"] else ".")
+    )
 
 
 def averages(found: AverageEffects) -> None:

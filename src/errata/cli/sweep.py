@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional, cast
 
 import typer
 
-from errata.cli import options
+from errata.cli import moments, options, tables
 
 if TYPE_CHECKING:
     from errata.base.facts import Fact, Rewrite
@@ -21,8 +21,6 @@ if TYPE_CHECKING:
     from errata.models.tokens import Role
 
 Save = Annotated[Path, typer.Option(help="The results, .jsonl: each as soon as it is there, so a stopped run goes on.")]
-Corpus = Annotated[Optional[list[Path]], typer.Option(help="Texts (.txt, .jsonl) for the second moments.")]  # noqa: UP045
-Identity = Annotated[bool, typer.Option("--identity", help="Do without second moments (C = 1).")]
 
 _REASONS = 4  # told on the terminal: one a token
 
@@ -36,8 +34,11 @@ def sweep(
     tokens: Annotated[
         str, typer.Option(help="Roles of the tokens, with commas.")
     ] = "subject_first,subject_last,subject_first_after,last",
-    corpus: Corpus = None,
-    identity: Identity = False,
+    corpus: moments.Corpus = None,
+    field: moments.Field = "text",
+    revision: moments.Revision = None,
+    corpus_tokens: moments.Tokens = 100_000,
+    identity: moments.Identity = False,
     seed: options.Seed = 0,
     device: options.Device = None,
     dtype: options.Dtype = "auto",
@@ -50,9 +51,9 @@ def sweep(
     """
     from errata.base.errors import ConfigError
     from errata.cli import show
-    from errata.cli.export import layer_numbers
 
-    numbers = None if layers is None else layer_numbers(layers)
+    source = moments.Source(corpus, field, revision, corpus_tokens, None, identity, download)
+    numbers = None if layers is None else options.layer_numbers(layers)
     _require_files(save, out)
 
     # Torch comes only now: bad input is told at once.
@@ -69,13 +70,13 @@ def sweep(
     outside = [layer for layer in wanted if layer >= loaded.n_layers]
     if outside:
         raise ConfigError(f"there is no layer {outside[0]}: {loaded.name} has 0 to {loaded.n_layers - 1}")
-    moments = {layer: _second_moment(loaded, layer, corpus, identity) for layer in wanted}
+    found_moments = {layer: source.of(loaded, layer) for layer in wanted}
     with _going_on("sweeping") as tell:
         found = sweep_sites(
             loaded,
             records_of_the_atlas(records),
             save,
-            second_moments=moments.__getitem__,
+            second_moments=found_moments.__getitem__,
             layers=list(wanted),
             tokens=cast("tuple[Role, ...]", options.comma_separated(tokens)),
             seed=seed,
@@ -106,8 +107,11 @@ def sequence(
     untouched: Annotated[int, typer.Option(min=1, help="How many such facts that the model recalls, at most.")] = 500,
     layer: Annotated[Optional[int], typer.Option(help="The layer to edit, from 0.")] = None,  # noqa: UP045
     every: Annotated[int, typer.Option(min=1, help="Measure after every so many edits.")] = 1,
-    corpus: Corpus = None,
-    identity: Identity = False,
+    corpus: moments.Corpus = None,
+    field: moments.Field = "text",
+    revision: moments.Revision = None,
+    corpus_tokens: moments.Tokens = 100_000,
+    identity: moments.Identity = False,
     seed: options.Seed = 0,
     device: options.Device = None,
     dtype: options.Dtype = "auto",
@@ -122,10 +126,15 @@ def sequence(
     from errata.base.errors import ConfigError
     from errata.cli import show
 
+    source = moments.Source(corpus, field, revision, corpus_tokens, None, identity, download)
     options.require_apart({"--requests": requests, "--facts": facts, "--save": save, "--out": out})
     _require_files(save, out)
     bad: list[BadLine] = []
-    rewrites = _requested(requests, bad) if requests else None
+    rewrites = None
+    if requests:
+        table = tables.requested(requests)
+        bad += table.bad
+        rewrites = [row.rewrite for row in table.rows]
     watched = _facts_of(facts, bad) if facts else None
 
     # Torch comes only now: bad input is told at once.
@@ -141,7 +150,7 @@ def sequence(
     rewrites = (_rewrites_of_the_atlas(edits) if rewrites is None else rewrites)[:edits]
     known = _known(loaded, _facts_of_the_atlas(seed) if watched is None else watched, rewrites, untouched)
     config, _ = resolve(loaded, [each.fact for each in rewrites], None, layer, seed)
-    moment = _second_moment(loaded, cast("int", config.layer), corpus, identity)
+    moment = source.of(loaded, cast("int", config.layer))
     with _going_on("editing") as tell:
         found = edit_in_sequence(
             loaded, rewrites, known, save, config, second_moment=moment, every=every, seed=seed, progress=tell
@@ -175,44 +184,15 @@ def _is_atlas(model: Model) -> bool:
     return bool(model.hints.get("corpus") == ATLAS)
 
 
-def _second_moment(model: Model, layer: int, corpus: list[Path] | None, identity: bool) -> Any:
-    from errata.cli import show
-    from errata.cli.edit import _second_moment as asked_for
-
-    with show.progress(f"second moment of layer {layer}", "tokens") as bar:
-        return asked_for(model, layer, corpus, identity, bar)
-
-
-def _requested(file: Path, bad: list[BadLine]) -> list[Rewrite]:
-    """The rewrites of a table; what is wrong with it is told."""
-    from errata.benchmarks.requests import read_requests
-
-    table = read_requests(file)
-    _tell(table.bad, file, table.unit, bad)
-    for rows in table.contradictions:
-        places = ", ".join(f"{row.line} ({row.rewrite.new_object})" for row in rows)
-        typer.echo(
-            f"{file}: {rows[0].rewrite.text!r} is to have several answers, and the last has the last word: "
-            f"{table.unit}s {places}",
-            err=True,
-        )
-    return [row.rewrite for row in table.rows]
-
-
 def _facts_of(file: Path, bad: list[BadLine]) -> list[Fact]:
     """The facts of a table that have an object; what is wrong with it is told."""
     from errata.benchmarks.fact_table import BadLine, read_facts
 
     table = read_facts(file)
     without = [BadLine(row.line, "it has no object to recall") for row in table.rows if not row.fact.object]
-    _tell([*table.bad, *without], file, table.unit, bad)
+    tables.tell_bad_lines([*table.bad, *without], file, table.unit)
+    bad += [*table.bad, *without]
     return [row.fact for row in table.rows if row.fact.object]
-
-
-def _tell(found: Sequence[BadLine], file: Path, unit: str, bad: list[BadLine]) -> None:
-    for each in found:
-        typer.echo(" ".join(f"{file}, {unit} {each.line}: {each.reason}".split()), err=True)
-    bad += found
 
 
 def _rewrites_of_the_atlas(count: int) -> list[Rewrite]:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Optional
 
 import typer
 
-from errata.cli import options
+from errata.cli import options, tables
 
 if TYPE_CHECKING:
     from errata.base.facts import Fact
@@ -194,24 +194,23 @@ def _trace_table(
     from errata.base.errors import ConfigError, FactError
     from errata.benchmarks.fact_table import BadLine, read_facts
     from errata.cli import show
-    from errata.cli.facts import tell_bad_lines
     from errata.tracing.config import TraceConfig
 
     table = read_facts(file)
     options.require_picture(out)
     options.require_outputs(save)
     config = TraceConfig(**settings)
-    tell_bad_lines(table.bad, file, table, strict)
+    tables.tell_bad_lines(table.bad, file, table.unit, strict)
     loaded = options.load(model, device, dtype, download)
     refused = _refused(loaded, table.rows, config)
-    tell_bad_lines(refused, file, table, strict)
+    tables.tell_bad_lines(refused, file, table.unit, strict)
     if len(refused) == len(table.rows):
         raise FactError(f"no fact of {file} can be traced: mend its lines, or give another table")
     run = _trace_all(loaded, table.rows, save, config, memory)
     traces, told = run.traces, {each.line for each in refused}
     late = [BadLine(table.rows[index].line, reason) for index, reason in run.refused]
     late = [each for each in late if each.line not in told]
-    tell_bad_lines(late, file, table, strict)
+    tables.tell_bad_lines(late, file, table.unit, strict)
     try:
         found = options.averaged(traces, min_effect, unknown)
     except ConfigError as error:  # the traces are kept all the same

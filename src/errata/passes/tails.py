@@ -59,10 +59,17 @@ def cut(recording: Recording, rows: Mapping[int, int], tokens: tuple[int, int], 
         rows: the row of each label.
         tokens: the first token that is wanted, and the first after it that is not.
         layers: the first block that they are to be run in, and the first after it in which they are not.
+
+    Raises:
+        UnsupportedModel: if a block has remembered no keys and values.
     """
     token, end = tokens
     device = recording.model.device
     index = torch.tensor(list(rows.values()), device=device)
+    try:
+        past = tuple(recording.past(layer, index, token) for layer in range(*layers))
+    except TypeError as problem:  # there are none to be cut
+        raise _refusal(recording.model, layers[0]) from problem
     known: dict[tuple[int, ...], dict[str, Any]] = {}  # most blocks are given the very same tensors
 
     def arguments(layer: int) -> dict[str, Any]:
@@ -77,7 +84,7 @@ def cut(recording: Recording, rows: Mapping[int, int], tokens: tuple[int, int], 
         first=layers[0],
         token=token,
         states=recording.states[layers[0]][index, token:end],
-        past=tuple(recording.past(layer, index, token) for layer in range(*layers)),
+        past=past,
         arguments=tuple(map(arguments, range(*layers))),
         witness=tuple(recording.states[layer][index[:1], token:end] for layer in range(layers[0], layers[1] + 1)),
     )
@@ -167,13 +174,16 @@ def join(model: Model, cuts: Sequence[Cut]) -> Tails:
     lanes = [_Lane.of(model, [each]) for each in cuts]
     for lane, each in zip(lanes, cuts, strict=True):
         if not lane.holds([each]):
-            raise UnsupportedModel(
-                f"{model.anatomy.blocks}.{lane.first} and those above it: resumed in the middle of a text, they come "
-                f"out otherwise than in one piece, so {model.name} cannot be replayed from a recorded run; load it "
-                "with "
-                "attn_implementation='eager' if it has another"
-            )
+            raise _refusal(model, lane.first)
     return Tails(lanes)
+
+
+def _refusal(model: Model, first: int) -> UnsupportedModel:
+    return UnsupportedModel(
+        f"{model.anatomy.blocks}.{first} and those above it: resumed in the middle of a text, they come out otherwise "
+        f"than in one piece, so {model.name} cannot be replayed from a recorded run; load it with "
+        "attn_implementation='eager' if it has another"
+    )
 
 
 @dataclass(frozen=True)
@@ -185,7 +195,7 @@ class _Lane:
         counts: tokens of each, `[r]`.
         states: `[r, n, d_model]`.
         past: of each block, keys and values `[r, heads, p, d]`, aligned at the last of the p tokens.
-        arguments: of each block; its masks are `[r, 1, n, p + n]`.
+        arguments: of each block; its masks are `[r, 1, n, p + n]`, or one a head.
     """
 
     model: Model
@@ -322,11 +332,11 @@ def _of_kind(mask: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _mask(mask: Tensor, token: int, width: int, longest: int) -> Tensor:
-    """A mask `[1, 1, n, token + n]` as `[1, 1, width, longest + width]`; tokens that are not there see themselves."""
+    """A mask `[1, h, n, token + n]` as `[1, h, width, longest + width]`; tokens that are not there see themselves."""
     count = mask.shape[-2]
     no = False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min
     yes = True if mask.dtype == torch.bool else 0
-    whole = mask.new_full((1, 1, width, longest + width), no)
+    whole = mask.new_full((1, mask.shape[1], width, longest + width), no)
     absent = width - count
     whole[..., absent:, longest - token : longest] = mask[..., :token]
     whole[..., absent:, longest + absent :] = mask[..., token:]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -17,8 +18,10 @@ from errata.editors.rome.config import RomeConfig
 from errata.editors.rome.examine import Examiner
 from errata.editors.rome.key import Keys, Recorded, record_texts
 from errata.editors.rome.layer import resolve
+from errata.editors.rome.site import Site
 from errata.editors.rome.texts import Text, texts_of
 from errata.edits.edit import Edit
+from errata.edits.ledger import ContradictoryEdits
 from errata.models.memory import free_memory
 from errata.models.model import Model
 from errata.models.weights import down_weight_name
@@ -38,7 +41,7 @@ def rome(
     rewrites: Rewrite,
     config: RomeConfig | None = None,
     *,
-    layer: int | Literal["auto"] | None = None,
+    layer: int | Literal["auto"] | Site | None = None,
     second_moment: SecondMoments | None = None,
     seed: int = 0,
     sequential: bool = False,
@@ -54,7 +57,7 @@ def rome(
     rewrites: Sequence[Rewrite],
     config: RomeConfig | None = None,
     *,
-    layer: int | Literal["auto"] | None = None,
+    layer: int | Literal["auto"] | Site | None = None,
     second_moment: SecondMoments | None = None,
     seed: int = 0,
     sequential: bool = False,
@@ -70,7 +73,7 @@ def rome(
     rewrites: Sequence[Rewrite],
     config: RomeConfig | None = None,
     *,
-    layer: int | Literal["auto"] | None = None,
+    layer: int | Literal["auto"] | Site | None = None,
     second_moment: SecondMoments | None = None,
     seed: int = 0,
     sequential: bool = False,
@@ -86,7 +89,7 @@ def rome(
     rewrites: Rewrite | Sequence[Rewrite],
     config: RomeConfig | None = None,
     *,
-    layer: int | Literal["auto"] | None = None,
+    layer: int | Literal["auto"] | Site | None = None,
     second_moment: SecondMoments | None = None,
     seed: int = 0,
     sequential: bool = False,
@@ -102,7 +105,8 @@ def rome(
         model: left as it is, byte for byte, on errors and interrupts too.
         rewrites: a fact and its new object, or a sequence of such.
         config: settings; None: the defaults, with what the model's own hints or a preset for it say otherwise.
-        layer: the layer to edit, from 0, or "auto"; it goes before the config's, which goes before hint and preset.
+        layer: the layer to edit, from 0; "auto"; or what `early_site` found. It goes before the config's, which goes
+            before hint and preset.
         second_moment: C, of the keys of that layer; or by layer, as `statistics.collect(model, layers, texts)` gives
             it; or a function that is called with the layer once it is known.
         seed: of the sampled prefixes and probe texts.
@@ -170,6 +174,8 @@ def _in_sequence(work: _Work, rewrites: Sequence[Rewrite], stop: bool) -> list[_
     """Each edit made with the ones before it on the model."""
     found: list[_Made] = []
     with ExitStack() as stack:
+        stack.enter_context(warnings.catch_warnings())  # that a later edit takes an earlier one back is its purpose
+        warnings.simplefilter("ignore", ContradictoryEdits)
         for numbered in enumerate(rewrites):
             (made,) = _together(work, [numbered])
             found.append(made)

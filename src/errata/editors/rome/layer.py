@@ -13,11 +13,8 @@ from typing import Any, Literal
 from errata.base.errors import ConfigError
 from errata.base.facts import Fact
 from errata.editors.rome.config import RomeConfig
-from errata.editors.rome.site import early_site
+from errata.editors.rome.site import Site, early_site
 from errata.models.model import Model
-
-# Facts that `layer="auto"` traces, of many.
-_FACTS_TRACED = 10
 
 
 @dataclass(frozen=True)
@@ -50,11 +47,27 @@ def preset_of(model: Model) -> Preset | None:
     return _PUBLISHED.get((model.hf.config.model_type, model.n_layers, model.d_model))
 
 
+def known_settings(model: Model) -> RomeConfig:
+    """The defaults, with what was published for the model and what its own config hints; without a layer."""
+    preset = preset_of(model)
+    published = {name: value for name, value in (preset.settings if preset else {}).items() if name != "layer"}
+    return RomeConfig(**{**published, **model.hints.get("rome", {})})
+
+
+def known_layer(model: Model) -> tuple[int, str] | None:
+    """The layer that the model's own config hints, or that was published for it, and which of these it is."""
+    if (hint := model.hints.get("rome_layer")) is not None:
+        return hint, "the model's own hint"
+    if preset := preset_of(model):
+        return preset.settings["layer"], f"published for {preset.name}: {preset.source}"
+    return None
+
+
 def resolve(
     model: Model,
     facts: Sequence[Fact],
     config: RomeConfig | None = None,
-    layer: int | Literal["auto"] | None = None,
+    layer: int | Literal["auto"] | Site | None = None,
     seed: int = 0,
 ) -> tuple[RomeConfig, str]:
     """The settings with a layer that the model has, and how that came to be chosen.
@@ -63,29 +76,20 @@ def resolve(
         ConfigError: if none is named and none is known, or it is not there.
         FactError: if "auto" finds no site.
     """
-    preset = preset_of(model)
-    hints = {"layer": model.hints.get("rome_layer"), **model.hints.get("rome", {})}
-    if config is None:
-        config = RomeConfig(
-            **{**(preset.settings if preset else {}), **{k: v for k, v in hints.items() if v is not None}}
-        )
-        config = config.model_copy(update={"layer": None})
-    candidates: list[tuple[int | str | None, str]] = [
-        (layer, "named"),
-        (config.layer, "named"),
-        (hints["layer"], "the model's own hint"),
-        (preset.settings["layer"], f"published for {preset.name}: {preset.source}") if preset else (None, ""),
-    ]
-    chosen, how = next(((each, by) for each, by in candidates if each is not None), (None, ""))
+    config = known_settings(model) if config is None else config
+    chosen = config.layer if layer is None else layer
+    how = "named"
     if chosen is None:
-        raise ConfigError(
-            f"no layer to edit is named, and none is known for {model.name}: say layer=..., 0 to "
-            f'{model.n_layers - 1}, or layer="auto" to have a quick trace of the fact find it'
-        )
+        known = known_layer(model)
+        if known is None:
+            raise ConfigError(
+                f"no layer to edit is named, and none is known for {model.name}: say layer=..., 0 to "
+                f'{model.n_layers - 1}, or layer="auto" to have a quick trace of the fact find it'
+            )
+        chosen, how = known
     if chosen == "auto":
-        site = early_site(model, list(dict.fromkeys(facts))[:_FACTS_TRACED], seed=seed)
-        chosen, how = site.layer, str(site)
-    config = RomeConfig(**{**config.model_dump(), "layer": chosen})
-    assert isinstance(config.layer, int)
-    model.path(("key", config.layer))  # raises for a layer that is not there
-    return config, how
+        chosen = early_site(model, facts, seed=seed)
+    if isinstance(chosen, Site):
+        chosen, how = chosen.layer, str(chosen)
+    model.path(("key", chosen))  # raises for a layer that is not there
+    return RomeConfig(**{**config.model_dump(), "layer": chosen}), how

@@ -6,7 +6,7 @@ ROME edits in the middle of those layers.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,6 +17,8 @@ from errata.models.model import Model
 from errata.tracing.config import TraceConfig
 from errata.tracing.trace import trace
 
+# Facts that are traced, of many.
+_FACTS_TRACED = 10
 # A total effect below this leaves nothing to find a site by.
 _MIN_EFFECT = 0.01
 
@@ -38,26 +40,37 @@ class Site:
     def __str__(self) -> str:
         of = "the fact" if self.facts == 1 else f"{self.facts} facts"
         return (
-            f"layer {self.layer}: the middle of the MLP's early site by a trace of {of} (restoring MLP outputs around "
+            f"the middle of the MLP's early site by a trace of {of} (restoring MLP outputs around "
             f"it at the subject's last token brings back {100 * self.effects[self.layer]:.1f} points)"
         )
 
 
-def early_site(model: Model, facts: Sequence[Fact], samples: int = 5, seed: int = 0) -> Site:
+def early_site(
+    model: Model,
+    facts: Sequence[Fact],
+    samples: int = 5,
+    seed: int = 0,
+    progress: Callable[[int, int], None] | None = None,
+) -> Site:
     """Trace facts and place an edit: the centre of the layers whose effect is at least half of the largest.
 
     The last layer is never chosen: nothing above it could carry what it writes to later tokens.
 
     Args:
-        facts: their answers are what the model itself says; those that hardly depend on the subject do not count.
+        facts: of many, ten are traced. Their answers are what the model itself says; those that hardly depend on the
+            subject do not count.
         samples: of noise, for each fact.
+        progress: called with facts traced and in all.
 
     Raises:
         FactError: if a fact cannot be traced, or the answer depends on the subject in none.
     """
     config = TraceConfig(parts=("mlp",), samples=samples, tokens=("last subject",), seed=seed)
     effects = []
-    for fact in facts:
+    chosen = list(dict.fromkeys(facts))[:_FACTS_TRACED]
+    for done, fact in enumerate(chosen):
+        if progress is not None:
+            progress(done, len(chosen))
         found = trace(model, fact, config)
         if found.total_effect >= _MIN_EFFECT:
             effects.append(found.indirect_effect("mlp")[found.subject[1]])

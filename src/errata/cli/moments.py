@@ -1,0 +1,95 @@
+"""Where a command's second moments come from: the options that say it, and what they mean."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Optional
+
+import typer
+
+if TYPE_CHECKING:
+    from errata.models.model import Model
+    from errata.statistics.corpus import Corpus as Texts
+    from errata.statistics.second_moment import SecondMoment
+
+Corpus = Annotated[
+    Optional[str],  # noqa: UP045
+    typer.Option(
+        help="Texts for the second moment: a file or folder (.txt, .jsonl, .parquet, .gz), wikipedia, or a dataset "
+        "hf:ID[:CONFIG[:SPLIT]]. The atlas has its own."
+    ),
+]
+Field = Annotated[str, typer.Option(help="Of .jsonl, .parquet and datasets: the field with the text.")]
+Revision = Annotated[Optional[str], typer.Option(help="The commit of a dataset; wikipedia has one.")]  # noqa: UP045
+Tokens = Annotated[int, typer.Option("--corpus-tokens", min=1, help="How many tokens of the corpus count at most.")]
+File = Annotated[
+    Optional[Path],  # noqa: UP045
+    typer.Option("--second-moment", help="Instead of a corpus a file: ours, or the ROME authors' .npz."),
+]
+Identity = Annotated[bool, typer.Option("--identity", help="Do without a second moment (C = 1).")]
+
+
+@dataclass(frozen=True)
+class Source:
+    """What the options say."""
+
+    corpus: str | None
+    field: str
+    revision: str | None
+    tokens: int
+    file: Path | None
+    identity: bool
+    download: bool
+
+    def __post_init__(self) -> None:
+        from errata.base.errors import ConfigError
+
+        given = [("--identity", self.identity), ("--second-moment", self.file), ("--corpus", self.corpus)]
+        named = [name for name, value in given if value]
+        if len(named) > 1:
+            raise ConfigError(f"the second moment is given twice, by {' and '.join(named)}: give one")
+
+    def of(self, model: Model, layer: int) -> SecondMoment:
+        """The second moment of a layer's keys: read, found in the cache, or collected now.
+
+        Raises:
+            ConfigError: if there is no corpus, or it is none.
+            StaleStatistics: if a file is of another model or layer.
+        """
+        from errata.cli import show
+        from errata.statistics.second_moment import SecondMoment
+        from errata.statistics.store import collect_cached, load_any
+
+        if self.identity:
+            return SecondMoment.identity(model.d_mlp)
+        if self.file:
+            return load_any(self.file, layer, model)
+        with show.progress(f"second moment of layer {layer}", "tokens") as bar:
+            return collect_cached(model, [layer], self.texts(model), self.tokens, progress=bar)[layer]
+
+    def by_layer(self, model: Model) -> Callable[[int], SecondMoment]:
+        """As `of`, for the layer that it is called with."""
+        return lambda layer: self.of(model, layer)
+
+    def texts(self, model: Model) -> Texts:
+        """The corpus that the options name; the atlas's own, for it.
+
+        Raises:
+            ConfigError: if none is named, or it is none.
+        """
+        from errata import atlas
+        from errata.api import ATLAS
+        from errata.base.errors import ConfigError
+        from errata.statistics.corpus import Corpus
+
+        own = model.hints.get("corpus") == ATLAS
+        if self.corpus is None and not own:
+            raise ConfigError(
+                f"ROME needs text to learn which keys of {model.name} to leave alone: give --corpus FILE (some 100,000 "
+                "tokens) or --corpus wikipedia --download, or --identity to do without"
+            )
+        if self.corpus is None or (self.corpus == ATLAS and not Path(ATLAS).exists()):
+            return atlas.own_corpus()
+        return Corpus.open(self.corpus, field=self.field, revision=self.revision, download=self.download)

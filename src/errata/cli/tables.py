@@ -1,0 +1,48 @@
+"""Tables that commands read: what is in them, and what is wrong with them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import typer
+
+if TYPE_CHECKING:
+    from errata.benchmarks.fact_table import BadLine
+    from errata.benchmarks.requests import RequestTable
+
+
+def tell_bad_lines(bad: Sequence[BadLine], file: Path, unit: str, strict: bool = False) -> None:
+    """Name bad lines (or entries: `unit`) on standard error.
+
+    Raises:
+        FactError: of the first, if strict.
+    """
+    from errata.base.errors import FactError
+
+    for each in sorted(bad, key=lambda one: one.line):
+        told = f"{file}, {unit} {each.line}: {each.reason}"
+        if strict:
+            raise FactError(told)
+        typer.echo(" ".join(told.split()), err=True)
+
+
+def requested(file: Path, strict: bool = False) -> RequestTable:
+    """A table of requests, of which bad lines and contradictions are told.
+
+    Raises:
+        FactError: of the first bad line, if strict.
+    """
+    from errata.benchmarks.requests import read_requests
+
+    table = read_requests(file)
+    tell_bad_lines(table.bad, file, table.unit, strict)
+    for rows in table.contradictions:
+        places = ", ".join(f"{row.line} ({row.rewrite.new_object})" for row in rows)
+        typer.echo(
+            f"{file}: {rows[0].rewrite.text!r} is to have several answers, and the last has the last word: "
+            f"{table.unit}s {places}",
+            err=True,
+        )
+    return table
