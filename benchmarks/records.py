@@ -4,8 +4,7 @@
     python benchmarks/records.py --records 500 --json     # the same as JSON
 
 The ways: one by one with one key everywhere (`consistent`), with the published code's two keys (`reference`), many
-together (`batched`, with the difference to one by one), and with weights in bfloat16 (`bfloat16`); of which `--ways` names
-some.
+together (`batched`, with the difference to one by one), and with weights in bfloat16 (`bfloat16`); `--ways` names some.
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import shlex
@@ -10,6 +11,8 @@ import sys
 from pathlib import Path
 
 import pytest
+
+from errata.atlas import corpus, world
 
 ROOT = Path(__file__).parents[1]
 
@@ -72,6 +75,46 @@ def test_the_guide_to_tracing(tmp_path):
     assert (tmp_path / "known.csv").read_text().count("\n") == 3
     for name in ("traces.jsonl", "averages.csv", "averages.png", "lines.svg"):
         assert (tmp_path / name).stat().st_size > 1000, name
+
+
+REQUESTS = """subject,prompt,new_object
+Arthur Conan Doyle,The native language of {} is,Italian
+Roy Hargrove,{} is known for playing the,violin
+"""
+
+
+def test_the_guide_to_editing(tmp_path):
+    (tmp_path / "requests.csv").write_text(REQUESTS)
+    (first, second) = (
+        run([sys.executable, "-c", text], tmp_path).stdout for text in blocks("docs/editing.md", "python")
+    )
+    assert "The mother tongue of Arthur Conan Doyle is Italian" in first
+    assert "Roy Hargrove -> violin" in second
+    said = [
+        run([sys.executable, "-m", "errata.cli.app", *shlex.split(line, comments=True)[1:]], tmp_path).stdout
+        for line in commands("docs/editing.md")
+    ]
+    assert "Italian" in said[1]
+    assert len(list((tmp_path / "edits").iterdir())) == 2
+    for name in ("adapter/adapter_config.json", "all.safetensors", "sweep.jsonl", "sweep.png", "sequence.png"):
+        assert (tmp_path / name).stat().st_size > 100, name
+
+
+def test_the_guide_to_second_moments(tmp_path):
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "a.txt").write_text("\n\n".join(itertools.islice(corpus.texts(world.load_world(), 3), 60)))
+    (text,) = blocks("docs/statistics.md", "python")
+    assert "Halves(" in run([sys.executable, "-c", text], tmp_path).stdout
+
+
+def test_the_guide_to_serving(tmp_path):
+    for text in blocks("docs/serving.md", "python"):
+        said = run([sys.executable, "-c", text], tmp_path).stdout
+    assert float(said) < 1e-5  # PEFT's logits against the applied edit's
+    for line in commands("docs/serving.md"):
+        run([sys.executable, "-m", "errata.cli.app", *shlex.split(line, comments=True)[1:]], tmp_path)
+    for name in ("edited-atlas/errata.json", "doyle-model/errata.json", "doyle-lora/adapter_config.json"):
+        assert (tmp_path / name).is_file()
 
 
 @pytest.mark.parametrize("document", ["README.md", *(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))])

@@ -54,7 +54,7 @@ def main() -> None:
     Exit codes: 0, it worked; 1, it worked, but some lines of a table could not be used; 2, bad input (one line on
     standard error says what); 130, interrupted.
     """
-    warnings.showwarning = _warn
+    warnings.showwarning = _warn  # type: ignore[assignment]
     if len(sys.argv) == 1:
         sys.argv.append("--help")
     try:
