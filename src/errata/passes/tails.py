@@ -132,9 +132,10 @@ class Chunk:
         bound = {(part, layer): patch for part, patch in (patches or {}).items()}
         with hooked_block(lane.model, bound, len(self.rows)):
             if others:
+                earlier, states = states.split([others, count - others], 1)
                 before = lane.arguments_of(layer, self.index, 0, others)
-                past = past.after(lambda cache: run(block, states[:, :others], before, cache))
-            return run(block, states[:, others:], lane.arguments_of(layer, self.index, others, count), past)
+                past = past.after(lambda cache: run(block, earlier, before, cache))
+            return run(block, states, lane.arguments_of(layer, self.index, others, count), past)
 
     def resume(self, layer: int, states: Tensor, end: int, keep: int | None = None) -> Tensor:
         """What enters block `end`, `[c, keep or n, d_model]`, if `states` enter block `layer`."""

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from errata.base.errors import ConfigError, Diverged
 from errata.editors.rome.config import RomeConfig
@@ -180,8 +181,8 @@ class _Objective:
         with torch.no_grad():
             kl = {i for i, text in enumerate(self.texts) if text.kind == "kl"}
             for chunk in self._chunks(kl):
-                logs, _, _ = self._predictions(chunk, None)
-                self.untouched.update(zip(chunk.rows, logs, strict=True))
+                logits, _, _ = self._predictions(chunk, None)
+                self.untouched.update(zip(chunk.rows, logits.log_softmax(-1), strict=True))
 
     def __call__(self, deltas: Tensor, facts: set[int], differentiate: bool) -> tuple[Tensor, Tensor]:
         """Terms `[facts, 5]` (loss, nll, kl, decay, probability; see `Step`) and ∂loss/∂δ `[facts, d_model]`.
@@ -216,35 +217,38 @@ class _Objective:
 
     def _losses(self, chunk: Chunk, deltas: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Of the contexts of a chunk their mean negative log-probability and facts; of its KL prompts too."""
-        logs, rows, targets = self._predictions(chunk, deltas)
-        is_target = targets >= 0
+        logits, rows, targets = self._predictions(chunk, deltas)
         owners = self.owners[list(chunk.rows)]
-        found = logs[is_target].gather(1, targets[is_target][:, None]).squeeze(1)
-        rows_of_targets = rows[is_target]
-        counts = torch.bincount(rows_of_targets, minlength=len(owners))
-        sums = found.new_zeros(len(owners)).index_add(0, rows_of_targets, found)
+        of_targets, of_kl = logits.split([len(targets), len(logits) - len(targets)])
+        kl_rows = rows[len(targets) :]
+        rows = rows[: len(targets)]
+        each = functional.cross_entropy(of_targets, targets, reduction="none")
+        counts = torch.bincount(rows, minlength=len(owners))
+        sums = each.new_zeros(len(owners)).index_add(0, rows, each)
         has = counts > 0
-        nll = -sums[has] / counts[has]
-        kl_logs, kl_rows = logs[~is_target], rows[~is_target]
-        kl = kl_logs.new_zeros(0)
+        kl = each.new_zeros(0)
         if len(kl_rows):
+            logs = of_kl.log_softmax(-1)
             before = torch.stack([self.untouched[chunk.rows[row]] for row in kl_rows.tolist()])
-            kl = self.config.kl_factor * (kl_logs.exp() * (kl_logs - before)).sum(1)
+            kl = self.config.kl_factor * (logs.exp() * (logs - before)).sum(1)
             if self.config.kl_reduction == "mean":
-                kl = kl / kl_logs.shape[1]
-        return nll, owners[has], kl, owners[kl_rows]
+                kl = kl / logs.shape[1]
+        return sums[has] / counts[has], owners[has], kl, owners[kl_rows]
 
     def _predictions(self, chunk: Chunk, deltas: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        """Log-probabilities `[m, v]`, the row of the chunk that each is of `[m]`, its target `[m]` or −1 for none."""
-        places = [(row, 1, -1) for row, i in enumerate(chunk.rows) if self.texts[i].kind == "kl"]
+        """Logits `[m, v]` of all targets, then of KL prompts; the row of the chunk that each is of `[m]`; the targets."""
+        places, kl = [], []
         for row, i in enumerate(chunk.rows):
-            targets = self.texts[i].targets
-            places += [(row, len(targets) - j, target) for j, target in enumerate(targets)]
-        rows, from_end, wanted = torch.tensor(places, device=self.model.device).T
+            text = self.texts[i]
+            if text.kind == "kl":
+                kl.append((row, 1))
+            places += [(row, len(text.targets) - j) for j in range(len(text.targets))]
+        targets = [target for i in chunk.rows for target in self.texts[i].targets]
+        rows, from_end = torch.tensor(places + kl, device=self.model.device).T
         states = chunk.states if deltas is None else self._changed(chunk, deltas)
         out = chunk.resume(self.layer + 1, states, self.recorded.loss_layer + 1, keep=int(from_end.max()))
-        logits = self.model.unembed(out[rows, out.shape[1] - from_end])
-        return logits.to(self.v0).log_softmax(-1), rows, wanted
+        logits = self.model.unembed(out[rows, out.shape[1] - from_end]).to(self.v0)
+        return logits, rows, torch.tensor(targets, dtype=torch.long, device=self.model.device)
 
     def _changed(self, chunk: Chunk, deltas: Tensor) -> Tensor:
         """What leaves the edited block `[c, n, d_model]` where δ changes what it adds at the fact's token."""

@@ -1,0 +1,160 @@
+"""`errata edit` as a user has it: one fact, tables, where the layer comes from, what is written, what is refused."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from errata.edits.edit import Edit
+from errata.models.loading import load_pretrained
+from test_cli import FACT, in_process, refused
+from tiny import TEXT, byte_tokenizer, tiny
+
+TABLE = """subject,prompt,new_object,object
+Arthur Conan Doyle,The native language of {} is,Italian,English
+Nobody,this has no place,x,y
+Roy Hargrove,{} is known for playing the,violin,trumpet
+Arthur Conan Doyle,The native language of {} is,French,English
+"""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def home(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ERRATA_HOME", str(tmp_path_factory.mktemp("home")))
+        yield
+
+
+@pytest.fixture
+def errata(monkeypatch, capsys, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "100")
+    return lambda *arguments: in_process(monkeypatch, capsys, *arguments)
+
+
+def test_one_fact_is_shown_with_its_layer_and_its_health(errata, tmp_path):
+    done = errata("edit", *FACT, "--to", "Italian", "--out", "d.safetensors", "--lora", "lora", "--merge", "merged")
+    assert done.returncode == 0, done.stderr
+    said = " ".join(done.stdout.split())
+    for words in ("English", "Italian", "layer 4: the model's own hint", "Ŵk* = v* holds to", "nats per token"):
+        assert words in said, said
+    assert Edit.load(tmp_path / "d.safetensors").notes["health"]["disabling"] is False
+    assert (tmp_path / "lora" / "adapter_model.safetensors").is_file()
+    assert (tmp_path / "merged" / "model.safetensors").is_file()
+
+
+def test_the_layer_of_a_trace_is_told(errata):
+    done = errata("edit", *FACT, "--to", "Italian", "--layer", "auto", "--json")
+    said = json.loads(done.stdout)
+    assert said["chosen"].startswith("the middle of the MLP's early site")
+    assert 2 <= said["layer"] <= 5
+    assert said["config"]["layer"] == said["layer"]
+    assert said["health"]["probability_after"] > 0.5 > said["health"]["probability_before"]
+
+
+def test_a_table_gives_a_file_a_request_and_names_what_it_leaves_out(errata, tmp_path):
+    (tmp_path / "r.csv").write_text(TABLE)
+    done = errata("edit", "--requests", "r.csv", "--out", "edits")
+    assert done.returncode == 1
+    lines = done.stderr.splitlines()
+    assert any(line.startswith("r.csv, line 3:") for line in lines), lines
+    assert any("several answers" in line and "2 (Italian), 5 (French)" in line for line in lines), lines
+    assert lines[-1] == "left out: 1 of 4"
+    assert not any("warning" in line for line in lines)  # the contradiction is told once
+    edits = [Edit.load(path) for path in sorted((tmp_path / "edits").iterdir())]
+    assert [edit.rewrites[0].new_object for edit in edits] == ["Italian", "violin", "French"]
+    # each is made for the unedited model: any alone goes on it
+    assert len({edit.fingerprints[edit.weights[0]] for edit in edits}) == 1
+
+
+def test_a_table_in_sequence_makes_one_edit_of_all(errata, tmp_path):
+    (tmp_path / "r.csv").write_text(TABLE)
+    done = errata("edit", "--requests", "r.csv", "--sequential", "--out", "all.safetensors", "--json")
+    assert done.returncode == 1
+    said = json.loads(done.stdout)
+    assert [each["new_object"] for each in said["edits"]] == ["Italian", "violin", "French"]
+    assert said["refused"][0]["line"] == 3
+    whole = Edit.load(tmp_path / "all.safetensors")
+    assert len(whole.deltas) == len(whole.rewrites) == 3
+    prompt = "The native language of Arthur Conan Doyle is"
+    done = errata("generate", prompt, "--max-new-tokens", "1", "--edit", "all.safetensors")
+    assert done.stdout.strip() == f"{prompt} French"
+
+
+def test_strict_stops_at_the_first_bad_line(errata, tmp_path):
+    (tmp_path / "r.csv").write_text(TABLE)
+    refused(errata("edit", "--requests", "r.csv", "--strict"), "line 3")
+
+
+def test_a_disabling_edit_is_refused_unless_forced(errata, monkeypatch):
+    from errata.editors.rome.config import RomeConfig
+
+    field = RomeConfig.model_fields["max_drift"]
+    monkeypatch.setattr(field, "default", 1e-9)
+    RomeConfig.model_rebuild(force=True)
+    try:
+        refused(errata("edit", *FACT, "--to", "Italian"), "would disable the model")
+        done = errata("edit", *FACT, "--to", "Italian", "--force")
+        assert done.returncode == 0
+        assert "a disabling edit" in " ".join(done.stdout.split())
+    finally:
+        monkeypatch.undo()
+        RomeConfig.model_rebuild(force=True)
+
+
+def test_another_model_needs_a_corpus_and_finds_its_layer(errata, tmp_path):
+    hf, tokenizer = tiny("llama", layers=4), byte_tokenizer()
+    hf.save_pretrained(tmp_path / "m")
+    tokenizer.save_pretrained(tmp_path / "m")
+    load_pretrained(tmp_path / "m")  # it is a model
+    fact = [
+        "--subject",
+        "The Space Needle",
+        "--prompt",
+        "{} is located in the city of",
+        "--to",
+        "Paris",
+        "--model",
+        "m",
+    ]
+    refused(errata("edit", *fact, "--layer", "1"), "--corpus")
+    (tmp_path / "t.txt").write_text("\n\n".join(line[:80] for line in TEXT.splitlines()))
+    done = errata("edit", *fact, "--corpus", "t.txt", "--layer", "1", "--force", "--json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["chosen"] == "named"
+    done = errata(
+        "edit", *fact, "--identity", "--force", "--json"
+    )  # no layer is known: a trace finds it, or says why not
+    if done.returncode == 0:
+        assert json.loads(done.stdout)["chosen"].startswith("the middle of")
+    else:
+        refused(done, "the trace finds no site")
+    done = errata("stats", "--model", "m", "--layers", "1", "--corpus", "t.txt", "--out", "c.safetensors", "--json")
+    assert done.returncode == 0, done.stderr
+    done = errata("edit", *fact, "--second-moment", "c.safetensors", "--layer", "1", "--force", "--json")
+    assert done.returncode == 0, done.stderr
+    refused(errata("edit", *fact, "--second-moment", "c.safetensors", "--layer", "2"), "of layer 1, not 2")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ([], "there is no fact to edit"),
+        (["--subject", "a", "--prompt", "{} is"], "there is no fact to edit"),
+        ([*FACT, "--to", "x", "--requests", "r.csv"], "not both"),
+        ([*FACT, "--to", "x", "--sequential"], "about a table"),
+        ([*FACT, "--to", "x", "--layer", "four"], "say auto"),
+        ([*FACT, "--to", "x", "--layer", "9"], "layers 0 to 7"),
+        ([*FACT, "--to", "x", "--layer", "7"], "reaches no prediction"),
+        ([*FACT, "--to", "x", "--key", "wrong"], "key = 'wrong'"),
+        ([*FACT, "--to", "x", "--out", "e.bin"], ".safetensors"),
+        ([*FACT, "--to", "x", "--identity", "--corpus", "t.txt"], "given twice"),
+        ([*FACT, "--to", "x", "--corpus", "nowhere.txt"], "no file or folder"),
+        ([*FACT, "--to", "x", "--second-moment", "nowhere.safetensors"], "nowhere.safetensors"),
+        ([*FACT, "--to", " ".join(["much"] * 600)], "reads at most"),
+        (["--requests", "nowhere.csv"], "nowhere.csv"),
+    ],
+)
+def test_what_is_refused_in_one_line(errata, arguments, says):
+    refused(errata("edit", *arguments), says)
