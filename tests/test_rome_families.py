@@ -20,6 +20,7 @@ from errata.models.loading import load_pretrained
 from errata.models.model import Model
 from errata.statistics import SecondMoment, collect
 from plain_trace import plain_run
+from test_tails import softmax_in_its_own_dtype  # noqa: F401, a fixture
 from tiny import ALL_FAMILIES, TEXT, byte_tokenizer, llama_tokenizer, tiny
 
 REWRITE = Fact("The Space Needle", "{} is located in the city of", "Seattle").rewrite("Bad Paris")
@@ -32,11 +33,8 @@ TEXTS = [line[:80] for line in TEXT.splitlines() if line]
 
 @functools.cache
 def model_of(family: str, dtype: torch.dtype = torch.float64, tied: bool = False) -> Model:
-    changes: dict = {"tie_word_embeddings": tied}
-    if family == "gemma2" and dtype == torch.float64:  # in eager mode its softmax is float32 in float64 models too
-        changes |= {"attn_implementation": "sdpa", "attn_logit_softcapping": None}
     tokenizer = llama_tokenizer if family == "llama" else byte_tokenizer
-    return load_pretrained((tiny(family, LAYERS, dtype, **changes), tokenizer()), name=family)
+    return load_pretrained((tiny(family, LAYERS, dtype, tie_word_embeddings=tied), tokenizer()), name=family)
 
 
 # ---- the objective, written out ------------------------------------------------------------------------
@@ -92,7 +90,7 @@ class Plain:
         )
         whole = self.tokenizer(text if target is None else f"{text} {target}", return_offsets_mapping=True)
         self.rows.append(whole["input_ids"])
-        self.targets.append([i for i, (_, b) in enumerate(whole["offset_mapping"]) if b > len(text) + 1])
+        self.targets.append([i for i, (a, _) in enumerate(whole["offset_mapping"]) if a >= len(text)])
 
     def _run(self, variable: Tensor | None) -> tuple[Tensor, Tensor]:
         """What the down-projection writes at the fact's tokens, and log-probabilities `[n, t, v]`."""
@@ -109,7 +107,7 @@ class Plain:
             return values.index_put(at, new)
 
         changes = {("value", self.layer): change}
-        if self.config.loss_layer is not None:
+        if self.config.loss_layer not in (None, LAYERS - 1):
             changes["state", self.config.loss_layer] = lambda states: seen.update(state=states)
             changes["state", LAYERS - 1] = lambda states: seen["state"]
         logits = plain_run(self.hf, self.family, ids, changes)
@@ -140,7 +138,7 @@ class Plain:
         steps, deltas = [], []
         for _ in range(config.steps):
             terms = self._terms(variable, variable - origin)
-            steps.append([float(term) for term in terms])
+            steps.append([term.item() for term in terms])
             deltas.append((variable - origin).detach().numpy().copy())
             if steps[-1][0] < config.stop_below:
                 break
@@ -165,7 +163,7 @@ def require_same(family: str, **settings) -> None:
     np.testing.assert_allclose(found, plain.steps, rtol=exact, atol=exact * 1e-2)
     deltas = np.stack([step.delta.numpy() for step in told])
     np.testing.assert_allclose(deltas, plain.deltas, rtol=0, atol=exact * np.abs(plain.deltas).max())
-    assert np.abs(plain.deltas).max() > 0.1
+    assert np.abs(plain.deltas).max() > 0.05
     assert (np.abs(np.diff(plain.steps[:, 1])) > 1e-6).all()  # it matters what δ is
 
 

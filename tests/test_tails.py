@@ -43,7 +43,7 @@ def model_of(family: str, attention: str = "eager", dtype: torch.dtype = torch.f
 
 
 @pytest.fixture(autouse=True)
-def _softmax_in_its_own_dtype(monkeypatch):
+def softmax_in_its_own_dtype(monkeypatch):
     """Attention in eager mode computes its softmax in float32, whatever the model's dtype; here in float64 too."""
     plain = nn.functional.softmax
 

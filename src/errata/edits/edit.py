@@ -137,8 +137,12 @@ class Edit:
         config: Mapping[str, Any] | None = None,
         seed: int = 0,
         notes: Mapping[str, Any] | None = None,
+        fingerprints: Mapping[str, str] | None = None,
     ) -> Edit:
-        """An edit made for `model` as it is now: fingerprints, name and layout are taken from it."""
+        """An edit made for `model` as it is now: fingerprints, name and layout are taken from it.
+
+        Who makes many edits of one weight may take its fingerprint once, and hand it over.
+        """
         deltas = tuple(deltas)
         layout = _layout(model, deltas)
         return cls(
@@ -146,7 +150,7 @@ class Edit:
             method=method,
             rewrites=tuple(rewrites),
             config=config or {},
-            fingerprints={d.weight: tensor_digest(model.weight(d.weight)) for d in deltas},
+            fingerprints=fingerprints or {d.weight: tensor_digest(model.weight(d.weight)) for d in deltas},
             model=model.name,
             seed=seed,
             notes={**(notes or {}), **({"layout": layout} if layout else {})},

@@ -13,6 +13,7 @@ import torch
 
 from errata.base.errors import ConfigError, ErrataError, FactError, StaleStatistics
 from errata.base.facts import Rewrite
+from errata.base.fingerprint import tensor_digest
 from errata.editors.rome import contexts, insert, value
 from errata.editors.rome.config import RomeConfig
 from errata.editors.rome.examine import Examiner
@@ -247,6 +248,8 @@ def _edits(work: _Work, rewrites: Mapping[int, Rewrite], recorded: Recorded, pre
     if not any(isinstance(found, value.Found) for found in values):
         return [found for found in values if isinstance(found, ErrataError)]
     examiner = Examiner.of(model, config, work.seed)
+    weight = down_weight_name(model, work.layer)
+    fingerprints = {weight: tensor_digest(model.weight(weight))}
     made: list[_Made] = []
     for fact, rewrite in enumerate(rewrites.values()):
         try:
@@ -254,7 +257,7 @@ def _edits(work: _Work, rewrites: Mapping[int, Rewrite], recorded: Recorded, pre
             if isinstance(found, ErrataError):
                 raise found
             read = insert.read_vector(directions[fact], anchors[fact].mean_key)
-            change = insert.insert(model, down_weight_name(model, work.layer), found.delta, read)
+            change = insert.insert(model, weight, found.delta, read)
             notes: dict[str, Any] = {
                 "layer": work.chosen_by,
                 "steps": [step.numbers for step in found.steps],
@@ -265,8 +268,19 @@ def _edits(work: _Work, rewrites: Mapping[int, Rewrite], recorded: Recorded, pre
                 "read_at_bare_prompt": float(read @ bare[fact].mean_key),
                 "second_moment": {"tokens": moment.count, "ridge": moment.ridge, "fingerprint": moment.fingerprint},
             }
-            edit = Edit.of(model, [change], "rome", [rewrite], config=config.model_dump(), seed=work.seed, notes=notes)
-            made.append(examiner.examined(edit, anchors[fact], found.delta, work.force))
+            notes |= examiner.examine(change, rewrite, anchors[fact], found.delta, work.force)
+            made.append(
+                Edit.of(
+                    model,
+                    [change],
+                    "rome",
+                    [rewrite],
+                    config=config.model_dump(),
+                    seed=work.seed,
+                    notes=notes,
+                    fingerprints=fingerprints,
+                )
+            )
         except ErrataError as error:
             made.append(error)
     return made

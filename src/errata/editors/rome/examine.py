@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-import dataclasses
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from errata.base.errors import DisablingEdit
+from errata.base.errors import DisablingEdit, EditMismatch
+from errata.base.facts import Rewrite
 from errata.editors.rome import insert
 from errata.editors.rome.config import RomeConfig
 from errata.editors.rome.key import Keys
 from errata.edits.delta import RankOne
-from errata.edits.edit import Edit
 from errata.metrics import health
 from errata.models.model import Model
-from errata.models.weights import matrix
+from errata.models.weights import add_, matrix
 
 
 @dataclass(frozen=True)
@@ -43,33 +45,52 @@ class Examiner:
         probes = config.probes or health.sampled_probes(model, seed)
         return cls(model, config, probes, health.probe(model, probes))
 
-    def examined(self, edit: Edit, anchor: Keys, delta: Tensor, force: bool) -> Edit:
-        """The edit with what was seen in its notes.
+    def examine(self, change: RankOne, rewrite: Rewrite, anchor: Keys, delta: Tensor, force: bool) -> dict[str, Any]:
+        """`residual` and `rounding` of a change on the model (see `insert.constraint`), and its `health`.
 
         Raises:
+            EditMismatch: if the weight's dtype cannot hold the change.
             DisablingEdit: if it moves everything, and is not forced.
         """
-        (change,), (rewrite,), essence = edit.deltas, edit.rewrites, self.config.kl_prompt
-        assert isinstance(change, RankOne)  # insert
-        old = matrix(self.model, change.weight).detach().clone()
+        essence, max_drift = self.config.kl_prompt, self.config.max_drift
         asked = health.ask(self.model, rewrite, essence) if self.before else None
-        with edit.applied(self.model):
-            new = matrix(self.model, change.weight).detach()
+        with _tried(self.model, change) as (old, new):
             seen: dict[str, Any] = insert.constraint(old, new, change, anchor, delta)
-            if asked and self.before and self.config.max_drift is not None:
+            if asked and self.before and max_drift is not None:
                 again = health.ask(self.model, rewrite, essence), health.probe(self.model, self.probes)
-                found = health.compare((asked, again[0]), (self.before, again[1]), self.config.max_drift)
-                seen["health"] = {"relative_norm": change.norm() / float(old.double().norm()), **found.as_dict()}
+                found = health.compare((asked, again[0]), (self.before, again[1]), max_drift)
+                seen["health"] = {"relative_norm": change.norm() / float(old.float().norm()), **found.as_dict()}
                 if found.disabling and not force:
-                    raise _refusal(edit, found)
-        return dataclasses.replace(edit, notes={**edit.notes, **seen})
+                    raise _refusal(rewrite, found)
+        return seen
 
 
-def _refusal(edit: Edit, found: health.Health) -> DisablingEdit:
+@contextlib.contextmanager
+def _tried(model: Model, change: RankOne) -> Iterator[tuple[Tensor, Tensor]]:
+    """The weight `[d_out, d_in]` without and with the change, which is on the model as long as the block runs.
+
+    As `Edit.applied`, byte for byte, without its fingerprints: nobody else can touch the model meanwhile.
+    """
+    weight = matrix(model, change.weight).detach()
+    old = weight.clone()
+    try:
+        add_(model, change.weight, change.matrix())
+        if not torch.isfinite(weight).all():
+            raise EditMismatch(
+                f"the edit does not fit into {change.weight}: {weight.dtype} overflows. Load the model in a wider dtype"
+            )
+        yield old, weight
+    finally:
+        weight.copy_(old)
+
+
+def _refusal(rewrite: Rewrite, found: health.Health) -> DisablingEdit:
     return DisablingEdit(
-        f"{edit} would disable the model: what it says of texts that have nothing to do with it moves by "
-        f"{found.drift:.3g} nats per token, beyond the bound of {found.max_drift:g} (their perplexity goes from "
-        f"{found.perplexity_before:.3g} to {found.perplexity_after:.3g}). Try key='consistent', more text for the "
-        "second "
-        "moment, another layer or more prefixes; or make it all the same with force=True (--force)"
+        f"the edit of {rewrite.text!r} to {rewrite.new_object!r} would disable the model: what it says of texts that "
+        "have "
+        f"nothing to do with it moves by {found.drift:.3g} nats per token, beyond the bound of {found.max_drift:g} "
+        "(their "
+        f"perplexity goes from {found.perplexity_before:.3g} to {found.perplexity_after:.3g}). Try key='consistent', "
+        "more "
+        "text for the second moment, another layer or more prefixes; or make it all the same with force=True (--force)"
     )

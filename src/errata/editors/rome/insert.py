@@ -55,10 +55,12 @@ def constraint(old: Tensor, new: Tensor, change: RankOne, anchor: Keys, delta: T
         residual: ‖Ŵk₀ + b − v*‖ / ‖v*‖. As v* = v₀ + δ and v₀ = W k₀ + b, the numerator is (Ŵ − W) k₀ − δ.
         rounding: ‖(Ŵ − W) − ΔW‖ / ‖ΔW‖, what the weight's dtype makes of the change.
     """
-    gained, wanted = new.cpu().double() - old.cpu().double(), change.matrix().double()
-    delta = delta.cpu().double()
+    if old.device.type == "mps":  # which has no float64
+        old, new = old.cpu(), new.cpu()
+    key, value, delta = (each.to(old.device, torch.float64) for each in (anchor.mean_key, anchor.mean_value, delta))
+    gained, wanted = new.double() - old.double(), change.matrix().to(old.device, torch.float64)
     size = float(wanted.norm())
     return {
-        "residual": float((gained @ anchor.mean_key - delta).norm() / (anchor.mean_value + delta).norm()),
+        "residual": float((gained @ key - delta).norm() / (value + delta).norm()),
         "rounding": float((gained - wanted).norm()) / size if size else 0.0,
     }

@@ -236,7 +236,7 @@ class _Objective:
         return sums[has] / counts[has], owners[has], kl, owners[kl_rows]
 
     def _predictions(self, chunk: Chunk, deltas: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        """Logits `[m, v]` of all targets, then of KL prompts; the row of the chunk that each is of `[m]`; the targets."""
+        """Logits `[m, v]` of all targets, then of KL prompts; the row that each is of `[m]`; the targets."""
         places, kl = [], []
         for row, i in enumerate(chunk.rows):
             text = self.texts[i]
