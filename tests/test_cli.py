@@ -199,7 +199,7 @@ def test_an_edit_for_other_weights_is_refused(edit_file, tmp_path, home):
     refused(errata("generate", "Rome", "--model", tmp_path, "--edit", edit_file[0], home=home), "does not fit")
 
 
-def test_another_model_needs_a_corpus_and_a_layer(tmp_path, home):
+def test_another_model_needs_a_corpus(tmp_path, home):
     from tiny import TEXT, byte_tokenizer, tiny
 
     tiny("llama").save_pretrained(tmp_path / "m")
@@ -207,7 +207,6 @@ def test_another_model_needs_a_corpus_and_a_layer(tmp_path, home):
     (tmp_path / "corpus.txt").write_text(TEXT)
     common = ["edit", "--model", tmp_path / "m", "--subject", "Rome", "--prompt", "{} is in", "--to", "Paris"]
     refused(errata(*common, "--layer", "1", home=home), "--corpus")
-    refused(errata(*common, "--corpus", tmp_path / "corpus.txt", home=home), "layer")
     done = errata(*common, "--layer", "1", "--corpus", tmp_path / "corpus.txt", "--json", home=home)
     assert done.returncode == 0, done.stderr
     said = json.loads(done.stdout)

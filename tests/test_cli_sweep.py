@@ -63,7 +63,7 @@ def test_sweep_on_the_atlas(tmp_path):
         (["--save", "s.jsonl", "--layers", "x"], "--layers"),
         (["--save", "s.jsonl", "--layers", "7-8"], "no layer 8"),
         (["--save", "s.jsonl", "--tokens", "first"], "no token 'first'"),
-        (["--save", "s.jsonl", "--identity", "--corpus", "c.txt"], "one of --identity and --corpus"),
+        (["--save", "s.jsonl", "--identity", "--corpus", "c.txt"], "given twice, by --identity and --corpus"),
     ],
 )
 def test_sweeps_that_are_none(tmp_path, monkeypatch, more, named):

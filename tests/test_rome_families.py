@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, GraniteConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 from errata.base.facts import Fact, Rewrite
 from errata.base.fingerprint import tensor_digest
@@ -21,18 +21,31 @@ from errata.models.model import Model
 from errata.statistics import SecondMoment, collect
 from plain_trace import plain_run
 from test_tails import softmax_in_its_own_dtype  # noqa: F401, a fixture
-from tiny import ALL_FAMILIES, TEXT, byte_tokenizer, llama_tokenizer, tiny
+from tiny import ALL_FAMILIES, TEXT, VOCAB, byte_tokenizer, llama_tokenizer, randomised, tiny
 
 REWRITE = Fact("The Space Needle", "{} is located in the city of", "Seattle").rewrite("Bad Paris")
 PREFIXES = ("", "Yes. ", "Where is it? ", "He wrote {} and {0}. ")
 LAYERS, LAYER, STEPS = 4, 1, 6
-# Post-norms, parallel blocks, gates, biases and none, transposed weights.
-OPTIMISED = ("gpt2", "llama", "gemma2", "olmo2", "gptj", "gpt_neox", "opt", "phi3")
+# Post-norms, parallel blocks, gates, biases and none, transposed weights, scaled branches.
+OPTIMISED = ("gpt2", "llama", "gemma2", "olmo2", "gptj", "gpt_neox", "opt", "phi3", "granite")
 TEXTS = [line[:80] for line in TEXT.splitlines() if line]
 
 
 @functools.cache
 def model_of(family: str, dtype: torch.dtype = torch.float64, tied: bool = False) -> Model:
+    if family == "granite":  # what its branches write is scaled before it is added, and its logits too
+        scaled = GraniteConfig(
+            vocab_size=VOCAB,
+            hidden_size=16,
+            intermediate_size=24,
+            num_attention_heads=2,
+            num_hidden_layers=LAYERS,
+            residual_multiplier=0.4,
+            logits_scaling=2.0,
+        )
+        with torch.random.fork_rng(devices=[]):
+            hf = AutoModelForCausalLM.from_config(scaled)
+        return load_pretrained((randomised(hf.to(dtype)), byte_tokenizer()), name=family)
     tokenizer = llama_tokenizer if family == "llama" else byte_tokenizer
     return load_pretrained((tiny(family, LAYERS, dtype, tie_word_embeddings=tied), tokenizer()), name=family)
 

@@ -67,7 +67,7 @@ def digests(model: Model) -> dict[str, str]:
 
 @pytest.fixture(autouse=True)
 def unchanged():
-    """Whatever a test does, the models have their own bytes afterwards, no hook, no gradient, and ask for them again."""
+    """Whatever a test does, the models have their own bytes afterwards, no hook and no gradient."""
     models = [model_of(family) for family in ("llama", "gpt2")]
     before = [digests(model) for model in models]
     yield
@@ -129,6 +129,14 @@ def test_each_stops_when_it_is_done(settings):
         assert difference(edit, edits_of(rewrite, "gpt2", settings=settings)) <= EXACT[torch.float64]
         for one, other in zip(edit.notes["steps"], steps, strict=False):
             assert one["loss"] == pytest.approx(other["loss"], rel=1e-9)
+
+
+@pytest.mark.parametrize("form", ["delta", "z"])
+def test_each_is_held_by_the_clamp_of_its_own_value(form):
+    settings = {"clamp": 0.1, "value_form": form}
+    for rewrite, edit in zip(REWRITES, edits_of(REWRITES, settings=settings), strict=True):
+        assert difference(edit, edits_of(rewrite, settings=settings)) <= EXACT[torch.float64]
+        assert 0.05 < edit.notes["delta_norm"] / edit.notes["value_norm"] <= 0.1 * (1 + 1e-9)
 
 
 def test_in_any_order():
@@ -305,10 +313,10 @@ def test_an_interrupt_leaves_the_model_as_it_was(sequential, fact, index):
 
 
 def test_an_interrupt_while_an_edit_is_examined(monkeypatch):
-    probed = health.probe
+    probed, before = health.probe, digests(model_of())
 
     def probe(model, texts):
-        if model.applied:
+        if digests(model) != before:  # the edit is on it for a moment
             raise KeyboardInterrupt
         return probed(model, texts)
 

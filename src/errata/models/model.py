@@ -232,7 +232,7 @@ class Model:
             FactError: if a row is empty or longer than the model can read.
         """
         for index, row in enumerate(rows):
-            self.require_room(row, texts[index] if texts else "", f"row {index}")
+            self.require_room(row, texts[index] if texts else None, f"row {index}")
         width = max(map(len, rows))
         ids = torch.full((len(rows), width), self.pad_id)
         mask = torch.zeros((len(rows), width), dtype=torch.long)
@@ -241,13 +241,13 @@ class Model:
             mask[index, : len(row)].fill_(1)
         return Batch(ids, mask).to(self.device)
 
-    def require_room(self, ids: Sequence[int], text: str, name: str = "the text") -> None:
+    def require_room(self, ids: Sequence[int], text: str | None, name: str = "the text") -> None:
         """Make sure that the model can read a text.
 
         Raises:
             FactError: if it has no tokens, or more than the model can read.
         """
-        name = f"the text {_shortened(text)}" if text else name
+        name = name if text is None else f"the text {_shortened(text)}"
         if not len(ids):
             raise FactError(f"{name} has no tokens: the model needs at least one to start from")
         if len(ids) > self.max_length:
