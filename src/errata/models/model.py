@@ -170,7 +170,7 @@ class Model:
             if layer != 0:
                 raise ConfigError("the embedding is ('embedding', 0): it belongs to no layer")
             return self.anatomy.embedding
-        if not isinstance(layer, int) or not 0 <= layer < self.n_layers:
+        if isinstance(layer, bool) or not isinstance(layer, int) or not 0 <= layer < self.n_layers:
             raise ConfigError(f"{self.name} has layers 0 to {self.n_layers - 1}, so there is no layer {layer!r}")
         block = f"{self.anatomy.blocks}.{layer}"
         inside = {

@@ -137,6 +137,22 @@ class Chunk:
                 past = past.after(lambda cache: run(block, earlier, before, cache))
             return run(block, states, lane.arguments_of(layer, self.index, others, count), past)
 
+    def reached(self, layer: int, end: int) -> Tensor:
+        """Which tokens of each row, `[c, n]`, can hear of its first one through blocks `layer` to `end` (exclusive).
+
+        By the masks alone: with attention that sees few tokens and few blocks to go, the last may be out of reach.
+        """
+        lane, width = self.lane, self.states.shape[1]
+        heard = torch.arange(width, device=self.counts.device) == (width - self.counts)[:, None]
+        for index in range(layer, end):
+            given = lane.arguments_of(index, self.index, 0, width)
+            masks = [value for name, value in given.items() if is_mask(name) and value is not None]
+            for mask in masks[:1] or [torch.ones(1, 1, width, width, dtype=torch.bool, device=heard.device).tril()]:
+                seen = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
+                seen = seen.any(1)[..., -width:]
+                heard = heard | (seen & heard[:, None]).any(-1)
+        return heard
+
     def resume(self, layer: int, states: Tensor, end: int, keep: int | None = None) -> Tensor:
         """What enters block `end`, `[c, keep or n, d_model]`, if `states` enter block `layer`."""
         for index in range(layer, end):

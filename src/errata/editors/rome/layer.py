@@ -50,13 +50,14 @@ def preset_of(model: Model) -> Preset | None:
 def known_settings(model: Model) -> RomeConfig:
     """The defaults, with what was published for the model and what its own config hints; without a layer."""
     preset = preset_of(model)
-    published = {name: value for name, value in (preset.settings if preset else {}).items() if name != "layer"}
-    return RomeConfig(**{**published, **model.hints.get("rome", {})})
+    known = {**(preset.settings if preset else {}), **model.hints.get("rome", {})}
+    return RomeConfig(**{name: value for name, value in known.items() if name != "layer"})
 
 
 def known_layer(model: Model) -> tuple[int, str] | None:
     """The layer that the model's own config hints, or that was published for it, and which of these it is."""
-    if (hint := model.hints.get("rome_layer")) is not None:
+    hint = model.hints.get("rome_layer", model.hints.get("rome", {}).get("layer"))
+    if hint is not None:
         return hint, "the model's own hint"
     if preset := preset_of(model):
         return preset.settings["layer"], f"published for {preset.name}: {preset.source}"

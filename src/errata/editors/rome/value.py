@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from errata.base.errors import ConfigError, Diverged
+from errata.base.errors import ConfigError, Diverged, ErrataError
 from errata.editors.rome.config import RomeConfig
 from errata.editors.rome.key import Recorded
 from errata.editors.rome.texts import Text
@@ -87,7 +87,7 @@ def optimise(
     v0: Tensor,
     config: RomeConfig,
     progress: Progress | None = None,
-) -> list[Found | Diverged]:
+) -> list[Found | ErrataError]:
     """The δ of each fact, or why there is none.
 
     The model is left as it was, whatever happens: no weight gets a gradient, and what was trainable is so again.
@@ -102,13 +102,15 @@ def optimise(
     compute = torch.promote_types(model.dtype, torch.float32)
     v0 = v0.detach().to(model.device, compute, copy=True)
     steps: list[list[Step]] = [[] for _ in v0]
-    failed: dict[int, Diverged] = {}
+    failed: dict[int, ErrataError]
     running = set(range(len(v0)))
     with torch.enable_grad(), frozen(model), _quick_attention(model):
         objective = _Objective(model, layer, recorded, owners, v0, config)
+        failed = {fact: _out_of_reach(model, layer, config) for fact in running - objective.reached()}
+        running -= set(failed)
         deltas = [torch.zeros_like(each, requires_grad=True) for each in v0]
         adam = torch.optim.Adam(deltas, lr=config.learning_rate)
-        for index in range(config.steps):
+        for index in range(config.steps if running else 0):
             last = index == config.steps - 1
             terms, gradients = objective(torch.stack([d.detach() for d in deltas]), running, differentiate=not last)
             for fact, (loss, nll, kl, decay, probability) in enumerate(terms.tolist()):
@@ -168,11 +170,16 @@ def loss_layer_of(model: Model, layer: int, texts: Sequence[Text], config: RomeC
     # Only attention in a later block carries δ from its own token to another.
     reached = any(text.kind == "context" and len(text.ids) - text.lookup <= len(text.targets) for text in texts)
     if loss_layer == layer and not reached:
-        raise ConfigError(
-            f"what layer {layer} writes at the token {config.fact_token} reaches no prediction that layer {loss_layer} "
-            "makes of the target, so nothing can be learned. Edit a lower layer, or the token 'last'"
-        )
+        raise _out_of_reach(model, layer, config)
     return loss_layer
+
+
+def _out_of_reach(model: Model, layer: int, config: RomeConfig) -> ConfigError:
+    loss_layer = model.n_layers - 1 if config.loss_layer is None else config.loss_layer
+    return ConfigError(
+        f"what layer {layer} writes at the token {config.fact_token} reaches no prediction that layer {loss_layer} "
+        "makes of the target, so nothing can be learned. Edit a lower layer, or the token 'last'"
+    )
 
 
 class _Objective:
@@ -187,11 +194,23 @@ class _Objective:
         contexts = [owner for text, owner in zip(self.texts, owners, strict=True) if text.kind == "context"]
         self.contexts = torch.bincount(torch.tensor(contexts, device=model.device), minlength=len(v0)).to(v0)
         self.untouched: dict[int, Tensor] = {}
-        with torch.no_grad():
-            kl = {i for i, text in enumerate(self.texts) if text.kind == "kl"}
-            for chunk in self._chunks(kl):
-                logits, _, _ = self._predictions(chunk, None)
-                self.untouched.update(zip(chunk.rows, logits.log_softmax(-1), strict=True))
+        if config.value_form == "z":  # else the first call, with no δ yet, tells
+            with torch.no_grad():
+                kl = {i for i, text in enumerate(self.texts) if text.kind == "kl"}
+                for chunk in self._chunks(kl):
+                    logits, _, _ = self._predictions(chunk, None)
+                    self.untouched.update(zip(chunk.rows, logits.log_softmax(-1), strict=True))
+
+    def reached(self) -> set[int]:
+        """The facts whose δ some prediction of the target can hear of."""
+        found: set[int] = set()
+        contexts = {i for i, text in enumerate(self.texts) if text.kind == "context"}
+        for chunk in self._chunks(contexts):
+            heard = chunk.reached(self.layer + 1, self.recorded.loss_layer + 1)
+            for row, i in enumerate(chunk.rows):
+                if heard[row, -len(self.texts[i].targets) :].any():
+                    found.add(int(self.owners[i]))
+        return found
 
     def __call__(self, deltas: Tensor, facts: set[int], differentiate: bool) -> tuple[Tensor, Tensor]:
         """Terms `[facts, 5]` (loss, nll, kl, decay, probability; see `Step`) and ∂loss/∂δ `[facts, d_model]`.
@@ -238,7 +257,10 @@ class _Objective:
         kl = each.new_zeros(0)
         if len(kl_rows):
             logs = of_kl.log_softmax(-1)
-            before = torch.stack([self.untouched[chunk.rows[row]] for row in kl_rows.tolist()])
+            labels = [chunk.rows[row] for row in kl_rows.tolist()]
+            for label, now in zip(labels, logs.detach(), strict=True):
+                self.untouched.setdefault(label, now.clone())
+            before = torch.stack([self.untouched[label] for label in labels])
             kl = self.config.kl_factor * (logs.exp() * (logs - before)).sum(1)
             if self.config.kl_reduction == "mean":
                 kl = kl / logs.shape[1]
