@@ -19,13 +19,14 @@ if TYPE_CHECKING:
 
 def figure(
     kind: Annotated[
-        Literal["trace", "averages", "lines", "severed", "gradients"],
+        Literal["trace", "averages", "lines", "severed", "gradients", "sites", "sequence"],
         typer.Argument(
             help="trace: one fact's maps; averages: their means by role; lines: with intervals; severed: bars of "
-            "states with modules severed; gradients: integrated gradients beside a trace."
+            "states with modules severed; gradients: integrated gradients beside a trace; sites: what errata sweep "
+            "saved; sequence: what errata sequence saved."
         ),
     ],
-    file: Annotated[Path, typer.Argument(help="Traces; saved averages will do for averages, lines and severed.")],
+    file: Annotated[Path, typer.Argument(help="What was saved: traces; for averages, lines and severed averages too.")],
     out: Annotated[Path, typer.Option(help="Picture: .png, .svg or .pdf.")],
     fact: Annotated[Optional[int], typer.Option(min=1, help="Which of several traces, from 1.")] = None,  # noqa: UP045
     subject: Annotated[Optional[str], typer.Option(help="Which of several traces, by its subject.")] = None,  # noqa: UP045
@@ -36,7 +37,7 @@ def figure(
     min_effect: options.MinEffect = None,
     unknown: options.Unknown = False,
 ) -> None:
-    """Draw stored results again, after the paper's Figures 1, 2, 7, 3 and 16, without a model."""
+    """Draw stored results again, after the paper's Figures 1, 2, 7, 3, 16 and 5, without a model."""
     from errata.base.errors import ConfigError
     from errata.cli import show
     from errata.plots.drawing import save
@@ -45,8 +46,8 @@ def figure(
     of_one = kind in ("trace", "gradients")
     if not of_one and (fact is not None or subject is not None):
         raise ConfigError(f"--fact and --subject choose one trace, and {kind} is a figure of all: leave them out")
-    if of_one and (unknown or min_effect is not None):
-        raise ConfigError(f"--unknown and --min-effect choose what is averaged, and {kind} is a figure of one fact")
+    if kind not in ("averages", "lines", "severed") and (unknown or min_effect is not None):
+        raise ConfigError(f"--unknown and --min-effect choose which traces are averaged, and {kind} averages none")
     if kind == "gradients" and trace is None:
         raise ConfigError(
             "gradients are drawn beside a trace: give its file by --trace (errata gradients --save-trace)"
@@ -59,6 +60,8 @@ def figure(
     options.require_picture(out)
     if kind == "trace":
         drawn = _chosen(load_traces(file), file, fact, subject).figure()
+    elif kind in ("sites", "sequence"):
+        drawn = _of_edits(kind, file)
     elif trace is not None:
         drawn = _beside(file, trace, fact, subject)
     else:
@@ -66,6 +69,14 @@ def figure(
         drawn = {"averages": averages.figure, "lines": averages.lines, "severed": averages.severed}[kind]()
     save(drawn, out)
     show.written(out)
+
+
+def _of_edits(kind: str, file: Path) -> Figure:
+    """Scores of many edits, as they were saved."""
+    from errata.evaluation.sequence import SequenceScores
+    from errata.evaluation.sites import SiteScores
+
+    return (SiteScores.load(file) if kind == "sites" else SequenceScores.load(file)).figure()
 
 
 def _beside(file: Path, trace: Path, fact: int | None, subject: str | None) -> Figure:
