@@ -18,7 +18,7 @@ Corpus = Annotated[
     Optional[str],  # noqa: UP045
     typer.Option(
         help="Texts for the second moment: a file or folder (.txt, .jsonl, .parquet, .gz), wikipedia, or a dataset "
-        "hf:ID[:CONFIG[:SPLIT]]. The atlas has its own."
+        "hf:ID[:CONFIG[:SPLIT]] at --revision. The atlas has its own."
     ),
 ]
 Field = Annotated[str, typer.Option(help="Of .jsonl, .parquet and datasets: the field with the text.")]
@@ -38,10 +38,10 @@ class Source:
     corpus: str | None
     field: str
     revision: str | None
-    tokens: int
-    file: Path | None
-    identity: bool
-    download: bool
+    tokens: int = 100_000
+    file: Path | None = None
+    identity: bool = False
+    download: bool = False
 
     def __post_init__(self) -> None:
         from errata.base.errors import ConfigError

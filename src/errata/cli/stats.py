@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Optional
 
 import typer
 
-from errata.cli import options
+from errata.cli import moments, options
 
 if TYPE_CHECKING:
     from errata.models.model import Model
@@ -29,18 +29,9 @@ def stats(
         Optional[str],  # noqa: UP045
         typer.Option(help="Such as 3-8, or 3,5, or all. Else the layer that the model's config names for ROME."),
     ] = None,
-    corpus: Annotated[
-        Optional[str],  # noqa: UP045
-        typer.Option(
-            help="A file or folder (.txt, .jsonl, .parquet, .gz), wikipedia, a dataset hf:ID[:CONFIG[:SPLIT]], or "
-            "atlas. The atlas has its own; else wikipedia."
-        ),
-    ] = None,
-    field: Annotated[str, typer.Option(help="Of .jsonl, .parquet and datasets: the field with the text.")] = "text",
-    revision: Annotated[
-        Optional[str],  # noqa: UP045
-        typer.Option(help="The commit of a dataset; wikipedia has one."),
-    ] = None,
+    corpus: moments.Corpus = None,
+    field: moments.Field = "text",
+    revision: moments.Revision = None,
     tokens: Annotated[int, typer.Option(min=1, help="How many tokens count at most.")] = 100_000,
     max_length: Annotated[
         Optional[int],  # noqa: UP045
@@ -143,15 +134,9 @@ def _layers(text: str | None, model: Model) -> list[int]:
         return [hinted]
     if text == "all":
         return list(range(model.n_layers))
-    found: list[int] = []
-    for word in options.comma_separated(text):
-        begin, dash, end = (part.strip() for part in word.partition("-"))
-        if not begin.isdecimal() or (dash and not end.isdecimal()):
-            raise ConfigError(f"--layers is {text!r}: write it like 3-8, or 3,5, or all")
-        first, stop = int(begin), int(end or begin)
-        if not first <= stop <= last:
-            raise ConfigError(f"--layers is {text!r}, and {model.name} has layers 0 to {last}: name some of these")
-        found += range(first, stop + 1)
+    found = options.layer_numbers(text)
+    if max(found) > last:
+        raise ConfigError(f"--layers is {text!r}, and {model.name} has layers 0 to {last}: name some of these")
     return sorted(set(found))
 
 
@@ -172,15 +157,9 @@ def _open(
     model: Model, what: str | None, field: str, revision: str | None, download: bool, part: tuple[int, int] | None
 ) -> Corpus:
     """The corpus that the options name."""
-    from errata import atlas
-    from errata.statistics.corpus import Corpus
-
-    if what is None:
-        what = ATLAS if model.hints.get("corpus") == ATLAS else "wikipedia"
-    if what == ATLAS and not Path(ATLAS).exists():
-        corpus = atlas.own_corpus()
-    else:
-        corpus = Corpus.open(what, field=field, revision=revision, download=download)
+    own = model.hints.get("corpus") == ATLAS
+    source = moments.Source(what or (None if own else "wikipedia"), field, revision, download=download)
+    corpus = source.texts(model)
     return corpus.shard(*part) if part else corpus
 
 

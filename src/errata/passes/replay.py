@@ -29,6 +29,10 @@ RowPatch = Callable[[Tensor, slice], Tensor]
 _TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 
 
+class _Enough(Exception):
+    """The last block has run."""
+
+
 class Recording:
     """What was kept of one forward pass without padding. Made by `record`.
 
@@ -199,19 +203,23 @@ def record(
 
         return note
 
-    last = ("state", model.n_layers - 1)
-    watched = {stream: keeper(stream) for stream in (*keep, last)}
+    def end(tensor: Tensor) -> None:
+        states[model.n_layers] = tensor.clone()
+        raise _Enough  # what the head says of it nobody asks here
+
+    watched = {**{stream: keeper(stream) for stream in keep}, ("state", model.n_layers - 1): end}
     handles = [block.register_forward_pre_hook(enter, with_kwargs=True) for block in model.blocks]
     try:
         with hooked(model, {**(patches or {}), **watched}):
             model.forward(batch, keep=1, cache=cache)
+    except _Enough:
+        pass
     except (TypeError, ValueError, LookupError, AttributeError):
         _require_plain_cache(model, batch)  # or else a patch has failed
         raise
     finally:
         for handle in handles:
             handle.remove()
-    states[model.n_layers] = kept.pop(last)
     recording = Recording(model, first, states, kept, cache, calls, tokens_at_once or _tokens_at_once(model))
     if check:
         recording.check()

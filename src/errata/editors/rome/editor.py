@@ -37,19 +37,7 @@ _Made = Edit | ErrataError
 
 
 @overload
-def rome(
-    model: Model,
-    rewrites: Rewrite,
-    config: RomeConfig | None = None,
-    *,
-    layer: int | Literal["auto"] | Site | None = None,
-    second_moment: SecondMoments | None = None,
-    seed: int = 0,
-    sequential: bool = False,
-    force: bool = False,
-    errors: Literal["raise"] = "raise",
-    progress: value.Progress | None = None,
-) -> Edit: ...
+def rome(model: Model, rewrites: Rewrite, config: RomeConfig | None = None, **settings: Any) -> Edit: ...
 
 
 @overload
@@ -58,13 +46,8 @@ def rome(
     rewrites: Sequence[Rewrite],
     config: RomeConfig | None = None,
     *,
-    layer: int | Literal["auto"] | Site | None = None,
-    second_moment: SecondMoments | None = None,
-    seed: int = 0,
-    sequential: bool = False,
-    force: bool = False,
     errors: Literal["raise"] = "raise",
-    progress: value.Progress | None = None,
+    **settings: Any,
 ) -> list[Edit]: ...
 
 
@@ -74,17 +57,13 @@ def rome(
     rewrites: Sequence[Rewrite],
     config: RomeConfig | None = None,
     *,
-    layer: int | Literal["auto"] | Site | None = None,
-    second_moment: SecondMoments | None = None,
-    seed: int = 0,
-    sequential: bool = False,
-    force: bool = False,
     errors: Literal["keep"],
-    progress: value.Progress | None = None,
+    **settings: Any,
 ) -> list[Edit | ErrataError]: ...
 
 
-@torch.inference_mode(False)  # a caller in inference mode gets gradients all the same
+# A caller in inference mode gets gradients all the same.
+@torch.inference_mode(False)  # type: ignore[misc]  # the other settings are spelt out here alone
 def rome(
     model: Model,
     rewrites: Rewrite | Sequence[Rewrite],
