@@ -276,6 +276,20 @@ def test_patches_see_the_rows_and_gradients_flow_through_them():
     assert torch.equal(gradient, torch.ones_like(delta))  # what an MLP writes is added to the state
 
 
+@pytest.mark.parametrize("family", ["gpt2", "gemma3", "bloom"])
+@torch.no_grad()
+def test_rows_of_as_many_tokens_go_together_once_they_fill_a_batch(family, monkeypatch):
+    monkeypatch.setattr(tails, "_FULL", 1)
+    model = model_of(family)
+    joined = Joined(model)
+    widths = [{row.n for label, row in joined.rows.items() if label in lane.rows} for lane in joined.tails.lanes]
+    assert all(len(each) == 1 for each in widths)
+    assert len(widths) == len({row.n for row in joined.rows.values()}) > 1
+    found = joined.found()
+    assert sorted(found) == sorted(joined.rows)
+    require_same(model, joined, found)
+
+
 # ---- blocks that do not take joined rows, or cannot be resumed -----------------------------------------
 
 

@@ -2,8 +2,8 @@
 
 A `Recording` resumes rows of one length at one token. What an editor runs again and again is a handful of tokens at the
 end of many texts: contexts of one fact, facts of one table. Here each is cut out of its recording (`cut`) from the
-token on that matters, and all are run in one batch (`join`), however long what stands before them: rows are aligned at
-their last token, and what is missing in front of the shorter ones is masked.
+token on that matters, and those of about as many tokens are run in one batch (`join`), however long what stands before
+them: rows are aligned at their last token, and what is missing in front of the shorter ones is masked.
 
 That each gives what it gave in its recording is measured on some rows of every join. Where it does not, because a block
 makes masks of its own, only rows that are alike are run together.
@@ -25,6 +25,8 @@ from errata.passes.block_call import PAST, Past, is_mask, run, token_axis
 from errata.passes.hooks import hooked_block
 from errata.passes.replay import Recording, same_states
 
+# Tokens that fill a batch: with fewer, weights take longer to read than to multiply with.
+_FULL = 96
 # On how many rows a join is measured.
 _WITNESSES = 4
 
@@ -164,7 +166,8 @@ class Tails:
     """Joined cuts. Made by `join`.
 
     Attributes:
-        lanes: batches that their rows run in: one, or one a cut where rows of different lengths do not go together.
+        lanes: batches that their rows run in: one for each number of tokens that fills one; one a cut where rows with
+            different pasts do not go together.
     """
 
     def __init__(self, lanes: Sequence[_Lane]):
@@ -180,19 +183,34 @@ class Tails:
 
 
 def join(model: Model, cuts: Sequence[Cut]) -> Tails:
-    """Cuts of recordings of one model, of the same blocks, as one batch; or, where that gives other numbers, one a cut.
+    """Cuts of recordings of one model, of the same blocks, in few batches; where that gives other numbers, one a cut.
 
     Raises:
         UnsupportedModel: if even a cut alone does not give what was recorded.
     """
-    together = _Lane.of(model, cuts)
-    if together.holds(cuts):
-        return Tails([together])
-    lanes = [_Lane.of(model, [each]) for each in cuts]
-    for lane, each in zip(lanes, cuts, strict=True):
-        if not lane.holds([each]):
-            raise _refusal(model, lane.first)
+    lanes = []
+    for some in _of_like_width(cuts):
+        lane = _Lane.of(model, some)
+        if lane.holds(some):
+            lanes.append(lane)
+            continue
+        for each in some:
+            lane = _Lane.of(model, [each])
+            if not lane.holds([each]):
+                raise _refusal(model, lane.first)
+            lanes.append(lane)
     return Tails(lanes)
+
+
+def _of_like_width(cuts: Sequence[Cut]) -> Iterator[list[Cut]]:
+    """Cuts of as many tokens together, for what is missing is run too; too few go with the next wider ones."""
+    widths = [each.states.shape[1] for each in cuts]
+    waiting: list[int] = []
+    for width in sorted(set(widths)):
+        waiting += [i for i, its in enumerate(widths) if its == width]
+        if sum(len(cuts[i].states) for i in waiting) * width >= _FULL or width == max(widths):
+            yield [cuts[i] for i in sorted(waiting)]
+            waiting = []
 
 
 def _refusal(model: Model, first: int) -> UnsupportedModel:
