@@ -136,9 +136,9 @@ def test_the_atlas_brings_its_layer_and_its_corpus(run):
     ("arguments", "says"),
     [
         (("--layers", "1-9"), "layers 0 to 2"),
-        (("--layers", "2-1"), "layers 0 to 2"),
-        (("--layers", "one"), "3-8, or 3,5"),
-        (("--layers", "1-"), "3-8, or 3,5"),
+        (("--layers", "2-1"), "the lower one comes first"),
+        (("--layers", "one"), "write 3, 3-5 or 2,4-6"),
+        (("--layers", "1-"), "write 3, 3-5 or 2,4-6"),
         ((), "give --layers"),
         (("--layers", "0,1", "--out", "c.safetensors"), "name a folder"),
         (("--layers", "0", "--ridge", "0.1"), "give --out"),

@@ -37,13 +37,14 @@ def model_of(family: str = "gpt2", dtype: torch.dtype = torch.float32) -> Model:
 @functools.cache
 def _model(family: str, dtype: torch.dtype) -> Model:
     tokenizer = llama_tokenizer if family == "llama" else byte_tokenizer
-    return load_pretrained((tiny(family, 3, dtype), tokenizer()), name=family)
+    wide = {"sliding_window": 64} if family == "gemma2" else {}  # else the prompt's end cannot hear of the subject
+    return load_pretrained((tiny(family, 3, dtype, **wide), tokenizer()), name=family)
 
 
 def edited(family: str = "gpt2", dtype: torch.dtype = torch.float32, model: Model | None = None, **settings) -> Edit:
     model = model or model_of(family, dtype)
     force = settings.pop("force", False)
-    config = RomeConfig(**{"layer": 1, "prefixes": "none", "steps": 5, **settings})
+    config = RomeConfig(**{"layer": 1, "max_drift": 1.0, "prefixes": "none", "steps": 5, **settings})
     return rome(model, REWRITE, config, second_moment=SecondMoment.identity(model.d_mlp), force=force)
 
 
