@@ -330,7 +330,7 @@ def test_the_ledger_says_what_is_on_the_model():
     rome = REWRITE.fact.rewrite("Rome")
     first, second = random_edit(model, 1), random_edit(model, 2, layer=2, rewrite=rome)
     first.apply(model)
-    with pytest.warns(ContradictoryEdits, match=r"contradicts edit .*'Paris', now with 'Rome'\. The later one wins"):
+    with pytest.warns(ContradictoryEdits, match=r"contradicts edit .*'Paris', now with 'Rome'\. Made one after"):
         second.apply(model)
     one, two = ledger(model)
     assert (one.place, one.edit, one.weights, one.rewrites, one.contradicts) == (

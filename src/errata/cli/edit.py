@@ -86,6 +86,8 @@ def edit(
         if sequential or strict:
             raise ConfigError("--sequential and --strict are about a table of requests: give one by --requests")
         rewrites = [_one(subject, prompt, to, old)]
+        if not all(text.strip() for text in also or []):
+            raise ConfigError("--also is empty: write a prompt to watch")
     else:
         if any((subject, prompt, to, old, also)):
             raise ConfigError("give one fact by --subject, --prompt and --to, or a table by --requests, not both")
@@ -138,13 +140,14 @@ def edit(
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ContradictoryEdits)  # of the table, and told
             _save(edits, names, out, loaded, sequential)
-            told |= export.write(loaded, edits, lora, merge)
+            told |= export.write(loaded, list(dict.fromkeys(edits)), lora, merge)
     told |= {name: str(path) if path and edits else None for name, path in _named(out, lora, merge)}
     if table is None:
         _tell_one(loaded, edits[0], also or [], told, json)
     else:
         unused = [{table.unit: each.line, "reason": each.reason} for each in (*table.bad, *refused)]
-        _tell_many(edits, names, {**told, "refused": unused}, json)
+        together = _together(loaded, edits, sequential)
+        _tell_many(edits, names, together, {**told, "refused": unused}, json)
     if not json and edits:
         show.written(out, lora, merge)
     if table and (table.bad or refused):
@@ -243,13 +246,10 @@ def _counting(bar: Callable[[int, int], None]) -> Callable[[Step], None]:
 
 def _save(edits: Sequence[Edit], names: Sequence[str], out: Path | None, model: Model, sequential: bool) -> None:
     """One file for all, or one each in a folder."""
-    from errata.edits.edit import Edit
-
     if out is None:
         return
     if out.suffix == ".safetensors":
-        whole = edits[0] if len(edits) == 1 else Edit.combine(edits, model if sequential else None)
-        whole.save(out)
+        _whole(edits, model, sequential).save(out)
         return
     for number, (made, name) in enumerate(zip(edits, names, strict=True), start=1):
         slug = re.sub(r"[^A-Za-z0-9]+", "-", f"{name} {made.rewrites[0].subject}").strip("-")[:60]
@@ -299,7 +299,42 @@ def _tell_one(model: Model, made: Edit, also: Sequence[str], told: Mapping[str, 
     show.line(show.health_summary(made))
 
 
-def _tell_many(edits: Sequence[Edit], names: Sequence[str], told: Mapping[str, Any], json: bool) -> None:
+def _whole(edits: Sequence[Edit], model: Model, sequential: bool) -> Edit:
+    """All of them as one; those that change nothing may be equal."""
+    from errata.edits.edit import Edit
+
+    different = list(dict.fromkeys(edits))
+    return different[0] if len(different) == 1 else Edit.combine(different, model if sequential else None)
+
+
+def _together(model: Model, edits: Sequence[Edit], sequential: bool) -> list[float]:
+    """The probability of each new object with all of the edits on the model."""
+    import math
+
+    from errata.edits.ledger import ContradictoryEdits
+    from errata.models.scoring import score
+
+    if not edits:
+        return []
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ContradictoryEdits)
+        whole = _whole(edits, model, sequential)
+        with whole.applied(model):
+            found = score(model, [e.rewrites[0].text for e in edits], [e.rewrites[0].new_object for e in edits])
+    probabilities = [math.exp(each.total) for each in found]
+    weak = sum(p < 0.5 for p in probabilities)
+    if weak:
+        typer.echo(
+            f"warning: with all edits on, {weak} of {len(edits)} new objects have less than 50 %: several edits of one "
+            "subject mix unless each is made with the earlier ones on (--sequential)",
+            err=True,
+        )
+    return probabilities
+
+
+def _tell_many(
+    edits: Sequence[Edit], names: Sequence[str], together: Sequence[float], told: Mapping[str, Any], json: bool
+) -> None:
     """A line an edit."""
     from errata.cli import show
 
@@ -311,30 +346,28 @@ def _tell_many(edits: Sequence[Edit], names: Sequence[str], told: Mapping[str, A
                 "subject": made.rewrites[0].subject,
                 "new_object": made.rewrites[0].new_object,
                 "health": made.notes.get("health"),
+                "p_new_with_all": with_all,
                 "residual": made.notes["residual"],
                 "rounding": made.notes["rounding"],
             }
-            for made, name in zip(edits, names, strict=True)
+            for made, name, with_all in zip(edits, names, together, strict=True)
         ]
         show.as_json({**told, "edits": told_edits})
         return
     rows = []
-    for made, name in zip(edits, names, strict=True):
-        (rewrite,), health = made.rewrites, made.notes["health"]
+    for made, name, with_all in zip(edits, names, together, strict=True):
+        (rewrite,), health = made.rewrites, made.notes.get("health")
+        measured = ("–",) * 4  # where the model's own hints do without probing
+        if health:
+            drift = "–" if health["drift"] is None else f"{health['drift']:.2g}"
+            before, after = show.percent(health["probability_before"]), show.percent(health["probability_after"])
+            norm, disabling = f"{health['relative_norm']:.3f}", " disabling" if health["disabling"] else ""
+            measured = (before, after, norm, drift + disabling)
         rows.append(
-            (
-                name,
-                f"{rewrite.text} {rewrite.new_object}",
-                show.percent(health["probability_before"]),
-                show.percent(health["probability_after"]),
-                f"{health['relative_norm']:.3f}",
-                "–"
-                if health["drift"] is None
-                else f"{health['drift']:.2g}" + (" disabling" if health["disabling"] else ""),
-            )
+            (name, f"{rewrite.text} {rewrite.new_object}", *measured[:2], show.percent(with_all), *measured[2:])
         )
     if rows:
-        show.table(("name", "edit", "P before", "after", "‖ΔW‖/‖W‖", "drift"), rows)
+        show.table(("name", "edit", "P before", "after", "with all", "‖ΔW‖/‖W‖", "drift"), rows)
         show.line(f"layer {told['layer']}: {told['chosen']}. Drift is in nats per token, on texts of the model's own.")
 
 

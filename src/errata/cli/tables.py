@@ -41,7 +41,8 @@ def requested(file: Path, strict: bool = False) -> RequestTable:
     for rows in table.contradictions:
         places = ", ".join(f"{row.line} ({row.rewrite.new_object})" for row in rows)
         typer.echo(
-            f"{file}: {rows[0].rewrite.text!r} is to have several answers, and the last has the last word: "
+            f"{file}: {rows[0].rewrite.text!r} is to have several answers, which mix unless each edit is made with "
+            "the earlier ones on: "
             f"{table.unit}s {places}",
             err=True,
         )

@@ -48,6 +48,10 @@ if TYPE_CHECKING:
 COMBINED = "combined"
 
 
+# Notes on what an edit does, which an edit derived from it does not do.
+MEASURED = ("health", "residual", "rounding", "read_at_mean_key", "read_at_bare_prompt", "delta_norm")
+
+
 class FrozenDict(dict):
     """A dict that cannot be changed, of settings or notes. Its lists are tuples, its dicts frozen too."""
 
@@ -256,16 +260,22 @@ class Edit:
         return tuple(dict.fromkeys(delta.weight for delta in self.deltas))
 
     def _derived(self, deltas: Sequence[Delta], step: Mapping[str, Any], **changes: Any) -> Edit:
-        """This edit with other deltas, told in its notes."""
+        """This edit with other deltas, told in its notes; what was measured of it holds no more."""
         derived = (*self.notes.get("derived", ()), {"from": self.id, **step})
         touched = {delta.weight for delta in deltas}
+        notes = {name: note for name, note in self.notes.items() if name not in MEASURED}
         return replace(
             self,
             deltas=tuple(deltas),
             fingerprints={name: digest for name, digest in self.fingerprints.items() if name in touched},
-            notes={**self.notes, "derived": derived},
+            notes={**notes, "derived": derived},
             **changes,
         )
+
+    def _origins(self) -> set[str]:
+        """Ids of all edits whose change is in this one, itself among them."""
+        told = [self.notes, *self.config.get("parts", ())] if self.method == COMBINED else [self.notes]
+        return {self.id, *(part["id"] for part in told[1:]), *(s["from"] for t in told for s in t.get("derived", ()))}
 
     def _as_part(self) -> dict[str, Any]:
         """What a combined edit keeps of this one, besides deltas and rewrites."""
@@ -291,6 +301,13 @@ class Edit:
         """
         if any(entry.edit == self for entry in model.applied):
             raise EditStateError(f"{self} is applied to {model.name!r} already. Undo it before applying it again")
+        for entry in model.applied:
+            if self._origins() & entry.edit._origins():
+                raise EditStateError(
+                    f"{self} and {entry.edit}, which is on {model.name!r}, come from the same edit, whose change "
+                    "would be "
+                    "on it twice. Undo the one before applying the other"
+                )
         warn_of_contradictions([entry.edit for entry in model.applied], self)
         self._put_on(model)
 
@@ -440,8 +457,8 @@ class Edit:
             if self.fingerprints[name] not in (digest, _unedited(model, name, digest)):
                 raise EditMismatch(
                     f"{self} was made for other weights: {name} of {model.name!r} has not the bytes (or "
-                    f"the dtype) that it had in {self.model!r}. Load that model in that dtype, or make the "
-                    "edit again for this one"
+                    f"the dtype) that it had in {self.model!r}. Load that model in that dtype, apply first "
+                    "the edits that it was made after, or make it again for this one"
                 )
 
     def _goes_on(self, model: Model) -> bool:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class ContradictoryEdits(UserWarning):
-    """Two edits give the same prompt another object; the later one wins as far as they overlap."""
+    """Two edits give the same prompt another object: the later wins if made with the earlier on, else they mix."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,8 @@ def warn_of_contradictions(earlier: Iterable[Edit], later: Edit) -> None:
             old, new = found
             warnings.warn(
                 f"{later} contradicts {edit}, which comes before it: {new.text!r} was to go on with "
-                f"{old.new_object!r}, now with {new.new_object!r}. The later one wins as far as they overlap; take "
+                f"{old.new_object!r}, now with {new.new_object!r}. Made one after the other, the later one wins; made "
+                "for the same weights, they mix. Take "
                 "the earlier one off if it is no longer wanted",
                 ContradictoryEdits,
                 stacklevel=4,

@@ -108,6 +108,8 @@ def rome(
         Diverged: if the optimisation meets a loss that is no finite number.
         DisablingEdit: if the edit would move what the model says of everything; see `RomeConfig.max_drift`.
     """
+    if errors not in ("raise", "keep"):
+        raise ConfigError(f"errors is {errors!r}: it is 'raise' or 'keep'")
     one = not isinstance(rewrites, (list, tuple))
     wanted: list[Rewrite] = [rewrites] if one else list(rewrites)  # type: ignore[arg-type,list-item]
     for rewrite in wanted:
@@ -160,7 +162,8 @@ def _in_sequence(work: _Work, rewrites: Sequence[Rewrite], stop: bool) -> list[_
             (made,) = _together(work, [numbered])
             found.append(made)
             if isinstance(made, Edit):
-                stack.enter_context(made.applied(work.model))
+                if made not in found[:-1]:  # else both change nothing: the fact was there
+                    stack.enter_context(made.applied(work.model))
             elif stop:
                 break
     return found

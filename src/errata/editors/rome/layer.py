@@ -77,6 +77,8 @@ def resolve(
         ConfigError: if none is named and none is known, or it is not there.
         FactError: if "auto" finds no site.
     """
+    if config is not None and not isinstance(config, RomeConfig):
+        raise ConfigError(f"config is a {type(config).__name__}: write RomeConfig(steps=20, ...)")
     config = known_settings(model) if config is None else config
     chosen = config.layer if layer is None else layer
     how = "named"

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from errata.base.errors import FactError
+from errata.base.errors import ConfigError, FactError
 from errata.base.facts import Fact
 from errata.models.model import Model
 from errata.tracing.config import TraceConfig
@@ -63,17 +63,28 @@ def early_site(
         progress: called with facts traced and in all.
 
     Raises:
-        FactError: if a fact cannot be traced, or the answer depends on the subject in none.
+        ConfigError: if the model has one layer only.
+        FactError: if no fact can be traced, or the answer depends on the subject in none.
     """
     config = TraceConfig(parts=("mlp",), samples=samples, tokens=("last subject",), seed=seed)
-    effects = []
+    if model.n_layers < 2:
+        raise ConfigError(
+            f"{model.name} has one layer, above which nothing could carry what it writes: there is no site"
+        )
+    effects, untraced = [], None
     chosen = list(dict.fromkeys(facts))[:_FACTS_TRACED]
     for done, fact in enumerate(chosen):
         if progress is not None:
             progress(done, len(chosen))
-        found = trace(model, fact, config)
+        try:
+            found = trace(model, fact, config)
+        except FactError as error:  # of many, the others tell
+            untraced = error
+            continue
         if found.total_effect >= _MIN_EFFECT:
             effects.append(found.indirect_effect("mlp")[found.subject[1]])
+    if not effects and untraced:
+        raise untraced
     if not effects:
         raise FactError(
             "the trace finds no site: what the model answers hardly depends on the subject, so it may not know the "
