@@ -63,7 +63,7 @@ class RomeConfig(Config):
     clamp: float | None = Field(4.0, gt=0)
     stop_below: float = Field(5e-2, ge=0)
     loss_layer: int | None = Field(None, ge=0)
-    max_drift: float | None = Field(0.3, gt=0)
+    max_drift: float | None = Field(1.0, gt=0)
     probes: tuple[str, ...] | None = None
 
     @classmethod
