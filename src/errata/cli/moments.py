@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Optional
@@ -68,10 +67,6 @@ class Source:
             return load_any(self.file, layer, model)
         with show.progress(f"second moment of layer {layer}", "tokens") as bar:
             return collect_cached(model, [layer], self.texts(model), self.tokens, progress=bar)[layer]
-
-    def by_layer(self, model: Model) -> Callable[[int], SecondMoment]:
-        """As `of`, for the layer that it is called with."""
-        return lambda layer: self.of(model, layer)
 
     def texts(self, model: Model) -> Texts:
         """The corpus that the options name; the atlas's own, for it.
