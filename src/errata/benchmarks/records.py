@@ -1,4 +1,4 @@
-"""A record of CounterFact: a rewrite, and the prompts that show what else moved."""
+"""Records: a rewrite, and the prompts that show whether it took and what else moved."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from errata.base.facts import Rewrite
 
 @dataclass(frozen=True)
 class Record:
-    """One case. All prompts are whole texts up to the object.
+    """One case of CounterFact. All prompts are whole texts up to the object.
 
     Attributes:
         case_id: its number in its set.
@@ -19,6 +19,7 @@ class Record:
         neighborhood: other subjects with the same relation and the old object; they should not move.
         attribute: subjects that have the new object anyway.
         generation: openings that call the fact up indirectly, for free text.
+        object_ids: what the set calls the old and the new object, such as Wikidata's "Q5083"; "" where it does not.
     """
 
     case_id: int
@@ -28,3 +29,21 @@ class Record:
     neighborhood: tuple[str, ...]
     attribute: tuple[str, ...]
     generation: tuple[str, ...]
+    object_ids: tuple[str, str] = ("", "")
+
+
+@dataclass(frozen=True)
+class ZsreRecord:
+    """One case of zsRE, as MEND's file has it: a question, its answer to be, and a question of something else.
+
+    Attributes:
+        case_id: its number in its set.
+        rewrite: the question, with `{}` for the subject, and the answer to be; the old object is "".
+        paraphrase: the same question in other words, whole texts.
+        locality: questions of other facts, whole texts, each with its answer; they should not move.
+    """
+
+    case_id: int
+    rewrite: Rewrite
+    paraphrase: tuple[str, ...]
+    locality: tuple[tuple[str, str], ...]
