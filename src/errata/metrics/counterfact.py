@@ -1,10 +1,13 @@
 """CounterFact's metrics: efficacy, paraphrase and neighborhood, as scores and as magnitudes.
 
-A prompt is scored by P[o*] against P[oᶜ], new object and old, each as exp of the mean log-probability per token (the
-published code's way; FACTS: the paper speaks of the total probability, which is the same for one-token objects).
+A prompt is scored by P[o*] against P[oᶜ], new object and old. P is, by name,
+
+- `per_token`: exp of the mean log-probability per token (the published code, and the numbers of the paper's tables),
+- `total`: the probability of the whole object (the paper's words); for objects of one token they are the same.
 
 - ES, PS: share of rewrite and paraphrase prompts with P[o*] > P[oᶜ]; EM, PM: mean of P[o*] − P[oᶜ].
 - NS: share of neighborhood prompts with P[oᶜ] > P[o*]; NM: mean of P[oᶜ] − P[o*].
+- AS, AM: of attribute prompts, whose subjects have the new object, as ES and EM. The paper reports none.
 - S: harmonic mean of ES, PS and NS.
 
 Means are over a record's prompts, then over records. Everything is a fraction here; tables multiply by 100.
@@ -15,11 +18,26 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from statistics import fmean, harmonic_mean, stdev
+from statistics import fmean
+from typing import Literal
 
 from errata.benchmarks.records import Record
+from errata.metrics.asking import Answers, Question
 from errata.models.model import Model
-from errata.models.scoring import score
+from errata.models.scoring import Score, score
+
+KINDS = ("rewrite", "paraphrase", "neighborhood", "attribute")
+Probability = Literal["per_token", "total"]
+
+
+@dataclass(frozen=True)
+class RecordAnswers:
+    """What a model says to a record's prompts: of each kind, the scores of new and old object after each prompt."""
+
+    rewrite: tuple[Answers, ...]
+    paraphrase: tuple[Answers, ...]
+    neighborhood: tuple[Answers, ...]
+    attribute: tuple[Answers, ...]
 
 
 @dataclass(frozen=True)
@@ -27,8 +45,8 @@ class RecordScores:
     """One record's numbers on one model; NaN where the record has no such prompts.
 
     Attributes:
-        es, ps, ns: shares of prompts that go the right way.
-        em, pm, nm: mean differences of probabilities, in the right way.
+        es, ps, ns, ats: shares of rewrite, paraphrase, neighborhood and attribute prompts that go the right way.
+        em, pm, nm, atm: mean differences of probabilities, in the right way.
     """
 
     es: float
@@ -37,45 +55,52 @@ class RecordScores:
     pm: float
     ns: float
     nm: float
+    ats: float
+    atm: float
 
 
-@dataclass(frozen=True)
-class Mean:
-    """A mean over records with the half width of its 95 % interval, 1.96·std/√n; NaN where it has none."""
+def questions(record: Record) -> list[Question]:
+    """What a record asks, in the order of `KINDS`: every prompt with new and old object.
 
-    mean: float
-    interval: float
-
-
-def score_record(model: Model, record: Record) -> RecordScores:
-    """Score one record on the model as it stands."""
-    prompts = [record.rewrite.text, *record.paraphrase, *record.neighborhood]
-    old, new = record.rewrite.fact.object, record.rewrite.new_object
-    scores = score(model, prompts * 2, [new] * len(prompts) + [old] * len(prompts))
-    gain = [
-        math.exp(n.mean) - math.exp(o.mean) for n, o in zip(scores[: len(prompts)], scores[len(prompts) :], strict=True)
-    ]
-    paraphrases = gain[1 : 1 + len(record.paraphrase)]
-    neighbors = [-g for g in gain[1 + len(record.paraphrase) :]]
-    return RecordScores(*_share_and_mean(gain[:1]), *_share_and_mean(paraphrases), *_share_and_mean(neighbors))
+    Raises:
+        FactError: if the record has no old object.
+    """
+    targets = record.rewrite.new_object, record.rewrite.fact.object
+    prompts = (record.rewrite.text, *record.paraphrase, *record.neighborhood, *record.attribute)
+    return [Question(prompt, targets) for prompt in prompts]
 
 
-def _share_and_mean(gains: Sequence[float]) -> tuple[float, float]:
-    if not gains:
-        return math.nan, math.nan
-    return fmean(g > 0 for g in gains), fmean(gains)
+def answered(record: Record, answers: Sequence[Answers]) -> RecordAnswers:
+    """The answers to `questions`, by kind."""
+    counts = 1, len(record.paraphrase), len(record.neighborhood), len(record.attribute)
+    ends = [sum(counts[: i + 1]) for i in range(len(counts))]
+    return RecordAnswers(*(tuple(answers[end - n : end]) for end, n in zip(ends, counts, strict=True)))
 
 
-def summarise(scores: Sequence[RecordScores]) -> dict[str, Mean]:
-    """Means over records of each number, and `s` from their means."""
-    columns = {name: [getattr(s, name) for s in scores] for name in RecordScores.__dataclass_fields__}
-    means = {name: _mean([v for v in values if not math.isnan(v)]) for name, values in columns.items()}
-    parts = [means[name].mean for name in ("es", "ps", "ns")]
-    s = math.nan if any(map(math.isnan, parts)) else harmonic_mean(parts)
-    return {"s": Mean(s, math.nan), **means}
+def record_scores(said: RecordAnswers, probability: Probability = "per_token") -> RecordScores:
+    """A record's numbers from what a model says to its prompts."""
+
+    def gains(kind: tuple[Answers, ...], sign: int = 1) -> tuple[float, float]:
+        if not kind:
+            return math.nan, math.nan
+        found = [sign * (_probability(new, probability) - _probability(old, probability)) for new, old in kind]
+        return fmean(gain > 0 for gain in found), fmean(found)
+
+    return RecordScores(
+        *gains(said.rewrite), *gains(said.paraphrase), *gains(said.neighborhood, -1), *gains(said.attribute)
+    )
 
 
-def _mean(values: Sequence[float]) -> Mean:
-    if not values:
-        return Mean(math.nan, math.nan)
-    return Mean(fmean(values), 1.96 * stdev(values) / len(values) ** 0.5 if len(values) > 1 else math.nan)
+def score_record(model: Model, record: Record, probability: Probability = "per_token") -> RecordScores:
+    """Score one record on the model as it stands, by itself and in the plain way.
+
+    Raises:
+        FactError: if a prompt or an object cannot be scored.
+    """
+    asked = questions(record)
+    flat = score(model, [q.prompt for q in asked for _ in q.targets], [t for q in asked for t in q.targets])
+    return record_scores(answered(record, list(zip(flat[::2], flat[1::2], strict=True))), probability)
+
+
+def _probability(said: Score, kind: Probability) -> float:
+    return math.exp(said.mean if kind == "per_token" else said.total)

@@ -26,17 +26,22 @@ class Score:
     Attributes:
         total: log P(target | prompt) in nats.
         n_tokens: how many tokens the target has.
-        greedy: whether every target token is the most probable one after what stands before it.
+        hits: how many of them are the most probable one after what stands before them.
     """
 
     total: float
     n_tokens: int
-    greedy: bool
+    hits: int
 
     @property
     def mean(self) -> float:
         """Log-probability per token, in nats."""
         return self.total / self.n_tokens
+
+    @property
+    def greedy(self) -> bool:
+        """Whether greedy decoding gives the target."""
+        return self.hits == self.n_tokens
 
 
 def target_ids(tokenizer: PreTrainedTokenizerFast, prompt: str, target: str) -> tuple[list[int], int]:
@@ -105,16 +110,15 @@ def _score_batch(model: Model, rows: Sequence[tuple[list[int], int]]) -> list[Sc
     for row, (ids, n_prompt) in enumerate(rows):
         predictions = logits[row, n_prompt - 1 - first : len(ids) - 1 - first]
         wanted = batch.input_ids[row, n_prompt : len(ids)]
-        scores.append(_score_tokens(predictions, wanted))
+        scores.append(score_tokens(predictions, wanted))
     return scores
 
 
-def _score_tokens(logits: Tensor, wanted: Tensor) -> Score:
+def score_tokens(logits: Tensor, wanted: Tensor) -> Score:
     """Score of tokens `[n]` from the logits `[n, v]` that predict them."""
     wide = logits if logits.dtype == torch.float64 else logits.float()
     picked = wide.log_softmax(-1).gather(-1, wanted[:, None])
-    greedy = bool((wide.argmax(-1) == wanted).all())
-    return Score(total=float(picked.double().sum()), n_tokens=len(wanted), greedy=greedy)
+    return Score(float(picked.double().sum()), len(wanted), int((wide.argmax(-1) == wanted).sum()))
 
 
 def _batches(lengths: Sequence[int], tokens: int) -> Iterator[list[int]]:

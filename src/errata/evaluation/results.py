@@ -1,0 +1,247 @@
+"""A run folder: what was measured of each record, by the unedited model and with each editor's edits on.
+
+| file | holds |
+|---|---|
+| `card.json` | the run card: model, records, settings, versions, and each editor's settings; for people |
+| `records.json` | the records themselves |
+| `unedited.jsonl` | a line a record: what the model says as it is |
+| `editors/NAME.jsonl` | a line a record: the same with the editor's edit on, or why there was no edit |
+| `edits/NAME/CASE.safetensors` | the edits, where they were kept |
+
+The .jsonl files are journals (`base.journal`): the settings are in their first lines, lines are only added, and a file
+of other settings is not gone on with.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from errata.base.errors import ConfigError, ResultFileError
+from errata.base.facts import Fact, Rewrite
+from errata.base.journal import read_journal
+from errata.benchmarks.records import Record, ZsreRecord
+from errata.metrics import counterfact, zsre
+from errata.metrics.counterfact import Probability, RecordAnswers
+from errata.metrics.zsre import ZsreAnswers
+from errata.models.scoring import Score
+
+KIND = "evaluation"
+FORMAT = 1
+UNEDITED = "unedited"
+
+COUNTERFACT_NUMBERS = ("es", "em", "ps", "pm", "ns", "nm", "ats", "atm", "ge", "rs", "essence")
+ZSRE_NUMBERS = ("efficacy", "paraphrase", "specificity")
+
+AnyRecord = Record | ZsreRecord
+
+
+@dataclass(frozen=True)
+class Result:
+    """What was measured of one record, with one editor's edit on or with none.
+
+    Attributes:
+        case: the record's case id.
+        answers: what the model says to the record's prompts; None if there was no edit.
+        texts: generated, each with its prompt; empty where none were asked for.
+        entropy: GE, n-gram entropy of the texts in bits; None without texts.
+        reference: RS, similarity of the texts to the reference texts, 0 to 1; None without texts or references.
+        essence: perplexity of what is known of the subject with the new object; None where nothing is.
+        health: the edit's, as `metrics.health.Health.as_dict`, with `residual`, `rounding` and `relative_norm` where
+            the editor tells them; None of the unedited model, or if not asked for.
+        error: why there was no edit; None if there was.
+        edit: the file of the edit, relative to the run folder; None if it was not kept.
+        seconds: wall time: "edit", "ask", "generate", each the record's share of what was done together.
+    """
+
+    case: int
+    answers: RecordAnswers | ZsreAnswers | None
+    texts: tuple[str, ...] = ()
+    entropy: float | None = None
+    reference: float | None = None
+    essence: float | None = None
+    health: Mapping[str, Any] | None = None
+    error: str | None = None
+    edit: str | None = None
+    seconds: Mapping[str, float] = field(default_factory=dict)
+
+    def as_line(self) -> dict[str, Any]:
+        """JSON-able; `from_line` reads it back."""
+        values = {name: getattr(self, name) for name in self.__dataclass_fields__}
+        if self.answers is not None:
+            values["answers"] = {
+                kind: [[[each.total, each.n_tokens, each.hits] for each in one] for one in said]
+                for kind, said in vars(self.answers).items()
+            }
+        return {**values, "texts": list(self.texts), "seconds": dict(self.seconds)}
+
+    @classmethod
+    def from_line(cls, line: Mapping[str, Any]) -> Result:
+        """Raises KeyError, TypeError or ValueError if it is no line of ours."""
+        values = {name: line[name] for name in cls.__dataclass_fields__}
+        if values["answers"] is not None:
+            said = {
+                kind: tuple(tuple(Score(*each) for each in one) for one in some)
+                for kind, some in values["answers"].items()
+            }
+            values["answers"] = ZsreAnswers(**said) if "locality" in said else RecordAnswers(**said)
+        elif not isinstance(values["error"], str):
+            raise ValueError("there is neither an answer nor an error")
+        return cls(**{**values, "texts": tuple(values["texts"])})
+
+
+@dataclass(frozen=True)
+class Results:
+    """What one editor's edits, or the unedited model, made of the records, as far as the run has come.
+
+    Attributes:
+        name: of the row; "unedited" of the model without an edit.
+        settings: the header of its file: the run's settings, and under "editor" and "config" the editor's own.
+        by_case: by case id, in the order in which they were measured.
+    """
+
+    name: str
+    settings: Mapping[str, Any]
+    by_case: Mapping[int, Result]
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run folder, which may still be growing. No model is needed to read it.
+
+    Attributes:
+        folder: where it is.
+        settings: of the run, as in the header of its files.
+        records: by case id, in order.
+        unedited: of the model as it is.
+        edited: of each editor, by name, in the order in which they were begun.
+    """
+
+    folder: Path
+    settings: Mapping[str, Any]
+    records: Mapping[int, AnyRecord]
+    unedited: Results
+    edited: Mapping[str, Results]
+
+    @classmethod
+    def load(cls, folder: str | Path) -> Run:
+        """Read a folder that `evaluate` writes.
+
+        Raises:
+            ResultFileError: if it is none, or broken.
+        """
+        folder = Path(folder)
+        if not (folder / "unedited.jsonl").is_file():
+            raise ResultFileError(
+                f"{folder} is no run folder: it has no unedited.jsonl. Give the folder that errata evaluate --out names"
+            )
+        records = {record.case_id: record for record in read_back(folder / "records.json")}
+        unedited = _results(folder / "unedited.jsonl", UNEDITED, records)
+        files = sorted((folder / "editors").glob("*.jsonl"), key=lambda path: (_begun(path), path.name))
+        edited = {path.stem: _results(path, path.stem, records) for path in files}
+        return cls(folder, unedited.settings, records, unedited, edited)
+
+    @property
+    def kind(self) -> str:
+        """ "counterfact" or "zsre"."""
+        return str(self.settings["records"]["kind"])
+
+    def numbers(self, results: Results, probability: Probability = "per_token") -> dict[str, dict[int, float | None]]:
+        """Each number of `COUNTERFACT_NUMBERS` or `ZSRE_NUMBERS` by case, a fraction (GE: bits; essence: perplexity).
+
+        A record whose edit could not be made counts as the unedited model has it. None: the record has no such number.
+        """
+        names = COUNTERFACT_NUMBERS if self.kind == "counterfact" else ZSRE_NUMBERS
+        found: dict[str, dict[int, float | None]] = {name: {} for name in names}
+        for case, result in results.by_case.items():
+            if result.answers is None:
+                if case not in self.unedited.by_case:
+                    continue
+                result = self.unedited.by_case[case]
+            if isinstance(result.answers, RecordAnswers):
+                values = asdict(counterfact.record_scores(result.answers, probability))
+                values |= {"ge": result.entropy, "rs": result.reference, "essence": result.essence}
+            else:
+                assert result.answers is not None
+                values = asdict(zsre.record_scores(result.answers))
+            for name in names:
+                value = values[name]
+                found[name][case] = None if value is None or value != value else value
+        return found
+
+
+def editor_file(folder: Path, name: str) -> Path:
+    """Where an editor's lines are.
+
+    Raises:
+        ConfigError: if the name cannot be a file's.
+    """
+    if not re.fullmatch(r"[\w][\w.+=,-]{0,99}", name) or name == UNEDITED:
+        raise ConfigError(
+            f"{name!r} cannot name a row of results: use letters, digits and . _ - + = , and begin with a letter or "
+            "digit"
+        )
+    return folder / "editors" / f"{name}.jsonl"
+
+
+def written_out(records: Sequence[AnyRecord]) -> str:
+    """Records as the text of `records.json`."""
+    return json.dumps([asdict(record) for record in records], ensure_ascii=False, indent=0) + "\n"
+
+
+def read_back(path: Path) -> list[AnyRecord]:
+    """The records of `records.json`.
+
+    Raises:
+        ResultFileError: if it is missing, or not ours.
+    """
+    try:
+        return [_record(entry) for entry in json.loads(path.read_text(encoding="utf-8"))]
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ResultFileError(f"{path} does not hold the records of a run ({error}): begin another folder") from error
+
+
+def _record(entry: Mapping[str, Any]) -> AnyRecord:
+    inner = entry["rewrite"]
+    rewrite = Rewrite(Fact(**inner["fact"]), inner["new_object"])
+    if "locality" in entry:
+        pairs = tuple((prompt, answer) for prompt, answer in entry["locality"])
+        return ZsreRecord(entry["case_id"], rewrite, tuple(entry["paraphrase"]), pairs)
+    kinds = ("paraphrase", "neighborhood", "attribute", "generation", "object_ids")
+    return Record(entry["case_id"], entry["relation"], rewrite, *(tuple(entry[kind]) for kind in kinds))
+
+
+def _begun(path: Path) -> float:
+    return float(read_journal(path, KIND, FORMAT)[0].get("begun", 0))
+
+
+def _results(path: Path, name: str, records: Mapping[int, AnyRecord]) -> Results:
+    settings, lines = read_journal(path, KIND, FORMAT)
+    return Results(name, settings, by_case(lines, records, path))
+
+
+def by_case(
+    lines: Sequence[Mapping[str, Any]], records: Mapping[int, AnyRecord] | Sequence[int], path: Path
+) -> dict[int, Result]:
+    """Results by case id.
+
+    Raises:
+        ResultFileError: if a line is none of ours, of no such case, or of one that was there.
+    """
+    found: dict[int, Result] = {}
+    for number, line in enumerate(lines, 2):
+        try:
+            result = Result.from_line(line)
+            if result.case in found or result.case not in records:
+                raise ValueError("a case that is there twice, or does not belong here")
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise ResultFileError(
+                f"line {number} of {path} does not fit its header ({error}): it was changed by hand. Begin another "
+                "folder"
+            ) from error
+        found[result.case] = result
+    return found

@@ -1,0 +1,217 @@
+"""Forward passes of many texts that share their beginnings, block by block.
+
+A *strand* is a text's tokens, the trunk, and branches that leave it: other ways to go on after so many of its tokens.
+Two targets after one prompt are a trunk and a branch, and the prompt is run once. Passes can be parted at any layer, so
+that what lies below an edited layer is run once for all edits. Rows of like length share a batch, padded on the right,
+where no token looks.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from errata.models.model import Model
+from errata.passes.block_call import Past, run
+from errata.passes.replay import Recording, record
+from errata.passes.rowwise import RowChanges, rowwise
+
+# Tokens in a batch: on a CPU what a block makes of them should stay near it, a GPU wants large products.
+_TOKENS_AT_ONCE = {"cpu": 512, "cuda": 16384}
+
+
+class _Entered(Exception):
+    """What enters the first block is known."""
+
+
+@dataclass(frozen=True)
+class Strand:
+    """Tokens of one text.
+
+    Attributes:
+        trunk: its token ids, at least one.
+        branches: for each, how many tokens of the trunk go before it, at least one, and its own token ids.
+    """
+
+    trunk: tuple[int, ...]
+    branches: tuple[tuple[int, tuple[int, ...]], ...] = ()
+
+    @property
+    def texts(self) -> list[tuple[int, ...]]:
+        """The trunk and each branch with what goes before it."""
+        return [self.trunk, *(self.trunk[:at] + own for at, own in self.branches)]
+
+
+@dataclass(frozen=True)
+class Flow:
+    """States of a batch of strands between two blocks. Made by `Passes.enter`.
+
+    Attributes:
+        trunk: `[r, t, d_model]`, padded on the right.
+        branches: `[g, n, d_model]` of each group of the batch.
+    """
+
+    trunk: Tensor
+    branches: tuple[Tensor, ...]
+
+    def of(self, batch: StrandBatch, rows: Sequence[int]) -> tuple[Flow, StrandBatch]:
+        """The states of some rows, and the batch that they are then of."""
+        place = {row: i for i, row in enumerate(rows)}
+        groups, branches = [], []
+        for group, states in zip(batch.groups, self.branches, strict=True):
+            chosen = [i for i, (row, _) in enumerate(group.owners) if row in place]
+            if chosen:
+                owners = tuple((place[group.owners[i][0]], group.owners[i][1]) for i in chosen)
+                groups.append(Group(group.at, owners))
+                branches.append(states[chosen])
+        index = torch.tensor(list(rows), device=self.trunk.device)
+        return Flow(self.trunk[index], tuple(branches)), StrandBatch(tuple(batch.rows[i] for i in rows), tuple(groups))
+
+
+@dataclass(frozen=True)
+class Group:
+    """Branches of one length that leave their trunks after as many tokens.
+
+    Attributes:
+        at: how many tokens go before.
+        owners: for each, the row of its trunk in the batch, and which of its branches it is.
+    """
+
+    at: int
+    owners: tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True)
+class StrandBatch:
+    """Strands that are run together.
+
+    Attributes:
+        rows: which of all strands they are.
+        groups: their branches.
+    """
+
+    rows: tuple[int, ...]
+    groups: tuple[Group, ...]
+
+    def states(self, flow: Flow, row: int, branch: int | None) -> Tensor:
+        """States `[n, d_model]` of a row's trunk, with its padding, or of one of its branches alone."""
+        if branch is None:
+            return flow.trunk[row]
+        for group, states in zip(self.groups, flow.branches, strict=True):
+            if (row, branch) in group.owners:
+                return states[group.owners.index((row, branch))]
+        raise KeyError((row, branch))
+
+
+class Passes:
+    """The passes of some strands through one model, whose own weights must not change but by `step`'s callers.
+
+    Attributes:
+        model: the model.
+        strands: what is run.
+    """
+
+    def __init__(self, model: Model, strands: Sequence[Strand]):
+        self.model = model
+        self.strands = list(strands)
+        for strand in self.strands:
+            for text in strand.texts:
+                model.require_room(text, None)
+        # One text, of the longest, tells what blocks are given beside their states, and that they can be resumed.
+        longest = max((text for strand in self.strands for text in strand.texts), key=len)
+        self._template: Recording = record(model, model.batch([longest]))
+
+    def batches(self, together: Sequence[object] | None = None) -> Iterator[StrandBatch]:
+        """All strands, in batches of some hundred tokens (some thousand on a GPU), those of like length together.
+
+        Args:
+            together: for each strand, what it must have in common with others to be in a batch with them.
+        """
+        limit = _TOKENS_AT_ONCE.get(self.model.device.type, 16384)
+        kinds: dict[object, list[int]] = defaultdict(list)
+        for i in range(len(self.strands)):
+            kinds[together[i] if together else None].append(i)
+        for some in kinds.values():
+            chosen: list[int] = []
+            for i in sorted(some, key=lambda i: len(self.strands[i].trunk)):
+                if chosen and (len(chosen) + 1) * len(self.strands[i].trunk) > limit:
+                    yield self._batch(chosen)
+                    chosen = []
+                chosen.append(i)
+            yield self._batch(chosen)
+
+    def _batch(self, rows: Sequence[int]) -> StrandBatch:
+        alike: dict[tuple[int, int], list[tuple[int, int]]] = defaultdict(list)
+        for row, i in enumerate(rows):
+            for branch, (at, own) in enumerate(self.strands[i].branches):
+                alike[at, len(own)].append((row, branch))
+        return StrandBatch(tuple(rows), tuple(Group(at, tuple(owners)) for (at, _), owners in sorted(alike.items())))
+
+    @torch.no_grad()
+    def enter(self, batch: StrandBatch) -> Flow:
+        """What enters the first block."""
+        texts = [self.strands[i].trunk for i in batch.rows]
+        branches = [
+            [self.strands[batch.rows[row]].texts[branch + 1] for row, branch in group.owners] for group in batch.groups
+        ]
+        states = self._entering([*texts, *(text for some in branches for text in some)])
+        width = max(map(len, texts))
+        begin, cut = len(texts), []
+        for group, some in zip(batch.groups, branches, strict=True):
+            cut.append(states[begin : begin + len(some), group.at : len(some[0])])
+            begin += len(some)
+        return Flow(states[: len(texts), :width], tuple(cut))
+
+    def _entering(self, texts: Sequence[Sequence[int]]) -> Tensor:
+        found: list[Tensor] = []
+
+        def note(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+            first = next(iter(inspect.signature(module.forward).parameters))
+            found.append((args[0] if args else kwargs[first]).clone())
+            raise _Entered
+
+        handle = self.model.blocks[0].register_forward_pre_hook(note, with_kwargs=True)
+        try:
+            self.model.forward(self.model.batch(texts), keep=1)
+        except _Entered:
+            pass
+        finally:
+            handle.remove()
+        return found[0]
+
+    @torch.no_grad()
+    def step(self, batch: StrandBatch, layer: int, flow: Flow, changes: RowChanges | None = None) -> Flow:
+        """What leaves block `layer`, if `flow` enters it; with changes of the block's weights, one entry a row."""
+        model, call = self.model, self._template.calls[layer]
+        block = model.blocks[layer]
+        here = (changes or RowChanges({})).within(f"{model.anatomy.blocks}.{layer}.")
+        rows, width = flow.trunk.shape[:2]
+        nothing = self._template.past(layer, torch.zeros(rows, dtype=torch.long, device=flow.trunk.device), 0)
+        past = _Kept(nothing.keys_before, nothing.values_before)
+        with rowwise(model, here):
+            trunk = run(block, flow.trunk, call.at(0, rows, width, flow.trunk.device), past)
+        branches = []
+        for group, states in zip(batch.groups, flow.branches, strict=True):
+            owners = torch.tensor([row for row, _ in group.owners], device=states.device)
+            before = Past(past.keys[owners, :, : group.at], past.values[owners, :, : group.at])
+            given = call.at(group.at, len(owners), states.shape[1], states.device)
+            with rowwise(model, here.of(owners)):
+                branches.append(run(block, states, given, before))
+        return Flow(trunk, tuple(branches))
+
+
+class _Kept(Past):
+    """A past that remembers the keys and values of all tokens so far."""
+
+    keys: Tensor
+    values: Tensor
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        self.keys, self.values = super().update(key_states, value_states)
+        return self.keys, self.values
