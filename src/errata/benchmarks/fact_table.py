@@ -192,7 +192,7 @@ def _lines_of_columns(dialect: str, path: Path, text: str, kind: TableKind[Any])
     mark = "tab" if dialect == "excel-tab" else "comma"
     if text.strip() and any(set(columns).isdisjoint(names) for names in kind.needed):
         raise ResultFileError(
-            f"the first line of {path} names no columns of {kind.noun}s ({_shortened(str(header))}): it needs "
+            f"the first line of {path} names no columns of {kind.noun}s ({shortened(str(header))}): it needs "
             f"{kind.columns}, with a {mark} between them"
         )
     for line, fields in records:
@@ -263,7 +263,7 @@ def _whole(found: Mapping[str, Any] | str) -> Mapping[str, Any]:
     """
     if isinstance(found, str):
         raise FactError(found)
-    if any(isinstance(value, str) and _is_torn(value) for value in found.values()):
+    if any(isinstance(value, str) and is_torn(value) for value in found.values()):
         raise FactError("there are bytes in it that are no UTF-8: save the file as UTF-8")
     return found
 
@@ -283,11 +283,11 @@ def field_fact(found: Mapping[str, Any], *objects: str) -> Fact:
         FactError: if they tell none.
     """
     subject, template = field_text(found, "subject"), field_text(found, "template")
-    prompt = _with_slot(subject, field_text(found, "prompt") or template, template)
+    prompt = with_slot(subject, field_text(found, "prompt") or template, template)
     return Fact(subject, prompt, field_text(found, *objects))
 
 
-def _is_torn(text: str) -> bool:
+def is_torn(text: str) -> bool:
     """Whether there are halves of characters in a text that stand for single bytes."""
     return any("\udc80" <= character <= "\udcff" for character in text)
 
@@ -309,8 +309,12 @@ def field_text(found: Mapping[str, Any], *names: str, number: bool = False) -> s
     return ""
 
 
-def _with_slot(subject: str, prompt: str, template: str) -> str:
-    """The prompt with `{}` in place of the subject, if it is filled."""
+def with_slot(subject: str, prompt: str, template: str = "") -> str:
+    """The prompt with `{}` in place of the subject, if it is filled; a template is the beginning of a filled prompt.
+
+    Raises:
+        FactError: if the subject stands in a filled prompt not at all, or more than once.
+    """
     if SLOT in prompt or not subject or not prompt:
         return prompt  # what is still wrong with it, Fact tells
     filled = template.replace(SLOT, subject)
@@ -319,13 +323,14 @@ def _with_slot(subject: str, prompt: str, template: str) -> str:
     place = prompt.find(subject)
     if place < 0 or place != prompt.rfind(subject):
         raise FactError(
-            f"the prompt {_shortened(prompt)} has no {{}}, and the subject {_shortened(subject)} does not stand in it "
+            f"the prompt {shortened(prompt)} has no {{}}, and the subject {shortened(subject)} does not stand in it "
             "exactly once: write {} where the subject stands"
         )
     return prompt[:place] + SLOT + prompt[place + len(subject) :]
 
 
-def _shortened(text: str, length: int = 80) -> str:
+def shortened(text: str, length: int = 80) -> str:
+    """A text for a message, in quotes and not too long."""
     return repr(text if len(text) <= length else text[: length - 1] + "…")
 
 

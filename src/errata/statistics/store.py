@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import re
 import time
 from collections.abc import Iterable, Mapping
@@ -19,6 +18,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
+from errata.base import cache
 from errata.base.errors import ConfigError, ResultFileError, StaleStatistics
 from errata.base.files import require_writable
 from errata.base.tensor_files import KEY, read_tensors, write_tensors
@@ -132,13 +132,7 @@ def stored(folder: str | Path | None = None) -> list[Stored]:
 
 def cache_folder() -> Path:
     """Where statistics are kept: `statistics` in $ERRATA_HOME, or else in ~/.cache/errata."""
-    home = os.environ.get("ERRATA_HOME")
-    base = (
-        Path(home).expanduser()
-        if home
-        else Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "errata"
-    )
-    return base / "statistics"
+    return cache.cache_folder("statistics")
 
 
 def cache_path(model: Model, fingerprint: Mapping[str, Any], folder: str | Path | None = None) -> Path:

@@ -1,0 +1,141 @@
+"""Files of JSON, as lists of entries that are looked at one by one: `.json` holds a list, `.jsonl` one entry a line."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from errata.base.errors import FactError, ResultFileError
+from errata.base.facts import require_characters
+from errata.benchmarks.fact_table import is_torn
+
+MAX_BYTES = 512 * 2**20  # ten times CounterFact; reading takes several times as much memory
+MAX_LINE = 2**24  # characters of one entry of a .jsonl file
+
+
+@dataclass(frozen=True)
+class NoEntry:
+    """A line that is no JSON, and why."""
+
+    reason: str
+
+
+def read_json(path: Path, what: str, max_bytes: int = MAX_BYTES) -> tuple[Any, str]:
+    """What a file holds, and the sha256 of its bytes in hex. Of a `.jsonl` file that is a list, with a `NoEntry` for
+    each line that is no JSON; blank lines are not counted.
+
+    Bytes that are no UTF-8 become halves of characters, so that they spoil only the entry that they stand in.
+
+    Args:
+        path: the file.
+        what: it should hold, for messages, such as "records".
+        max_bytes: a larger file is refused before it is read.
+
+    Raises:
+        ResultFileError: if there is no such file, it is empty, too large, or no JSON.
+    """
+    content = _content(path, what, max_bytes)
+    text = content.decode("utf-8-sig", "surrogateescape")
+    if not text.strip():
+        raise ResultFileError(f"{path} is empty, so it holds no {what}: make or fetch it again")
+    digest = hashlib.sha256(content).hexdigest()
+    if path.suffix.lower() == ".jsonl":
+        return [_line(line) for line in text.split("\n") if line.strip()], digest
+    try:
+        return json.loads(text), digest
+    except (ValueError, RecursionError) as error:
+        advice = "name it .jsonl if each line is an entry" if "Extra data" in str(error) else "mend or fetch it again"
+        raise ResultFileError(f"{path} is no JSON ({error}), so it holds no {what}: {advice}") from error
+
+
+def require_keys(entry: Mapping[str, Any], *keys: str) -> None:
+    """Make sure that an entry has these keys, and something in each.
+
+    Raises:
+        FactError: if not; the message names all that are missing.
+    """
+    missing = [key for key in keys if entry.get(key) is None]
+    if missing:
+        raise FactError(f"it has no {', '.join(missing)}")
+
+
+def text_in(entry: Mapping[str, Any], key: str) -> str:
+    """The text under a key, as it is.
+
+    Raises:
+        FactError: if there is none, or it is blank or not made of whole characters.
+    """
+    return whole_text(entry.get(key), key)
+
+
+def optional_text(entry: Mapping[str, Any], key: str) -> str:
+    """The text under a key, or "" if there is none.
+
+    Raises:
+        FactError: if there is something else, or a text not made of whole characters.
+    """
+    return text_in(entry, key) if entry.get(key) not in (None, "") else ""
+
+
+def texts_in(entry: Mapping[str, Any], key: str) -> tuple[str, ...]:
+    """The texts under a key, as they are; one text alone is a list of one.
+
+    Raises:
+        FactError: if there is no list of texts, or one is blank or not made of whole characters.
+    """
+    value = entry.get(key)
+    if isinstance(value, str):
+        return (whole_text(value, key),)
+    if not isinstance(value, list):
+        raise FactError(f"its {key} is a list of texts, not {type(value).__name__}")
+    return tuple(whole_text(each, f"{key}[{index}]") for index, each in enumerate(value))
+
+
+def whole_text(value: Any, name: str, may_be_blank: bool = False) -> str:
+    """A value that is a text, as it is.
+
+    Raises:
+        FactError: if it is none, or blank where that will not do, or not made of whole characters.
+    """
+    if not isinstance(value, str):
+        raise FactError(f"its {name} is text, not {type(value).__name__}")
+    if not (may_be_blank or value.strip()):
+        raise FactError(f"its {name} is empty")
+    if not value.isascii():
+        if is_torn(value):
+            raise FactError(f"there are bytes in its {name} that are no UTF-8: save the file as UTF-8")
+        require_characters(name, value)
+    return value
+
+
+def _content(path: Path, what: str, max_bytes: int) -> bytes:
+    if path.suffix.lower() not in (".json", ".jsonl"):
+        raise ResultFileError(f"{path} holds no {what} by its ending: give a file that ends in .json or .jsonl")
+    try:
+        if not path.is_file():
+            raise ResultFileError(f"there is no file {path}. Give the path of a file of {what}")
+        size = path.stat().st_size
+        if size > max_bytes:
+            raise ResultFileError(
+                f"{path} has {size / 1e6:,.0f} MB, and files of {what} are read up to {max_bytes / 1e6:,.0f} MB, for "
+                "they must fit into memory: split it"
+            )
+        content = path.read_bytes()
+    except OSError as error:
+        raise ResultFileError(f"cannot read {path}: {error.strerror}. Give a file that you may read") from error
+    if content[:2] in (b"\xff\xfe", b"\xfe\xff"):
+        raise ResultFileError(f"{path} is UTF-16, and files of {what} are UTF-8: save it again as UTF-8")
+    return content
+
+
+def _line(text: str) -> Any:
+    if len(text) > MAX_LINE:
+        return NoEntry(f"it has {len(text):,} characters, and a line is read up to {MAX_LINE:,}")
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        return NoEntry(f"no JSON: {error}")
