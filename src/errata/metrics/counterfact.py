@@ -103,4 +103,5 @@ def score_record(model: Model, record: Record, probability: Probability = "per_t
 
 
 def _probability(said: Score, kind: Probability) -> float:
-    return math.exp(said.mean if kind == "per_token" else said.total)
+    log = said.mean if kind == "per_token" else said.total
+    return 0.0 if math.isnan(log) else math.exp(log)  # what a broken model says is not probable

@@ -17,11 +17,16 @@ from torch import Tensor
 from errata.base.errors import ConfigError, FactError
 from errata.base.facts import Fact, Rewrite
 from errata.base.seeds import derive
+from errata.edits.edit import Edit
+from errata.metrics.edited import run_edited
 from errata.models.generation import generate, start_text
 from errata.models.model import Model
 from errata.models.scoring import score
+from errata.passes.strands import Strand
 
 PROBES, PROBE_TOKENS = 4, 24
+ESSENCE = "{} is a"
+MAX_DRIFT = 1.0  # nats per token
 
 
 @dataclass(frozen=True)
@@ -106,12 +111,7 @@ def probe(model: Model, texts: Sequence[str]) -> Probed:
         raise FactError(
             "no probe text has two tokens, so there is nothing that the model could foretell: give longer ones"
         )
-    said = _log_probabilities(model, texts)
-    own = [
-        -logs[:-1].gather(1, torch.tensor(row[1:], dtype=torch.long, device=logs.device)[:, None])[:, 0]
-        for logs, row in zip(said, rows, strict=True)
-    ]
-    return Probed(torch.cat([logs[:-1] for logs in said]), torch.cat(own))
+    return _probed(list(zip(rows, _log_probabilities(model, texts), strict=True)))
 
 
 def sampled_probes(model: Model, seed: int) -> tuple[str, ...]:
@@ -143,6 +143,67 @@ def compare(asked: tuple[Asked, Asked], probed: tuple[Probed, Probed], max_drift
         perplexity_after=float(probed[1].surprise.mean().exp()),
         max_drift=max_drift,
     )
+
+
+def healths(
+    model: Model,
+    rewrites: Sequence[Rewrite],
+    edits: Sequence[Edit],
+    probabilities: Sequence[tuple[float, float]],
+    *,
+    probes: Sequence[str],
+    before: Probed,
+    essence: str = ESSENCE,
+    max_drift: float = MAX_DRIFT,
+) -> list[Health]:
+    """The health of many edits, each as if it were alone on the model, which is left as it is.
+
+    Args:
+        model: without the edits.
+        rewrites, edits: which edit is of which rewrite.
+        probabilities: of each rewrite's new object after its bare prompt, before and after.
+        probes: texts to measure drift on; before: what `probe` says of them now.
+        essence: as of `ask`.
+        max_drift: the bound above which an edit counts as disabling, in nats per token.
+
+    Raises:
+        FactError: if a text is too long for the model.
+    """
+    if not edits:
+        return []
+    texts = [Fact(rewrite.subject, essence).text for rewrite in rewrites]
+    texts += [text for _ in edits for text in probes]
+    strands = [Strand(tuple(model.tokenizer(text, verbose=False)["input_ids"])) for text in texts]
+    kept: list[dict[int, Tensor]] = [{}, {}]  # without and with the edit, states by strand; of probes only with
+    owners = [*range(len(edits)), *(i for i in range(len(edits)) for _ in probes)]
+    with_edits = [edits[i] for i in owners]
+    for variant, part, flow in run_edited(model, strands, [[None] * len(strands), with_edits]):
+        for row, strand in enumerate(part.rows):
+            if variant or strand < len(edits):
+                kept[variant][strand] = flow.trunk[row, : len(strands[strand].trunk)]
+    found = []
+    for i, pair in enumerate(probabilities):
+        own, after = (_said(model, states[i][-1]) for states in kept)
+        first = len(edits) + i * len(probes)
+        rows = [(strands[j].trunk, _said(model, kept[1][j])) for j in range(first, first + len(probes))]
+        asked = Asked(pair[0], own), Asked(pair[1], after)
+        found.append(compare(asked, (before, _probed(rows)), max_drift))
+    return found
+
+
+def _said(model: Model, states: Tensor) -> Tensor:
+    """Log-probabilities of what follows states of the last block, in float32 at least."""
+    with torch.no_grad():
+        return model.unembed(states).to(torch.promote_types(model.dtype, torch.float32)).log_softmax(-1)
+
+
+def _probed(rows: Sequence[tuple[Sequence[int], Tensor]]) -> Probed:
+    """What is said, `[t, v]`, of texts of these token ids."""
+    own = [
+        -logs[:-1].gather(1, torch.tensor(ids[1:], dtype=torch.long, device=logs.device)[:, None])[:, 0]
+        for ids, logs in rows
+    ]
+    return Probed(torch.cat([logs[:-1] for _, logs in rows]), torch.cat(own))
 
 
 def _divergence(before: Tensor, after: Tensor) -> Tensor:

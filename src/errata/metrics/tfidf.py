@@ -1,0 +1,125 @@
+"""RS, the reference score: whether what a model says of a subject is about what texts of its new object are about.
+
+It is the cosine of two TF-IDF vectors, of all generated texts joined and of all reference texts joined: scikit-learn's
+with its defaults, that is single words of two letters or more in lower case, counts times IDF, length 1. IDF comes from
+texts like Wikipedia's: fitted here, or read from the pair of files that ROME's authors published.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from errata.base.errors import ConfigError, ResultFileError
+from errata.base.extras import needed
+from errata.metrics.text import require_list
+
+IDF_FILE, VOCABULARY_FILE = "idf.npy", "tfidf_vocab.json"
+
+
+@dataclass(frozen=True, eq=False)
+class TfIdf:
+    """Which words there are, and how much each one says.
+
+    Attributes:
+        vocabulary: the words, each with its place in `idf`.
+        idf: inverse document frequencies `[words]`, float64; larger for rarer words.
+
+    Raises:
+        ConfigError: if the places are not 0, 1, 2, …, or the frequencies not as many positive finite numbers.
+    """
+
+    vocabulary: Mapping[str, int]
+    idf: NDArray[np.float64]
+
+    def __post_init__(self) -> None:
+        places = self.vocabulary.values()
+        if not places or any(type(place) is not int for place in places) or set(places) != set(range(len(places))):
+            raise ConfigError("a vocabulary gives each word a place of its own: 0, 1, 2, … without a gap")
+        if self.idf.shape != (len(places),):
+            raise ConfigError(f"there are {len(places)} words, and IDF of shape {self.idf.shape}: one each is needed")
+        if self.idf.dtype.kind != "f" or not (np.isfinite(self.idf) & (self.idf > 0)).all():
+            raise ConfigError("IDF must be positive finite numbers, all of them")
+
+    @classmethod
+    def fit(cls, texts: Sequence[str]) -> TfIdf:
+        """The words of texts, rarer ones weighing more.
+
+        Raises:
+            ConfigError: if no text has a word of two letters or more.
+            FactError: if `texts` is one text, not a list.
+            MissingExtra: if scikit-learn is not installed.
+        """
+        vectors, texts = _vectorizer(), require_list(texts)
+        try:
+            vectors.fit(texts)
+        except ValueError as error:
+            raise ConfigError(f"no TF-IDF can be made of these {len(texts)} texts: {error}") from error
+        places = {word: int(place) for word, place in vectors.vocabulary_.items()}
+        return cls(dict(sorted(places.items(), key=lambda item: item[1])), vectors.idf_.astype(np.float64))
+
+    @classmethod
+    def load(cls, folder: str | Path) -> TfIdf:
+        """The published pair of files, `idf.npy` and `tfidf_vocab.json`.
+
+        Raises:
+            ResultFileError: if one is missing or broken, or they do not belong together.
+        """
+        folder = Path(folder)
+        try:
+            with (folder / IDF_FILE).open("rb") as file:
+                idf = np.lib.format.read_array(file, allow_pickle=False)
+            vocabulary = json.loads((folder / VOCABULARY_FILE).read_text(encoding="utf-8"))
+            if not isinstance(vocabulary, dict):
+                raise ConfigError("the vocabulary is no object")
+            return cls(vocabulary, idf.astype(np.float64) if idf.dtype.kind == "f" else idf)
+        except (OSError, ValueError, EOFError) as error:  # ConfigError and broken JSON are ValueErrors
+            raise ResultFileError(
+                f"{folder} holds no whole pair of {IDF_FILE} and {VOCABULARY_FILE} ({error}). Fetch both again, or "
+                "name the folder that they are in"
+            ) from error
+
+    @cached_property
+    def digest(self) -> str:
+        """sha256, in hex, of the words in their order and of their frequencies."""
+        words = sorted(self.vocabulary, key=self.vocabulary.__getitem__)
+        return hashlib.sha256(json.dumps(words).encode() + self.idf.astype("<f8").tobytes()).hexdigest()
+
+    def similarity(self, one: str, other: str) -> float:
+        """Cosine of two texts, from 0 to 1; 0 if one of them has no word of the vocabulary.
+
+        Raises:
+            MissingExtra: if scikit-learn is not installed.
+        """
+        first, second = self._vectors.transform([one, other])
+        return float(first.multiply(second).sum())
+
+    def reference_score(self, generated: Sequence[str], references: Sequence[str]) -> float:
+        """RS: cosine of all generated texts joined by spaces, and all references; NaN if there are none of either.
+
+        Raises:
+            FactError: if either is one text, not a list.
+            MissingExtra: if scikit-learn is not installed.
+        """
+        if not require_list(generated) or not require_list(references):
+            return math.nan
+        return self.similarity(" ".join(generated), " ".join(references))
+
+    @cached_property
+    def _vectors(self) -> Any:
+        vectors = _vectorizer(vocabulary=dict(self.vocabulary))
+        vectors.idf_ = self.idf
+        return vectors
+
+
+def _vectorizer(**settings: Any) -> Any:
+    return needed("sklearn.feature_extraction.text", "evaluation").TfidfVectorizer(**settings)
