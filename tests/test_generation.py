@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 
@@ -60,9 +61,50 @@ def test_randomness_outside_is_left_alone():
     state = torch.random.get_rng_state()
     generate(model, PROMPTS, 4, seed=5)
     assert torch.equal(torch.random.get_rng_state(), state)
-    with pytest.raises(ZeroDivisionError), generation._own_randomness(torch.device("cpu"), 3):
-        torch.rand(1) / (1 // 0)
-    assert torch.equal(torch.random.get_rng_state(), state)
+
+
+def test_a_text_depends_on_its_own_seed_alone():
+    model = model_of("gpt2")
+    together = generate(model, PROMPTS, 12, top_k=5, seed=[7, 8, 9])
+    assert together[::-1] == generate(model, PROMPTS[::-1], 12, top_k=5, seed=[9, 8, 7])
+    assert together[1] == generate(model, PROMPTS[1:2], 12, top_k=5, seed=[8])[0]
+    with pytest.raises(ConfigError, match="3 prompts and 2 seeds"):
+        generate(model, PROMPTS, 12, seed=[1, 2])
+
+
+def test_small_batches_and_large_ones_give_the_same(monkeypatch):
+    model = model_of("gpt2")
+    texts = generate(model, PROMPTS, 12, top_k=5)
+    monkeypatch.setattr(generation, "_CACHE_AT_ONCE", {"cpu": 1})
+    assert generate(model, PROMPTS, 12, top_k=5) == texts
+
+
+def test_a_length_counts_the_prompt():
+    model = model_of("gpt2")
+    lengths = [len(model.tokenizer(prompt)["input_ids"]) for prompt in PROMPTS]
+    long = generate(model, PROMPTS, 60, greedy=True)
+    for limit in (min(lengths), max(lengths) - 1, max(lengths) + 7):
+        texts = generate(model, PROMPTS, 60, length=limit, greedy=True)
+        for text, prompt, whole, length in zip(texts, PROMPTS, long, lengths, strict=True):
+            ids = greedy_by_hand(model, prompt, max(0, limit - length))
+            assert text == (model.tokenizer.decode(ids) if limit > length else prompt)
+            assert whole.startswith(text)
+    with pytest.raises(ConfigError, match="length is 0"):
+        generate(model, PROMPTS, 6, length=0)
+
+
+def test_what_is_around_a_batch_is_told_its_rows():
+    model = model_of("gpt2")
+    seen = []
+
+    @contextlib.contextmanager
+    def around(rows):
+        seen.append(list(rows))
+        yield
+        seen.append("done")
+
+    generate(model, PROMPTS, 2, greedy=True, around=around)
+    assert seen == [[0, 1, 2], "done"]
 
 
 def test_sampling_takes_tokens_as_often_as_they_are_probable():

@@ -1,16 +1,28 @@
-"""How a model goes on from a prompt. Seeded, and nothing outside is changed by it."""
+"""How a model goes on from a prompt.
+
+Every text has random numbers of its own, one a token, drawn from its own seed: what is sampled depends on no text that
+is sampled beside it, but for rounding, and nothing outside is changed. Two models that sample with the same seeds
+differ only where they say different things.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 
+import numpy as np
 import torch
-from transformers import GenerationConfig
+from torch import Tensor
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from errata.base.errors import ConfigError, Diverged, FactError
+from errata.base.seeds import derive
 from errata.models.model import Model
+
+# Bytes that keys and values of one batch may take.
+_CACHE_AT_ONCE = {"cpu": 2**31, "cuda": 2**33}
 
 # What a model's own generation config may ask for, turned off.
 _NEUTRAL = {
@@ -35,16 +47,26 @@ def generate(
     prompts: Sequence[str],
     max_new_tokens: int,
     *,
+    length: int | None = None,
     top_k: int | None = None,
     temperature: float = 1.0,
     greedy: bool = False,
-    seed: int = 0,
+    seed: int | Sequence[int] = 0,
+    around: Callable[[Sequence[int]], AbstractContextManager[object]] | None = None,
 ) -> list[str]:
     """Each prompt and its continuation, by sampling, or greedily.
 
-    Sampling draws from the `top_k` most probable tokens (None: from all) at a temperature. The same
-    seed, prompts, order and machine give the same texts. A text ends early at an end-of-text token, or
-    where the model's longest length is reached.
+    Sampling draws from the `top_k` most probable tokens (None: from all) at a temperature. A text ends early at an
+    end-of-text token, or where the model's longest length is reached.
+
+    Args:
+        model: any decoder.
+        prompts: what to go on from; without any tokens to add, they are returned as they are.
+        max_new_tokens: how many tokens to add, at most.
+        length: how many tokens a text may have with its prompt, at most; None: any.
+        top_k, temperature, greedy: how to draw.
+        seed: of all texts, each of which has its own derived from it by its place; or of each text.
+        around: gives a context for the time in which the prompts with these indexes are run, one batch, in that order.
 
     Raises:
         FactError: if a prompt has no tokens or leaves no room for one more.
@@ -53,9 +75,12 @@ def generate(
     """
     if isinstance(prompts, str):
         raise FactError("generate takes a list of prompts: put the prompt in brackets, as in [prompt]")
-    _check(max_new_tokens, top_k, temperature, greedy)
+    _check(max_new_tokens, length, top_k, temperature, greedy)
     if not prompts or max_new_tokens == 0:
         return list(prompts)
+    seeds = [derive(seed, i) for i in range(len(prompts))] if isinstance(seed, int) else list(seed)
+    if len(seeds) != len(prompts):
+        raise ConfigError(f"there are {len(prompts)} prompts and {len(seeds)} seeds: give one seed, or one a prompt")
     rows = [model.tokenizer(prompt, verbose=False)["input_ids"] for prompt in prompts]
     for prompt, row in zip(prompts, rows, strict=True):
         if not row:
@@ -65,13 +90,15 @@ def generate(
                 f"a prompt of {len(row)} tokens leaves no room to go on: "
                 f"{model.name} reads at most {model.max_length}. Shorten it"
             )
-    texts: dict[int, str] = {}
-    with _own_randomness(model.device, seed):
-        for chosen, new_tokens in _by_room([len(row) for row in rows], max_new_tokens, model.max_length):
-            settings = _settings(model, new_tokens, top_k, temperature, greedy)
-            continuations = _continue(model, [rows[i] for i in chosen], settings)
-            for index, continuation in zip(chosen, continuations, strict=True):
-                texts[index] = prompts[index] + continuation
+    wanted = [max(0, min(max_new_tokens, max_new_tokens if length is None else length - len(row))) for row in rows]
+    texts = dict(enumerate(prompts))
+    for chosen, new_tokens in _batches(model, [len(row) for row in rows], wanted):
+        settings = _settings(model, new_tokens)
+        draw = None if greedy else _Draw([seeds[i] for i in chosen], new_tokens, top_k, temperature, model)
+        with around(chosen) if around else contextlib.nullcontext():
+            new = _continue(model, [rows[i] for i in chosen], settings, draw)
+        for index, tokens in zip(chosen, new, strict=True):
+            texts[index] += _text_after(model, rows[index], tokens[: wanted[index]])
     return [texts[i] for i in range(len(prompts))]
 
 
@@ -93,9 +120,11 @@ def start_text(model: Model) -> str:
     return str(start)
 
 
-def _check(max_new_tokens: int, top_k: int | None, temperature: float, greedy: bool) -> None:
+def _check(max_new_tokens: int, length: int | None, top_k: int | None, temperature: float, greedy: bool) -> None:
     if max_new_tokens < 0:
         raise ConfigError(f"max_new_tokens is {max_new_tokens}: say how many tokens to add, 0 or more")
+    if length is not None and length < 1:
+        raise ConfigError(f"length is {length}: say how many tokens a text may have, 1 or more")
     if top_k is not None and top_k < 1:
         raise ConfigError(f"top_k is {top_k}: at least one token must be left to draw; None draws from all")
     if not 0 < temperature < float("inf"):
@@ -104,49 +133,74 @@ def _check(max_new_tokens: int, top_k: int | None, temperature: float, greedy: b
         raise ConfigError("greedy=True takes the most probable token, so top_k and temperature have no use")
 
 
-def _by_room(lengths: Sequence[int], wanted: int, longest: int) -> Iterator[tuple[list[int], int]]:
-    """(indexes, new tokens): the prompts that have room for all go together, each other one by itself."""
-    roomy = [i for i, length in enumerate(lengths) if length + wanted <= longest]
-    if roomy:
-        yield roomy, wanted
-    for i, length in enumerate(lengths):
-        if length + wanted > longest:
-            yield [i], longest - length
+def _batches(model: Model, lengths: Sequence[int], wanted: Sequence[int]) -> Iterator[tuple[list[int], int]]:
+    """(indexes, new tokens): prompts that have room for all go together, as many as memory is for, others alone."""
+    alone = [i for i, length in enumerate(lengths) if length + wanted[i] > model.max_length]
+    roomy = [i for i, length in enumerate(lengths) if wanted[i] and length + wanted[i] <= model.max_length]
+    per_token = 2 * model.n_layers * model.d_model * model.dtype.itemsize
+    tokens = _CACHE_AT_ONCE.get(model.device.type, 2**31) // per_token
+    batch: list[int] = []
+    for i in roomy:
+        new, longest = (max(of[j] for j in [*batch, i]) for of in (wanted, lengths))
+        if batch and (longest + new > model.max_length or (longest + new) * (len(batch) + 1) > tokens):
+            yield batch, max(wanted[j] for j in batch)
+            batch = []
+        batch.append(i)
+    if batch:
+        yield batch, max(wanted[j] for j in batch)
+    yield from (([i], model.max_length - lengths[i]) for i in alone)
 
 
-def _settings(model: Model, new_tokens: int, top_k: int | None, temperature: float, greedy: bool) -> GenerationConfig:
+def _settings(model: Model, new_tokens: int) -> GenerationConfig:
     """A generation config that says all that matters: what it left open, the model's own would fill in."""
     end = model.hf.generation_config.eos_token_id
-    # 0 is all tokens; a setting that greedy decoding ignores draws a warning unless it is the default
-    drawing = {"top_k": 50} if greedy else {"top_k": top_k or 0, "min_p": 0.0, "temperature": temperature}
     return GenerationConfig(
-        **(_NEUTRAL | drawing),
+        **_NEUTRAL,
         max_new_tokens=new_tokens,
-        do_sample=not greedy,
+        do_sample=False,
         pad_token_id=model.pad_id,
         eos_token_id=model.tokenizer.eos_token_id if end is None else end,
     )
 
 
-def _continue(model: Model, rows: Sequence[Sequence[int]], settings: GenerationConfig) -> list[str]:
-    """The continuations alone, of prompts padded on the left."""
+class _Draw(LogitsProcessor):
+    """Leaves of the next tokens the one that is drawn, by the inverse of the distribution function."""
+
+    def __init__(self, seeds: Sequence[int], steps: int, top_k: int | None, temperature: float, model: Model):
+        numbers = np.stack([np.random.default_rng(seed).random(steps) for seed in seeds])
+        self._numbers = torch.from_numpy(numbers).to(model.device)
+        self._top_k, self._temperature, self._name = top_k, temperature, model.name
+        self._step = 0
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        heights, tokens = (scores, None) if self._top_k is None else scores.topk(min(self._top_k, scores.shape[-1]))
+        shares = (heights.double() / self._temperature).softmax(-1).cumsum(-1)
+        if not torch.isfinite(shares).all():
+            raise Diverged(
+                f"what {self._name} says next has no probabilities: its numbers overflow. Load it in a wider dtype, or "
+                "take the edit off that did this"
+            )
+        drawn = torch.searchsorted(shares, self._numbers[:, self._step, None] * shares[:, -1:], right=True)
+        drawn = drawn.clamp(max=shares.shape[-1] - 1)
+        self._step += 1
+        chosen = drawn if tokens is None else tokens.gather(-1, drawn)
+        return torch.full_like(scores, -torch.inf).scatter_(-1, chosen, 0)
+
+
+def _continue(
+    model: Model, rows: Sequence[Sequence[int]], settings: GenerationConfig, draw: _Draw | None
+) -> list[list[int]]:
+    """The new tokens alone, of prompts padded on the left."""
     width = max(map(len, rows))
     ids = torch.tensor([[model.pad_id] * (width - len(row)) + list(row) for row in rows], device=model.device)
     mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=model.device)
-    try:
-        with torch.no_grad():
-            output = model.hf.generate(input_ids=ids, attention_mask=mask, generation_config=settings)
-    except RuntimeError as error:
-        if "probability tensor" not in str(error):
-            raise
-        raise Diverged(
-            f"what {model.name} says next has no probabilities: its numbers overflow. Load it in a wider dtype, or "
-            "take the "
-            "edit off that did this"
-        ) from error
+    drawing = LogitsProcessorList([draw] if draw else [])
+    with torch.no_grad():
+        output = model.hf.generate(
+            input_ids=ids, attention_mask=mask, generation_config=settings, logits_processor=drawing
+        )
     ends = settings.eos_token_id if isinstance(settings.eos_token_id, list) else [settings.eos_token_id]
-    new = [list(itertools.takewhile(lambda token: token not in ends, row)) for row in output[:, width:].tolist()]
-    return [_text_after(model, *pair) for pair in zip(rows, new, strict=True)]
+    return [list(itertools.takewhile(lambda token: token not in ends, row)) for row in output[:, width:].tolist()]
 
 
 def _text_after(model: Model, prompt: Sequence[int], new: Sequence[int]) -> str:
@@ -158,24 +212,3 @@ def _text_after(model: Model, prompt: Sequence[int], new: Sequence[int]) -> str:
 
     before, whole = decode(prompt), decode([*prompt, *new])
     return whole[len(before) :] if whole.startswith(before) else decode(new)
-
-
-@contextlib.contextmanager
-def _own_randomness(device: torch.device, seed: int) -> Iterator[None]:
-    """The generators of the CPU and of `device` seeded, and afterwards as they were.
-
-    Not by `torch.manual_seed`, which would seed the other devices too and leave them so.
-    """
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.default_generator.manual_seed(seed)
-        if device.type == "cuda":
-            with torch.cuda.device(device):
-                torch.cuda.manual_seed(seed)
-        if device.type == "mps":
-            state = torch.mps.get_rng_state()
-            torch.mps.manual_seed(seed)
-        try:
-            yield
-        finally:
-            if device.type == "mps":
-                torch.mps.set_rng_state(state)
