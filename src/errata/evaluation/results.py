@@ -15,6 +15,7 @@ of other settings is not gone on with.
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -74,9 +75,10 @@ class Result:
         values = {name: getattr(self, name) for name in self.__dataclass_fields__}
         if self.answers is not None:
             values["answers"] = {
-                kind: [[[each.total, each.n_tokens, each.hits] for each in one] for one in said]
+                kind: [[[_finite(each.total), each.n_tokens, each.hits] for each in one] for one in said]
                 for kind, said in vars(self.answers).items()
             }
+        values |= {name: _finite(values[name]) for name in ("entropy", "reference", "essence")}
         return {**values, "texts": list(self.texts), "seconds": dict(self.seconds)}
 
     @classmethod
@@ -85,7 +87,7 @@ class Result:
         values = {name: line[name] for name in cls.__dataclass_fields__}
         if values["answers"] is not None:
             said = {
-                kind: tuple(tuple(Score(*each) for each in one) for one in some)
+                kind: tuple(tuple(_score(*each) for each in one) for one in some)
                 for kind, some in values["answers"].items()
             }
             values["answers"] = ZsreAnswers(**said) if "locality" in said else RecordAnswers(**said)
@@ -159,19 +161,28 @@ class Run:
         found: dict[str, dict[int, float | None]] = {name: {} for name in names}
         for case, result in results.by_case.items():
             if result.answers is None:
-                if case not in self.unedited.by_case:
-                    continue
-                result = self.unedited.by_case[case]
+                result = self.unedited.by_case.get(case, result)
+            if result.answers is None:  # not even the unedited model can be asked
+                continue
             if isinstance(result.answers, RecordAnswers):
                 values = asdict(counterfact.record_scores(result.answers, probability))
                 values |= {"ge": result.entropy, "rs": result.reference, "essence": result.essence}
             else:
-                assert result.answers is not None
                 values = asdict(zsre.record_scores(result.answers))
             for name in names:
                 value = values[name]
                 found[name][case] = None if value is None or value != value else value
         return found
+
+
+def _finite(value: float | None) -> float | None:
+    """A number that JSON has, or None."""
+    return value if value is not None and math.isfinite(value) else None
+
+
+def _score(total: float | None, n_tokens: int, hits: int) -> Score:
+    """A log-probability that is no number, from a model that an edit broke, counts as that of the impossible."""
+    return Score(-math.inf if total is None else float(total), n_tokens, hits)
 
 
 def editor_file(folder: Path, name: str) -> Path:

@@ -19,8 +19,8 @@ from errata.models.model import Model
 from errata.statistics.second_moment import SecondMoment
 
 
-def header(model: Model, config: RomeConfig, seed: int, **more: Any) -> dict[str, Any]:
-    """All that the numbers of a run depend on, JSON-able; `more` is what is particular to it."""
+def standing(model: Model) -> dict[str, Any]:
+    """The model that a run is of, and what computes it, JSON-able."""
     return {
         "model": model.name,
         "fingerprint": weights_digest(model.hf),
@@ -28,10 +28,12 @@ def header(model: Model, config: RomeConfig, seed: int, **more: Any) -> dict[str
         "dtype": str(model.dtype).removeprefix("torch."),
         "device": model.device.type,
         "attention": model.hf.config._attn_implementation,
-        "config": config.model_dump(mode="json"),
-        "seed": seed,
-        **more,
     }
+
+
+def header(model: Model, config: RomeConfig, seed: int, **more: Any) -> dict[str, Any]:
+    """All that the numbers of a run depend on, JSON-able; `more` is what is particular to it."""
+    return {**standing(model), "config": config.model_dump(mode="json"), "seed": seed, **more}
 
 
 def settled(model: Model, facts: Sequence[Fact], config: RomeConfig | None, layer: int | None, seed: int) -> RomeConfig:

@@ -1,0 +1,29 @@
+"""What all editors are to those who use them: settings that can be told, and a function from rewrites to edits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from errata.base.errors import ErrataError
+from errata.base.facts import Rewrite
+from errata.edits.edit import Edit
+from errata.models.model import Model
+
+Make = Callable[[Model, Sequence[Rewrite]], "list[Edit | ErrataError]"]
+
+
+@dataclass(frozen=True)
+class Editor:
+    """A method with its settings, ready for one model.
+
+    Attributes:
+        method: its name, such as "rome".
+        config: all that its edits depend on beside the model and the rewrites, JSON-able.
+        make: gives the edit of each rewrite, as if it were alone, or why there is none; the model is left as it was.
+    """
+
+    method: str
+    config: Mapping[str, Any]
+    make: Make

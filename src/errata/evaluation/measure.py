@@ -1,0 +1,311 @@
+"""All that is measured of some records: what the model says to their prompts and writes, before and after an edit.
+
+Everything is a function of the model, the records and the settings alone: whichever other editors are measured, and
+whether it is done again, the numbers are the same. Texts before and after are sampled with the same random numbers.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from pydantic import Field
+
+from errata.base.config import Config
+from errata.base.errors import Diverged, ErrataError, FactError
+from errata.base.seeds import derive
+from errata.benchmarks.records import Record
+from errata.benchmarks.snippets import Snippets
+from errata.editors.editor import Editor
+from errata.edits.edit import Edit
+from errata.evaluation.results import UNEDITED, AnyRecord, Result
+from errata.metrics import counterfact, health, zsre
+from errata.metrics.asking import Answers, Passage, Question, ask_together
+from errata.metrics.edited import Plan, alike
+from errata.metrics.text import ESSENCE_LENGTH, generation_entropy
+from errata.metrics.tfidf import TfIdf
+from errata.models.generation import generate
+from errata.models.model import Model
+from errata.passes.rowwise import rowwise
+
+Around = Callable[[Sequence[int]], AbstractContextManager[object]]
+
+
+class Generation(Config):
+    """How texts are written.
+
+    Attributes:
+        top_k: how many of the most probable tokens are drawn from.
+        length: tokens of a text, with its prompt.
+    """
+
+    top_k: int = Field(5, ge=1)
+    length: int = Field(100, ge=1)
+
+
+@dataclass(frozen=True)
+class Measures:
+    """What is measured.
+
+    Attributes:
+        generation: how texts are written; None: none are.
+        snippets: reference texts; None: there are none.
+        tfidf: what they are compared with texts by; None with no snippets.
+        probes: texts on which edits' drift is measured; empty: their health is not asked for.
+        seed: of the texts.
+    """
+
+    generation: Generation | None = None
+    snippets: Snippets | None = None
+    tfidf: TfIdf | None = None
+    probes: tuple[str, ...] = ()
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Results of some records, by the name of the row, and the edits that they are of."""
+
+    results: Mapping[str, Sequence[Result]]
+    edits: Mapping[str, Sequence[Edit | None]]
+
+
+def measure(
+    model: Model, records: Sequence[AnyRecord], editors: Mapping[str, Editor], before: bool, measures: Measures
+) -> Measured:
+    """Edit records with each editor and measure them; with `before`, measure the unedited model too.
+
+    An editor's error is the result of its record, and so is a prompt that this model cannot be asked. The model is left
+    as it was.
+    """
+    refused = {record.case_id: reason for record in records if (reason := _refusal(model, record))}
+    found = _measured(model, [each for each in records if each.case_id not in refused], editors, before, measures)
+    if not refused:
+        return found
+    results, edits = {}, {}
+    for name in [*([UNEDITED] if before else []), *editors]:
+        told = iter(found.results.get(name, ()))
+        made = iter(found.edits.get(name, ()))
+        asked = [record.case_id not in refused for record in records]
+        results[name] = [
+            next(told) if fine else Result(record.case_id, None, error=refused[record.case_id])
+            for record, fine in zip(records, asked, strict=True)
+        ]
+        edits[name] = [next(made, None) if fine else None for fine in asked]
+    return Measured(results, edits)
+
+
+def _refusal(model: Model, record: AnyRecord) -> str | None:
+    """Why a record cannot be asked on a model."""
+    try:
+        for question in _questions(record):
+            for ids, _ in question.rows(model):
+                model.require_room(ids, question.prompt)
+    except FactError as error:
+        return str(error)
+    return None
+
+
+def _measured(
+    model: Model, records: Sequence[AnyRecord], editors: Mapping[str, Editor], before: bool, measures: Measures
+) -> Measured:
+    if not records:
+        return Measured({}, {})
+    made: dict[str, list[Edit | ErrataError]] = {}
+    seconds: dict[str, dict[str, float]] = {}
+    share = 1 / len(records)
+    for name, editor in editors.items():
+        begin = time.perf_counter()
+        made[name] = editor.make(model, [record.rewrite for record in records])
+        seconds[name] = {"edit": (time.perf_counter() - begin) * share}
+    edits = {name: [each if isinstance(each, Edit) else None for each in some] for name, some in made.items()}
+    rows: dict[str, list[Edit | None]] = {UNEDITED: [None] * len(records)} if before or measures.probes else {}
+    rows |= edits
+
+    begin = time.perf_counter()
+    asked = _asked(model, records, list(rows.values()), measures)
+    per_row = (time.perf_counter() - begin) * share / len(rows)
+    said = dict(zip(rows, asked, strict=True))
+    found: dict[str, list[Result]] = {}
+    for name, with_edits in rows.items():
+        if name == UNEDITED and not before:
+            continue
+        times = {**seconds.get(name, {}), "ask": per_row}
+        texts: list[tuple[str, ...]] = [()] * len(records)
+        if measures.generation:
+            begin = time.perf_counter()
+            texts = _written(model, records, with_edits, measures)
+            times["generate"] = (time.perf_counter() - begin) * share
+        healths: list[Mapping[str, Any] | None] = [None] * len(records)
+        if measures.probes and name != UNEDITED:
+            begin = time.perf_counter()
+            healths = _healths(model, records, with_edits, said[UNEDITED], said[name], measures.probes)
+            times["health"] = (time.perf_counter() - begin) * share
+        found[name] = [
+            _result(record, each, said[name][i], texts[i], healths[i], times, measures)
+            for i, (record, each) in enumerate(zip(records, made.get(name, with_edits), strict=True))
+        ]
+    return Measured(found, edits)
+
+
+@dataclass(frozen=True)
+class _Said:
+    """What a model says to a record's prompts, and the perplexity of what is known of its subject."""
+
+    answers: counterfact.RecordAnswers | zsre.ZsreAnswers
+    essence: float | None
+
+
+def _asked(
+    model: Model, records: Sequence[AnyRecord], variants: Sequence[Sequence[Edit | None]], measures: Measures
+) -> list[list[_Said]]:
+    questions: list[Question | Passage] = []
+    owners: list[int] = []
+    essences: dict[int, int] = {}
+    for i, record in enumerate(records):
+        own: list[Question | Passage] = []
+        own += _questions(record)
+        text = " ".join(each.text for each in _about(record, measures))
+        passage = Passage(text, min(ESSENCE_LENGTH, model.max_length))
+        if text and len(passage.rows(model)[0][0]) > 1:
+            essences[i] = len(questions) + len(own)
+            own.append(passage)
+        questions += own
+        owners += [i] * len(own)
+    answers = ask_together(model, questions, [[edits[owner] for owner in owners] for edits in variants])
+    return [
+        [
+            _Said(
+                _answered(record, [each for each, owner in zip(said, owners, strict=True) if owner == i]),
+                _perplexity(said[essences[i]]) if i in essences else None,
+            )
+            for i, record in enumerate(records)
+        ]
+        for said in answers
+    ]
+
+
+def _questions(record: AnyRecord) -> list[Question]:
+    return counterfact.questions(record) if isinstance(record, Record) else zsre.questions(record)
+
+
+def _about(record: AnyRecord, measures: Measures) -> Sequence[Any]:
+    if measures.snippets is None or measures.generation is None or not isinstance(record, Record):
+        return ()
+    return measures.snippets.about(record)
+
+
+def _answered(record: AnyRecord, said: Sequence[Answers]) -> counterfact.RecordAnswers | zsre.ZsreAnswers:
+    if isinstance(record, Record):
+        return counterfact.answered(record, said[: len(counterfact.questions(record))])
+    return zsre.answered(record, said)
+
+
+def _perplexity(said: Answers) -> float | None:
+    mean = -said[0].mean
+    return math.exp(mean) if mean < 700 else None  # beyond what a number holds
+
+
+def _written(
+    model: Model, records: Sequence[AnyRecord], edits: Sequence[Edit | None], measures: Measures
+) -> list[tuple[str, ...]]:
+    """Texts of each record with its edit on, all in one batch if the edits are of low rank."""
+    assert measures.generation is not None
+    prompts, owners, seeds = [], [], []
+    for i, record in enumerate(records):
+        for number, prompt in enumerate(record.generation if isinstance(record, Record) else ()):
+            prompts.append(prompt)
+            owners.append(i)
+            seeds.append(derive(measures.seed, "text", record.case_id, number))
+    length, top_k = measures.generation.length, measures.generation.top_k
+
+    def write(rows: Sequence[int], around: Around | None = None) -> list[str]:
+        chosen, own = [prompts[row] for row in rows], [seeds[row] for row in rows]
+        try:
+            return generate(model, chosen, length, length=length, top_k=top_k, seed=own, around=around)
+        except Diverged:
+            if len(rows) == 1:
+                return chosen  # a model that an edit broke says nothing
+            return [text for row in rows for text in write([row], around and alone(row, around))]
+
+    def alone(row: int, around: Around) -> Around:
+        return lambda _: around([row])
+
+    plan = Plan.of(model, [edits[owner] for owner in owners])
+    changes = plan.changes
+    texts = [""] * len(prompts)
+    if changes is not None:
+        texts = write(range(len(prompts)), lambda rows: rowwise(model, changes.of(torch.tensor(rows))))
+    else:
+        for edit, rows in alike(plan.edits):
+            with edit.applied(model) if edit else contextlib.nullcontext():
+                for row, text in zip(rows, write(rows), strict=True):
+                    texts[row] = text
+    return [tuple(text for text, owner in zip(texts, owners, strict=True) if owner == i) for i in range(len(records))]
+
+
+def _healths(
+    model: Model,
+    records: Sequence[AnyRecord],
+    edits: Sequence[Edit | None],
+    before: Sequence[_Said],
+    after: Sequence[_Said],
+    probes: Sequence[str],
+) -> list[Mapping[str, Any] | None]:
+    """Of each edit its health, how large it is, and how exactly it holds where the editor tells."""
+    chosen = [i for i, edit in enumerate(edits) if edit is not None]
+    made = [edit for edit in edits if edit is not None]
+    found = health.healths(
+        model,
+        [records[i].rewrite for i in chosen],
+        made,
+        [(_probability(before[i]), _probability(after[i])) for i in chosen],
+        probes=probes,
+        before=health.probe(model, probes),
+    )
+    told: list[Mapping[str, Any] | None] = [None] * len(edits)
+    for i, edit, each in zip(chosen, made, found, strict=True):
+        exact = {name: edit.notes[name] for name in ("residual", "rounding") if name in edit.notes}
+        told[i] = {**each.as_dict(), "relative_norm": edit.relative_norm(model), **exact}
+    return told
+
+
+def _probability(said: _Said) -> float:
+    """Of the new object after the bare prompt."""
+    return math.exp(said.answers.rewrite[0][0].total)
+
+
+def _result(
+    record: AnyRecord,
+    made: Edit | ErrataError | None,
+    said: _Said,
+    texts: tuple[str, ...],
+    its_health: Mapping[str, Any] | None,
+    seconds: Mapping[str, float],
+    measures: Measures,
+) -> Result:
+    if isinstance(made, ErrataError):
+        return Result(record.case_id, None, error=str(made), seconds={"edit": seconds["edit"]})
+    return Result(
+        record.case_id,
+        said.answers,
+        texts=texts,
+        entropy=generation_entropy(texts) if texts else None,
+        reference=_similarity(record, texts, measures),
+        essence=said.essence,
+        health=its_health,
+        seconds=seconds,
+    )
+
+
+def _similarity(record: AnyRecord, texts: Sequence[str], measures: Measures) -> float | None:
+    if not texts or measures.snippets is None or measures.tfidf is None or not isinstance(record, Record):
+        return None
+    references = [each.text for each in measures.snippets.of(record)]
+    return measures.tfidf.reference_score(texts, references) if references else None

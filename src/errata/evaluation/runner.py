@@ -1,0 +1,219 @@
+"""Editors × records on one model, into a run folder that any number of kills leaves whole.
+
+Records are dealt out in chunks, which are measured as a whole and depend on nothing but themselves, so that a chunk
+that was cut short is done again and gives the very same. This process alone writes; an executor says where chunks are
+measured.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from errata.base.errors import ConfigError
+from errata.base.files import write_text
+from errata.base.interrupt import deferred_interrupt
+from errata.base.journal import Journal
+from errata.benchmarks.records import Record
+from errata.editors.editor import Editor
+from errata.evaluation.measure import Measured, Measures, measure
+from errata.evaluation.results import (
+    FORMAT,
+    KIND,
+    UNEDITED,
+    AnyRecord,
+    Result,
+    Run,
+    by_case,
+    editor_file,
+    read_back,
+    written_out,
+)
+from errata.evaluation.run import digest, standing
+from errata.models.model import Model
+
+TOGETHER = 16  # records of a chunk: more fill batches better, and more is lost with a kill
+_BEGUN = ("begun",)  # of a header, what may differ when a run goes on
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Records that are measured together.
+
+    Attributes:
+        records: which.
+        editors: whose edits are wanted, by the names of their rows.
+        before: whether the unedited model is.
+    """
+
+    records: tuple[AnyRecord, ...]
+    editors: tuple[str, ...]
+    before: bool
+
+
+@dataclass(frozen=True)
+class Work:
+    """What every chunk of a run is measured with; it can be sent to another process."""
+
+    editors: Mapping[str, Editor]
+    measures: Measures
+
+    def do(self, model: Model, chunk: Chunk) -> Measured:
+        """Measure a chunk."""
+        editors = {name: self.editors[name] for name in chunk.editors}
+        return measure(model, chunk.records, editors, chunk.before, self.measures)
+
+
+class Executor(Protocol):
+    """Where chunks are measured."""
+
+    def run(self, work: Work, chunks: Sequence[Chunk]) -> Iterator[tuple[Chunk, Measured]]:
+        """Each chunk with what was measured, as they come; closing the iterator ends the work."""
+
+
+@dataclass(frozen=True)
+class Here:
+    """Chunks one after the other, in this process, on a model that is loaded."""
+
+    model: Model
+
+    def run(self, work: Work, chunks: Sequence[Chunk]) -> Iterator[tuple[Chunk, Measured]]:
+        """As `Executor.run`."""
+        for chunk in chunks:
+            yield chunk, work.do(self.model, chunk)
+
+
+def evaluate(
+    model: Model,
+    records: Sequence[AnyRecord],
+    editors: Mapping[str, Editor],
+    folder: str | Path,
+    measures: Measures | None = None,
+    *,
+    source: str = "",
+    keep_edits: bool = False,
+    executor: Executor | None = None,
+    progress: Callable[[int, int], object] | None = None,
+) -> Run:
+    """Measure records before and after edits, and keep each result in a folder as soon as it is there.
+
+    What the folder holds already is not measured again: a run that was stopped goes on, and editors can be added to it.
+    The unedited model is measured once for all of them. Ctrl-C ends the run after the chunk under way; a second one at
+    once.
+
+    Args:
+        model: any decoder; left as it was.
+        records: of one kind, each with a case id of its own.
+        editors: by the names of their rows.
+        folder: the run folder (`evaluation.results`).
+        measures: what is measured; None: what the model says to prompts alone.
+        source: what to call the records.
+        keep_edits: whether edits are saved in the folder.
+        executor: where chunks are measured; None: here.
+        progress: called with results there and results in all.
+
+    Raises:
+        ConfigError: if there is nothing to do, records are of two kinds, or a case id or name is no such.
+        ResultFileError: if the folder is of another model, other records or settings, or broken.
+        OutputError: if it cannot be written, or another run is writing to it.
+        KeyboardInterrupt: after Ctrl-C, once the files are in order.
+    """
+    records, measures, folder = list(records), measures or Measures(), Path(folder)
+    kind = _checked(records)
+    text = written_out(records)
+    settings = {
+        **standing(model),
+        "records": {"kind": kind, "source": source, "count": len(records), "digest": digest(text)},
+        **_told(measures),
+        "together": TOGETHER,
+        "begun": time.time(),
+    }
+    cases = [record.case_id for record in records]
+    files = {name: editor_file(folder, name) for name in editors}
+    with ExitStack() as stack, deferred_interrupt() as stop_here:
+
+        def opened(path: Path, **more: Any) -> tuple[Journal, dict[int, Result]]:
+            journal = stack.enter_context(Journal.open(path, KIND, FORMAT, {**settings, **more}, ignore=_BEGUN))
+            return journal, by_case(journal.records, cases, path)
+
+        # The first journal is the lock of the folder.
+        journals = {UNEDITED: opened(folder / "unedited.jsonl")}
+        if not (folder / "records.json").is_file() or read_back(folder / "records.json") != records:
+            write_text(folder / "records.json", text)
+        for name, editor in editors.items():
+            journals[name] = opened(files[name], editor=editor.method, config=dict(editor.config))
+        _write_card(folder, settings, editors)
+
+        def tell() -> None:
+            if progress:
+                progress(sum(len(there) for _, there in journals.values()), len(records) * len(journals))
+
+        chunks = []
+        for begin in range(0, len(records), TOGETHER):
+            some = records[begin : begin + TOGETHER]
+            missing = [name for name, (_, there) in journals.items() if any(r.case_id not in there for r in some)]
+            if missing:
+                wanted = tuple(name for name in missing if name != UNEDITED)
+                chunks.append(Chunk(tuple(some), wanted, UNEDITED in missing))
+        tell()
+        measured = (executor or Here(model)).run(Work(editors, measures), chunks)
+        stack.callback(getattr(measured, "close", lambda: None))
+        for _, found in measured:
+            for name, results in found.results.items():
+                journal, there = journals[name]
+                for i, result in enumerate(results):
+                    if result.case in there:
+                        continue
+                    edit = found.edits[name][i] if keep_edits and name in found.edits else None
+                    if edit is not None:
+                        place = f"edits/{name}/{result.case}.safetensors"
+                        edit.save(folder / place)
+                        result = Result(**{**vars(result), "edit": place})
+                    journal.append(result.as_line())
+                    there[result.case] = result
+                    tell()
+            stop_here()
+    return Run.load(folder)
+
+
+def _checked(records: Sequence[AnyRecord]) -> str:
+    """The kind of the records, once it is sure that they can be told apart."""
+    if not records:
+        raise ConfigError("there are no records to measure: give at least one")
+    kinds = {"counterfact" if isinstance(record, Record) else "zsre" for record in records}
+    if len(kinds) > 1:
+        raise ConfigError("there are records of CounterFact and of zsRE, which have different numbers: give one kind")
+    seen: set[int] = set()
+    for record in records:
+        if record.case_id in seen:
+            raise ConfigError(f"the case {record.case_id} is there twice, and its results could not be told apart")
+        seen.add(record.case_id)
+    return kinds.pop()
+
+
+def _told(measures: Measures) -> dict[str, Any]:
+    """What is measured, JSON-able."""
+    generation = measures.generation.model_dump() if measures.generation else None
+    if generation is not None:
+        texts = digest(measures.snippets.texts) if measures.snippets else None
+        generation |= {"references": texts, "tfidf": measures.tfidf.digest if measures.tfidf else None}
+    probes = digest(measures.probes) if measures.probes else None
+    return {"generation": generation, "probes": probes, "seed": measures.seed}
+
+
+def _write_card(folder: Path, settings: Mapping[str, Any], editors: Mapping[str, Editor]) -> None:
+    """The run card, with the editors of earlier runs."""
+    path = folder / "card.json"
+    try:
+        before = json.loads(path.read_text(encoding="utf-8"))
+        settings, known = before["settings"], before["editors"]
+    except (OSError, ValueError, KeyError, TypeError):
+        known = {}
+    told = {name: {"editor": editor.method, "config": dict(editor.config)} for name, editor in editors.items()}
+    card = {"settings": settings, "editors": {**known, **told}}
+    write_text(path, json.dumps(card, indent=1, ensure_ascii=False) + "\n")
