@@ -11,7 +11,7 @@ import torch
 
 from errata.atlas.corpus import documents
 from errata.atlas.layout import IGNORE, Mention, lay_out
-from errata.atlas.records import record_of, records
+from errata.atlas.records import built, record_of, records, snippets
 from errata.atlas.world import load_world
 
 
@@ -104,6 +104,7 @@ def test_records_are_five_hundred_whole_and_seeded(world):
     assert len(made) == 500
     assert made == records(500)
     assert made != records(500, seed=1)
+    assert made[:20] == records(20)
     truth = {(f.subject, f.relation): f.object for f in world.facts}
     assert len({r.rewrite.subject for r in made}) == 500
     for record in made:
@@ -121,6 +122,25 @@ def test_records_are_five_hundred_whole_and_seeded(world):
                 assert record.rewrite.subject not in subjects
 
 
+def test_snippets_are_what_training_may_say_of_those_who_have_the_objects(world):
+    some = built(60)
+    assert snippets(60) == some.snippets
+    known = {subject: {f.object for f in facts} for subject, facts in world.by_subject.items()}
+    truth = {(f.subject, f.relation): f.object for f in world.facts}
+    forbidden = {f"{t.replace('{}', f.subject)} {f.object}." for f in world.facts if (t := world.held_out(f))}
+    for record in some.records:
+        found = some.snippets.of(record)
+        assert len(found) >= 10
+        for snippet in found:
+            assert truth[snippet.name, record.relation] == record.rewrite.new_object
+            assert all(f" {name}." in snippet.text for name in known[snippet.name])
+            assert not any(f"{sentence}." in forbidden for sentence in snippet.text.split(". "))
+        for text in record.paraphrase:
+            assert f"{text.split('. ')[0]}." not in forbidden
+        own = some.snippets.groups[record.relation, record.rewrite.fact.object]
+        assert record.rewrite.subject in {snippet.name for snippet in own}
+
+
 def _subjects(prompt: str, templates: tuple[str, ...]) -> list[str]:
     found = []
     for template in templates:
@@ -133,5 +153,9 @@ def _subjects(prompt: str, templates: tuple[str, ...]) -> list[str]:
 def test_a_record_can_be_asked_for_by_its_fact():
     record = record_of("Arthur Conan Doyle", "native_language", "Italian")
     assert record.rewrite.fact.object == "English"
+    assert len(record.neighborhood) == len(record.attribute) == 10
+    own = record_of("Arthur Conan Doyle", "native_language", "Italian", "{} is a native speaker of")
+    assert own.rewrite.prompt == "{} is a native speaker of"
+    assert own.neighborhood == record.neighborhood
     with pytest.raises(KeyError):
         record_of("Nobody", "native_language", "Italian")

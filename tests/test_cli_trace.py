@@ -25,7 +25,7 @@ FACTS = [
     {"subject": "Roy Hargrove", "prompt": "The native language of {} is", "object": "Dutch"},
     *(
         {"subject": r.rewrite.subject, "prompt": r.rewrite.prompt, "object": r.rewrite.fact.object}
-        for r in records(30)[:3]
+        for r in records(30)[3:6]  # of different lengths
     ),
 ]
 PARTS = "state,severed_mlp,severed_attention"

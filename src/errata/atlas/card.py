@@ -18,7 +18,7 @@ from errata.atlas.training import Recipe
 from errata.atlas.world import World, WorldFact, load_world
 from errata.base.seeds import derive
 from errata.editors.rome import rome
-from errata.metrics.counterfact import score_record, summarise
+from errata.metrics.counterfact import RecordScores, score_record, summarise
 from errata.models.model import Model
 from errata.models.scoring import score
 from errata.statistics.collect import collect
@@ -141,9 +141,13 @@ def editing(model: Model, progress: Progress) -> dict[str, Any]:
         "layer": layer,
         "second_moment_tokens": moment.count,
         "relative_norm": {"mean": fmean(norms), "max": max(norms)},
-        "before": {name: vars(mean) for name, mean in summarise(before).items()},
-        "after": {name: vars(mean) for name, mean in summarise(after).items()},
+        "before": _told(before),
+        "after": _told(after),
     }
+
+
+def _told(scores: Sequence[RecordScores]) -> dict[str, dict[str, float]]:
+    return {name: {"mean": each.mean, "interval": each.half} for name, each in summarise(scores).items()}
 
 
 def to_json(card: dict[str, Any]) -> str:

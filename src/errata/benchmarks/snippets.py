@@ -54,8 +54,14 @@ class Snippets:
         return self.groups.get((record.relation, record.object_ids[1] or record.rewrite.new_object), ())
 
     def about(self, record: Record) -> tuple[Snippet, ...]:
-        """Those of them that are about the record's own subject: its essence texts."""
-        return tuple(snippet for snippet in self.of(record) if snippet.name == record.rewrite.subject)
+        """The texts about the record's own subject, its essence texts.
+
+        As in the published code they are looked for among those of the new object; then among those of the old.
+        """
+        old = record.object_ids[0] or record.rewrite.fact.object
+        groups = self.of(record), self.groups.get((record.relation, old), ())
+        own = (tuple(each for each in group if each.name == record.rewrite.subject) for group in groups)
+        return next(filter(None, own), ())
 
     @cached_property
     def texts(self) -> tuple[str, ...]:

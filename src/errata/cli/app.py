@@ -10,7 +10,7 @@ import typer
 
 from errata import __version__
 from errata.base.errors import ErrataError
-from errata.cli import average, data, demo, edit, export, facts, figure, generate, gradients, stats, sweep, trace
+from errata.cli import average, build, data, demo, edit, export, facts, figure, generate, gradients, stats, sweep, trace
 
 app = typer.Typer(
     name="errata",
@@ -31,6 +31,7 @@ app.command("export")(export.export)
 app.command("sweep")(sweep.sweep)
 app.command("sequence")(sweep.sequence)
 app.command("generate")(generate.generate)
+data.app.command("build")(build.build)
 app.add_typer(data.app, name="data")
 
 

@@ -70,7 +70,7 @@ def facts(
         unusable = {each.line for each in bad}
         rows = [row for row in kept if row.line not in unusable]
         progress = out.with_name(f"{out.name}.progress.jsonl")
-        said = _ask(loaded, rows, progress, table.digest, max_new_tokens, batch_size)
+        said = ask(loaded, rows, progress, table.digest, max_new_tokens, batch_size)
         verdicts = judge(rows, said, all_answers=all_answers, ignore_case=ignore_case)
         kept = [each.row for each in verdicts if each.known]
         summary = f"{loaded.name} knows {len(kept)} of {len(rows)} facts in {file}"
@@ -105,7 +105,7 @@ def facts(
         raise typer.Exit(1)
 
 
-def _ask(
+def ask(
     model: Model, rows: Sequence[FactRow], progress: Path, facts: str, max_new_tokens: int, batch_size: int
 ) -> list[str]:
     """How the model goes on from each fact. What it said is kept as it comes, and not asked again."""

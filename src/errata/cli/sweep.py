@@ -291,7 +291,7 @@ def _show_sites(found: SiteScores) -> None:
 
 
 def _pair(found: SiteScores, metric: str) -> tuple[float, float]:
-    return found.unedited[metric].mean, found.unedited[metric].interval
+    return found.unedited[metric].mean, found.unedited[metric].half
 
 
 def _sites_as_json(found: SiteScores) -> dict[str, Any]:

@@ -28,7 +28,8 @@ from errata.benchmarks.records import Record
 from errata.editors.rome import RomeConfig, rome
 from errata.edits.edit import Edit
 from errata.evaluation.run import broken, changed, digest, header, moment_digest, settled
-from errata.metrics.counterfact import Mean, RecordScores, score_record, summarise
+from errata.metrics.counterfact import RecordScores, score_record, summarise
+from errata.metrics.summary import Estimate
 from errata.models.model import Model
 from errata.models.tokens import Role
 from errata.plots.drawing import save
@@ -39,7 +40,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 KIND = "site scores"
-FORMAT = 1
+FORMAT = 2
 METRICS = ("es", "ps", "ns", "s")
 _TOGETHER = 16  # records that are edited at once: more is lost with a kill
 
@@ -72,7 +73,7 @@ class SiteScores:
     tokens: tuple[Role, ...]
     mean: Mapping[str, NDArray[np.float64]]
     interval: Mapping[str, NDArray[np.float64]]
-    unedited: Mapping[str, Mean]
+    unedited: Mapping[str, Estimate]
     counts: NDArray[np.int64]
     impossible: NDArray[np.int64]
     reasons: Mapping[str, int]
@@ -316,30 +317,18 @@ def _averaged(settings: Mapping[str, Any], lines: Mapping[Key, Mapping[str, Any]
             scores = [unedited[case] if line["scores"] is None else _scores(line) for case, line in tried.items()]
             counts[row, column], impossible[row, column] = len(tried), len(failed)
             reasons.update(failed)
-            for name, each in _means(scores).items():
-                mean[name][row, column], interval[name][row, column] = each.mean, each.interval
+            for name, each in summarise(scores).items():
+                if name in METRICS:
+                    mean[name][row, column], interval[name][row, column] = each.mean, each.half
     return SiteScores(
         model=settings["model"],
         layers=tuple(layers),
         tokens=tuple(tokens),
         mean=mean,
         interval=interval,
-        unedited=_means(list(unedited.values())),
+        unedited={name: each for name, each in summarise(list(unedited.values())).items() if name in METRICS},
         counts=counts,
         impossible=impossible,
         reasons=dict(reasons.most_common()),
         settings=settings,
     )
-
-
-def _means(scores: Sequence[RecordScores]) -> dict[str, Mean]:
-    """`METRICS` of records; S with an interval, of its linear approximation at the means (the delta method)."""
-    means = summarise(scores)
-    parts = [means[name].mean for name in ("es", "ps", "ns")]
-    each = np.array([(score.es, score.ps, score.ns) for score in scores]).reshape(-1, 3)
-    each = each[~np.isnan(each).any(1)]
-    half = math.nan
-    if len(each) > 1 and min(parts) > 0:
-        linear = each @ (means["s"].mean ** 2 / 3 / np.square(parts))
-        half = 1.96 * float(linear.std(ddof=1)) / len(each) ** 0.5
-    return {**{name: means[name] for name in METRICS}, "s": Mean(means["s"].mean, half)}

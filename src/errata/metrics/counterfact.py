@@ -23,6 +23,7 @@ from typing import Literal
 
 from errata.benchmarks.records import Record
 from errata.metrics.asking import Answers, Question
+from errata.metrics.summary import Estimate, Method, estimate, harmonic_score
 from errata.models.model import Model
 from errata.models.scoring import Score, score
 
@@ -100,6 +101,13 @@ def score_record(model: Model, record: Record, probability: Probability = "per_t
     asked = questions(record)
     flat = score(model, [q.prompt for q in asked for _ in q.targets], [t for q in asked for t in q.targets])
     return record_scores(answered(record, list(zip(flat[::2], flat[1::2], strict=True))), probability)
+
+
+def summarise(scores: Sequence[RecordScores], method: Method = "normal") -> dict[str, Estimate]:
+    """Means over records of each number, with 95 % intervals, and `s` from the means of ES, PS and NS."""
+    columns = {name: [getattr(each, name) for each in scores] for name in RecordScores.__dataclass_fields__}
+    s = harmonic_score({name: columns[name] for name in ("es", "ps", "ns")}, method)
+    return {"s": s, **{name: estimate(values, method) for name, values in columns.items()}}
 
 
 def _probability(said: Score, kind: Probability) -> float:

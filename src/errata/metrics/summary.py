@@ -53,6 +53,11 @@ class Estimate:
     count: int
     missing: int = 0
 
+    @property
+    def half(self) -> float:
+        """Half the width of the interval."""
+        return (self.high - self.low) / 2
+
 
 def estimate(values: Values, method: Method = "normal", seed: int = 0) -> Estimate:
     """The mean of one number a record.
