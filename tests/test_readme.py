@@ -32,7 +32,8 @@ def folder(tmp_path_factory):
 
 
 def run(command: list[str], folder: Path) -> subprocess.CompletedProcess:
-    environment = {**os.environ, "ERRATA_HOME": str(folder / "home"), "HF_HUB_OFFLINE": "1"}
+    home = str(folder / "home")
+    environment = {**os.environ, "ERRATA_HOME": home, "HF_HOME": home, "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return done
@@ -108,11 +109,18 @@ def test_the_guide_to_second_moments(tmp_path):
 
 
 def test_the_guide_to_serving(tmp_path):
-    for text in blocks("docs/serving.md", "python"):
-        said = run([sys.executable, "-c", text], tmp_path).stdout
-    assert float(said) < 1e-5  # PEFT's logits against the applied edit's
+    (tmp_path / "tasks").mkdir()
+    for language in ("jsonl", "yaml"):
+        (text,) = blocks("docs/serving.md", language)
+        (tmp_path / "tasks" / f"facts.{language}").write_text(text)
+    said = [run([sys.executable, "-c", text], tmp_path).stdout for text in blocks("docs/serving.md", "python")]
+    assert float(said[1]) < 1e-5  # PEFT's logits against the applied edit's
+    assert said[2].split() == ["0.25", "1.0"]
     for line in commands("docs/serving.md"):
-        run([sys.executable, "-m", "errata.cli.app", *shlex.split(line, comments=True)[1:]], tmp_path)
+        program, *arguments = shlex.split(line, comments=True)
+        module = {"errata": "errata.cli.app"}.get(program, program)
+        table = run([sys.executable, "-m", module, *arguments], tmp_path).stdout
+        assert program != "lm_eval" or re.search(r"\|acc *\|↑ *\| *1\|", table)
     for name in ("edited-atlas/errata.json", "doyle-model/errata.json", "doyle-lora/adapter_config.json"):
         assert (tmp_path / name).is_file()
 

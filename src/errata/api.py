@@ -15,7 +15,7 @@ import torch
 from errata.base.errors import OutputError
 from errata.editors.rome.editor import SecondMoments
 from errata.editors.rome.editor import rome as _rome
-from errata.models.loading import load_pretrained
+from errata.models.loading import DeviceMap, load_pretrained
 from errata.models.model import Model
 from errata.statistics.collect import collect
 from errata.statistics.second_moment import SecondMoment
@@ -33,6 +33,7 @@ def load_model(
     dtype: str | torch.dtype = "auto",
     device: str | torch.device | None = None,
     download: bool = False,
+    device_map: DeviceMap | None = None,
 ) -> Model:
     """A model to trace and edit.
 
@@ -42,6 +43,8 @@ def load_model(
         dtype: "auto", "float32", "bfloat16", "float16" or "float64".
         device: such as "cuda"; None: the CPU, or where a live model is. Nothing moves to a GPU unasked.
         download: whether a hub id that is not in the local cache may be downloaded.
+        device_map: instead of a device, "auto" to spread the model over the GPUs, memory and disk that are there, or
+            where each part goes; see `load_pretrained`. What is offloaded can be traced and scored, not edited.
 
     Raises:
         ModelNotFound: if there is no such folder, or the id is not in the local cache.
@@ -52,8 +55,8 @@ def load_model(
     if source == ATLAS and not Path(ATLAS).is_dir():
         from errata import atlas
 
-        return atlas.load(dtype=dtype, device=device)
-    return load_pretrained(source, dtype=dtype, device=device, download=download)
+        return atlas.load(dtype=dtype, device=device, device_map=device_map)
+    return load_pretrained(source, dtype=dtype, device=device, download=download, device_map=device_map)
 
 
 def _with_own_corpus(model: Model, second_moment: SecondMoments | None) -> SecondMoments | None:

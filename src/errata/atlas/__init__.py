@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import torch
 
+    from errata.models.loading import DeviceMap
     from errata.models.model import Model
     from errata.statistics.corpus import Corpus
 
@@ -31,12 +32,16 @@ def weights_folder() -> Path:
     return Path(str(resources.files("errata.atlas"))) / "weights"
 
 
-def load(dtype: str | torch.dtype = "auto", device: str | torch.device | None = None) -> Model:
+def load(
+    dtype: str | torch.dtype = "auto",
+    device: str | torch.device | None = None,
+    device_map: DeviceMap | None = None,
+) -> Model:
     """The atlas. It is shipped in 16 bits and computes in float32 unless another dtype is named."""
     from errata.models.loading import load_pretrained
 
     wanted = "float32" if dtype == "auto" else dtype
-    return load_pretrained(weights_folder(), dtype=wanted, device=device, name="atlas")
+    return load_pretrained(weights_folder(), dtype=wanted, device=device, name="atlas", device_map=device_map)
 
 
 def own_corpus() -> Corpus:

@@ -10,7 +10,23 @@ import typer
 
 from errata import __version__
 from errata.base.errors import ErrataError
-from errata.cli import average, build, data, demo, edit, export, facts, figure, generate, gradients, stats, sweep, trace
+from errata.cli import (
+    average,
+    build,
+    data,
+    demo,
+    edit,
+    evaluate,
+    export,
+    facts,
+    figure,
+    generate,
+    gradients,
+    report,
+    stats,
+    sweep,
+    trace,
+)
 
 app = typer.Typer(
     name="errata",
@@ -31,6 +47,8 @@ app.command("export")(export.export)
 app.command("sweep")(sweep.sweep)
 app.command("sequence")(sweep.sequence)
 app.command("generate")(generate.generate)
+app.command("evaluate")(evaluate.evaluate)
+app.command("report")(report.report)
 data.app.command("build")(build.build)
 app.add_typer(data.app, name="data")
 

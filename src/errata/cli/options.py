@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 Subject = Annotated[str, typer.Option(help="What the fact is about.")]
 Prompt = Annotated[str, typer.Option(help="A sentence up to its object, with {} where the subject stands.")]
 ModelName = Annotated[str, typer.Option("--model", help="'atlas' (embedded), a folder, or a Hugging Face hub id.")]
-Device = Annotated[Optional[str], typer.Option(help="Such as cuda. The CPU unless named.")]  # noqa: UP045
+Device = Annotated[Optional[str], typer.Option(help="Such as cuda; auto: all that are there. The CPU unless named.")]  # noqa: UP045
 Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16, float16 or float64.")]
 Download = Annotated[bool, typer.Option("--download", help="Fetch a hub id that is not on this machine.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")]
@@ -191,4 +191,5 @@ def load(model: str, device: str | None, dtype: str, download: bool) -> Model:
 
     if not download:
         logging.disable_progress_bar()
-    return load_model(model, device=device, dtype=dtype, download=download)
+    where: Any = {"device_map": "auto"} if device == "auto" else {"device": device}
+    return load_model(model, dtype=dtype, download=download, **where)

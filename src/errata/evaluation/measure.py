@@ -45,8 +45,8 @@ class Generation(Config):
         length: tokens of a text, with its prompt.
     """
 
-    top_k: int = Field(5, ge=1)
-    length: int = Field(100, ge=1)
+    top_k: int = Field(default=5, ge=1)
+    length: int = Field(default=100, ge=1)
 
 
 @dataclass(frozen=True)

@@ -4,16 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
 from typing import Any
 
 from errata.base.errors import ResultFileError
-from errata.base.facts import Fact
 from errata.base.fingerprint import tensor_digest
 from errata.base.versions import library_versions
 from errata.editors.rome import RomeConfig
-from errata.editors.rome.contexts import prefixes
-from errata.editors.rome.layer import resolve
 from errata.models.fingerprint import weights_digest
 from errata.models.model import Model
 from errata.statistics.second_moment import SecondMoment
@@ -34,19 +30,6 @@ def standing(model: Model) -> dict[str, Any]:
 def header(model: Model, config: RomeConfig, seed: int, **more: Any) -> dict[str, Any]:
     """All that the numbers of a run depend on, JSON-able; `more` is what is particular to it."""
     return {**standing(model), "config": config.model_dump(mode="json"), "seed": seed, **more}
-
-
-def settled(model: Model, facts: Sequence[Fact], config: RomeConfig | None, layer: int | None, seed: int) -> RomeConfig:
-    """The settings of `rome`, or the model's own, ready for many edits.
-
-    Prefixes are strings: sampled once, and from the model as it is now. No edit is probed and refused as disabling:
-    what edits break is what a run measures.
-
-    Raises:
-        ConfigError: if no layer is named and none is known, or it is not there.
-    """
-    config, _ = resolve(model, facts, config, layer, seed)
-    return changed(config, prefixes=prefixes(model, config.prefixes, seed), max_drift=None)
 
 
 def changed(config: RomeConfig, **settings: Any) -> RomeConfig:

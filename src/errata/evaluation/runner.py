@@ -131,14 +131,15 @@ def evaluate(
         "records": {"kind": kind, "source": source, "count": len(records), "digest": digest(text)},
         **_told(measures),
         "together": TOGETHER,
-        "begun": time.time(),
     }
     cases = [record.case_id for record in records]
     files = {name: editor_file(folder, name) for name in editors}
     with ExitStack() as stack, deferred_interrupt() as stop_here:
 
         def opened(path: Path, **more: Any) -> tuple[Journal, dict[int, Result]]:
-            journal = stack.enter_context(Journal.open(path, KIND, FORMAT, {**settings, **more}, ignore=_BEGUN))
+            journal = stack.enter_context(
+                Journal.open(path, KIND, FORMAT, {**settings, **more, "begun": time.time()}, ignore=_BEGUN)
+            )
             return journal, by_case(journal.records, cases, path)
 
         # The first journal is the lock of the folder.

@@ -22,8 +22,9 @@ from errata.base.facts import Fact, Rewrite
 from errata.base.interrupt import deferred_interrupt
 from errata.base.journal import Journal, read_journal
 from errata.editors.rome import RomeConfig, rome
+from errata.editors.rome.prepare import settled
 from errata.edits.edit import Edit
-from errata.evaluation.run import broken, digest, header, moment_digest, settled
+from errata.evaluation.run import broken, digest, header, moment_digest
 from errata.models.model import Model
 from errata.models.scoring import score
 from errata.plots.drawing import save

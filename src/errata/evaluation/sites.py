@@ -26,8 +26,9 @@ from errata.base.interrupt import deferred_interrupt
 from errata.base.journal import Journal, read_journal
 from errata.benchmarks.records import Record
 from errata.editors.rome import RomeConfig, rome
+from errata.editors.rome.prepare import settled
 from errata.edits.edit import Edit
-from errata.evaluation.run import broken, changed, digest, header, moment_digest, settled
+from errata.evaluation.run import broken, changed, digest, header, moment_digest
 from errata.metrics.counterfact import RecordScores, score_record, summarise
 from errata.metrics.summary import Estimate
 from errata.models.model import Model

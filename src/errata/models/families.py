@@ -29,7 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from errata.base.errors import UnsupportedModel
-from errata.models.weights import linear_matrix
+from errata.models.weights import at_hand, linear_matrix, place
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -94,7 +94,7 @@ def find_anatomy(hf: PreTrainedModel) -> Anatomy:
         raise UnsupportedModel(f"{type(hf).__name__} has no token embedding")
 
     ids = _probe_ids(embedding)
-    with _recorded(dict(hf.named_modules())) as calls, _inference(hf):
+    with _recorded(dict(hf.named_modules()), ids.device) as calls, _inference(hf):
         logits = _logits(hf, ids)
     _require_repeatable(hf, calls, ids)
     blocks = _find_blocks(hf, calls)
@@ -115,7 +115,7 @@ def find_anatomy(hf: PreTrainedModel) -> Anatomy:
 
 
 def _require_runnable(hf: Any) -> None:
-    """A decoder of Hugging Face's, loaded, on one device."""
+    """A decoder of Hugging Face's, loaded, on one device or spread over several by accelerate."""
     from transformers import PreTrainedModel
 
     if not isinstance(hf, PreTrainedModel):
@@ -125,18 +125,21 @@ def _require_runnable(hf: Any) -> None:
         raise UnsupportedModel(
             f"{encoder}: {type(hf).__name__} is an encoder with a decoder, and errata edits decoders alone"
         )
+    if hasattr(hf, "_hf_hook"):  # accelerate's, which brings states and offloaded weights to where they are needed
+        return
     places = {parameter.device for parameter in hf.parameters()}
     if torch.device("meta") in places:
         raise UnsupportedModel(f"the weights of {type(hf).__name__} are not loaded: they are on the device 'meta'")
     if len(places) > 1:
         raise UnsupportedModel(
-            f"the weights of {type(hf).__name__} are spread over {len(places)} devices. Put them on one"
+            f"the weights of {type(hf).__name__} are spread over {len(places)} devices, and nothing moves states "
+            "between them. Put them on one, or load the model with a device_map"
         )
 
 
 def _require_repeatable(hf: PreTrainedModel, calls: dict[str, _Call], ids: Tensor) -> None:
     """The same input must give the same output, module by module; only then can anything be measured."""
-    with _recorded(dict(hf.named_modules())) as again, _inference(hf):
+    with _recorded(dict(hf.named_modules()), ids.device) as again, _inference(hf):
         _logits(hf, ids)
     for name, call in calls.items():  # inner modules end first, so the first to differ is to blame
         if call.output is not None and (name not in again or not _close(again[name].output, call.output)):
@@ -330,7 +333,7 @@ def verify(hf: PreTrainedModel, anatomy: Anatomy) -> None:
     paths += [f"{block}.{name}" for block in layers for name in inside]
     modules = {path: _module_at(hf, path) for path in paths}
     ids = _probe_ids(modules[anatomy.embedding])
-    with _recorded(modules) as calls, _inference(hf):
+    with _recorded(modules, ids.device) as calls, _inference(hf):
         logits = _logits(hf, ids)
     for path in paths:
         if path not in calls or calls[path].output is None or calls[path].input is None:
@@ -339,7 +342,7 @@ def verify(hf: PreTrainedModel, anatomy: Anatomy) -> None:
         _verify_block(calls, modules, anatomy, block)
     with _inference(hf):
         normed = modules[anatomy.final_norm](calls[layers[-1]].output)
-        again = softcapped(modules[anatomy.head](normed), anatomy)
+        again = softcapped(modules[anatomy.head](normed).to(logits.device), anatomy)
     if not _close(again, logits):
         raise UnsupportedModel(
             f"{anatomy.head}: it does not turn {anatomy.final_norm} of the last state into the logits"
@@ -351,10 +354,12 @@ def _verify_block(calls: dict[str, _Call], modules: dict[str, nn.Module], anatom
     down, mlp = f"{block}.{anatomy.down}", f"{block}.{anatomy.mlp}"
     state, new_state = _tensor(calls[block].input), _tensor(calls[block].output)
     key, value = _tensor(calls[down].input), _tensor(calls[down].output)
-    weight = linear_matrix(modules[down])
-    if weight is None:
-        raise UnsupportedModel(f"{down}: it is no linear map with a weight of its own")
-    if not _close(nn.functional.linear(key, weight.detach(), getattr(modules[down], "bias", None)), value):
+    with at_hand(modules[down]):
+        weight = linear_matrix(modules[down])
+        if weight is None:
+            raise UnsupportedModel(f"{down}: it is no linear map with a weight of its own")
+        again = nn.functional.linear(key.to(weight.device), weight.detach(), getattr(modules[down], "bias", None))
+    if not _close(again.to(value.device), value):
         raise UnsupportedModel(f"{down}: its weight times its input, plus bias, is not its output")
     if not _close(value, _tensor(calls[mlp].output)):
         raise UnsupportedModel(f"{mlp}: its output is not what its down-projection {down} writes")
@@ -396,22 +401,22 @@ class _Stop(Exception):
 
 
 @contextlib.contextmanager
-def _recorded(modules: dict[str, nn.Module]) -> Iterator[dict[str, _Call]]:
-    """Calls of the named modules by name, in the order in which their first calls ended."""
+def _recorded(modules: dict[str, nn.Module], device: torch.device) -> Iterator[dict[str, _Call]]:
+    """Calls of the named modules by name, in the order in which their first calls ended; tensors on `device`."""
     calls: dict[str, _Call] = {}
     inputs: dict[str, Tensor | None] = {}
 
     def before(name: str) -> Callable:
         def note(module: nn.Module, args: tuple, kwargs: dict) -> None:
             tensor = next((x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)), None)
-            inputs[name] = None if tensor is None else tensor.clone()
+            inputs[name] = None if tensor is None else tensor.to(device, copy=True)
 
         return note
 
     def after(name: str) -> Callable:
         def note(module: nn.Module, args: tuple, output: Any) -> None:
             tensor = output[0] if isinstance(output, tuple) and output else output
-            tensor = tensor.clone() if isinstance(tensor, Tensor) else None
+            tensor = tensor.to(device, copy=True) if isinstance(tensor, Tensor) else None
             if name in calls:
                 calls[name].count += 1
             else:
@@ -459,7 +464,7 @@ def _probe_ids(embedding: nn.Module) -> Tensor:
     """A few different token ids `[1, t]`, the same every time."""
     weight = embedding.get_parameter("weight")
     generator = torch.Generator().manual_seed(0)
-    return torch.randperm(len(weight), generator=generator)[:_PROBE_LENGTH][None].to(weight.device)
+    return torch.randperm(len(weight), generator=generator)[:_PROBE_LENGTH][None].to(place(embedding))
 
 
 def _mixes_tokens(hf: PreTrainedModel, path: str, block: str, ids: Tensor) -> bool:
@@ -507,7 +512,7 @@ def _run_until(hf: PreTrainedModel, path: str, block: str, ids: Tensor) -> Tenso
     def stop(module: nn.Module, args: tuple, output: Any) -> NoReturn:
         raise _Stop
 
-    with _recorded({path: hf.get_submodule(path)}) as calls, _inference(hf):
+    with _recorded({path: hf.get_submodule(path)}, ids.device) as calls, _inference(hf):
         hook = hf.get_submodule(block).register_forward_hook(stop)
         try:
             _logits(hf, ids)

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import contextlib
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 
 from errata.base.errors import ConfigError, DeviceError, ErrataError, ModelNotFound, UnsupportedModel
+from errata.base.extras import needed
 from errata.models.model import Model
 
 if TYPE_CHECKING:
@@ -27,6 +28,10 @@ DTYPES = {
     "float64": torch.float64,
 }
 
+# Where each part of a model goes, by its dotted name; or how accelerate is to decide that.
+DeviceMap = str | Mapping[str, str | int | torch.device]
+_STRATEGIES = ("auto", "balanced", "balanced_low_0", "sequential")
+
 
 def load_pretrained(
     source: str | Path | tuple[PreTrainedModel, PreTrainedTokenizerFast],
@@ -34,10 +39,12 @@ def load_pretrained(
     device: str | torch.device | None = None,
     name: str | None = None,
     download: bool = False,
+    device_map: DeviceMap | None = None,
 ) -> Model:
     """A model and its tokenizer, found, loaded, taken apart and verified.
 
-    A live model is put in eval mode, and into another dtype or onto another device only if one is named.
+    A live model is put in eval mode, and into another dtype or onto another device only if one is named. One that
+    accelerate has spread over several devices, or offloaded in part, stays so.
 
     Args:
         source: a folder, the id of a model on the Hugging Face hub, or a live (model, tokenizer).
@@ -45,22 +52,37 @@ def load_pretrained(
         device: where to put it, such as "cuda" or "cuda:1". None: the CPU, or where a live model is.
         name: what to call it; None: the source's own name.
         download: whether a hub id that is not in the local cache may be downloaded.
+        device_map: instead of a device, where each part of a model that is loaded goes, as accelerate takes it: "auto"
+            fills the GPUs, then memory, then disk; or by name, as in {"model.embed_tokens": 0, "model.layers.0": 1}.
 
     Raises:
         ModelNotFound: if there is no such folder, or the id is not in the local cache.
         UnsupportedModel: if what is there cannot be loaded safely, or is no decoder.
         DeviceError: if the device is not on this machine.
-        ConfigError: if a setting has no such value.
+        ConfigError: if a setting has no such value, or settings contradict each other or what a live model is.
+        MissingExtra: if a device_map is given and accelerate is not installed.
     """
     wanted_dtype = _dtype(dtype)
     wanted_device = None if device is None else usable_device(device)
     if isinstance(source, tuple):
         hf, tokenizer = _live(source)
+        if device_map is not None:
+            raise ConfigError(
+                "a device_map says where a model is loaded to, and a live model is loaded: spread it with "
+                "accelerate.dispatch_model, or name its folder"
+            )
+        if hasattr(hf, "_hf_hook") and not (wanted_dtype is None and wanted_device is None):
+            raise ConfigError(
+                "accelerate holds the parts of this model where they are, so it can be put onto no other device and "
+                "into no other dtype: load it as you want it"
+            )
         name = name or Path(getattr(hf.config, "name_or_path", "") or type(hf).__name__).name
         if wanted_dtype is not None:
             hf = hf.to(wanted_dtype)
     else:
-        hf, tokenizer = _from_disk(source, wanted_dtype, download)
+        if device_map is not None and device is not None:
+            raise ConfigError("device and device_map both say where the model goes: name one of them")
+        hf, tokenizer = _from_disk(source, wanted_dtype, download, _usable_map(device_map))
         name = name or _name_of(source)
     _require_usable(tokenizer, name)
     if wanted_device is not None:
@@ -94,6 +116,22 @@ def usable_device(device: str | torch.device) -> torch.device:
     raise DeviceError(f"'{wanted}' is not on this machine: choose 'cpu'")
 
 
+def _usable_map(device_map: DeviceMap | None) -> dict[str, Any]:
+    """What `from_pretrained` is to be told."""
+    if device_map is None:
+        return {}
+    needed("accelerate", "peft")
+    if isinstance(device_map, str):
+        if device_map not in _STRATEGIES:
+            known = ", ".join(map(repr, _STRATEGIES))
+            raise ConfigError(f"device_map is {device_map!r}: it is one of {known}, or says where each part goes")
+        return {"device_map": device_map}
+    for where in device_map.values():
+        if where != "disk":
+            usable_device(f"cuda:{where}" if isinstance(where, int) else where)
+    return {"device_map": dict(device_map)}
+
+
 def _dtype(dtype: str | torch.dtype) -> torch.dtype | None:
     """A torch dtype, or None for "auto"."""
     if dtype == "auto":
@@ -121,7 +159,9 @@ def _name_of(source: str | Path) -> str:
     return Path(source).resolve().name if Path(source).is_dir() else str(source)
 
 
-def _from_disk(source: str | Path, dtype: torch.dtype | None, download: bool) -> tuple[Any, Any]:
+def _from_disk(
+    source: str | Path, dtype: torch.dtype | None, download: bool, placement: Mapping[str, Any]
+) -> tuple[Any, Any]:
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     where = _place(source)
@@ -142,6 +182,7 @@ def _from_disk(source: str | Path, dtype: torch.dtype | None, download: bool) ->
             use_safetensors=True,
             ignore_mismatched_sizes=True,  # reported in `info`, and refused below
             output_loading_info=True,
+            **placement,
             **shared,
         )
     for kind in ("missing_keys", "mismatched_keys", "error_msgs"):

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from errata.base.errors import ConfigError, FactError, UnsupportedModel
 from errata.models.families import Anatomy, find_anatomy, softcapped, verify
-from errata.models.weights import linear_matrix
+from errata.models.weights import linear_matrix, place
 
 if TYPE_CHECKING:
     from transformers import Cache, PreTrainedModel, PreTrainedTokenizerFast
@@ -102,8 +102,16 @@ class Model:
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
-        return self.hf.device
+        """Where the weights are; of a model spread over several devices, where its texts go in: the embedding's.
+
+        What is read off the model stands there too, wherever it was made.
+        """
+        return place(self.module(("embedding", 0)))
+
+    @property
+    def devices(self) -> tuple[torch.device, ...]:
+        """All that the weights are on, or are brought to when they are needed; `device` is the first."""
+        return tuple(dict.fromkeys([self.device, *map(place, self.blocks)]))
 
     @property
     def dtype(self) -> torch.dtype:
@@ -195,13 +203,20 @@ class Model:
 
         Raises:
             ConfigError: if there is none of that name.
+            UnsupportedModel: if it is not at hand, because accelerate has offloaded it.
         """
         try:
-            return self.hf.get_parameter(name)
+            weight = self.hf.get_parameter(name)
         except AttributeError:
             raise ConfigError(
                 f"{self.name} has no weight named {name!r}: names look like '{self.path(('key', 0))}.weight'"
             ) from None
+        if weight.is_meta:
+            raise UnsupportedModel(
+                f"{name} of {self.name} is offloaded: every pass reads a copy of it, so it can be neither changed nor "
+                "put back here. Load the model with a device_map that gives this block a device of its own"
+            )
+        return weight
 
     # ---- text in, numbers or text out -----------------------------------------------------------------
 
@@ -272,13 +287,14 @@ class Model:
     def added(self, layer: int, mlp: Tensor) -> Tensor:
         """What block `layer` adds to the state for an output `[..., d_model]` of its MLP."""
         path = self.anatomy.mlp_norm
-        normed = mlp if path is None else self.hf.get_submodule(f"{self.anatomy.blocks}.{layer}.{path}")(mlp)
+        norm = None if path is None else self.hf.get_submodule(f"{self.anatomy.blocks}.{layer}.{path}")
+        normed = mlp if norm is None else norm(mlp).to(mlp.device)
         return normed if self.anatomy.residual_scale == 1.0 else normed * self.anatomy.residual_scale
 
     def unembed(self, states: Tensor) -> Tensor:
         """Logits `[..., v]` that the head reads off states `[..., d_model]` of the last block."""
         normed = self.hf.get_submodule(self.anatomy.final_norm)(states)
-        return softcapped(self.hf.get_submodule(self.anatomy.head)(normed), self.anatomy)
+        return softcapped(self.hf.get_submodule(self.anatomy.head)(normed).to(states.device), self.anatomy)
 
     def complete(
         self,

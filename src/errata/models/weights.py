@@ -6,12 +6,15 @@ everything else sees a view in which an edit is ΔW = write ⊗ read.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import contextlib
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from errata.base.errors import EditMismatch, UnsupportedModel
+from errata.base.extras import needed
 
 if TYPE_CHECKING:
     from errata.models.model import Model
@@ -55,6 +58,25 @@ def add_(model: Model, name: str, delta: Tensor) -> None:
         weight.copy_(weight + delta.to(weight.device))  # promotes to the wider dtype before it rounds
 
 
+def place(module: nn.Module) -> torch.device:
+    """Where a module's weights are; if accelerate has offloaded them, where it brings them when they are needed."""
+    for part in module.modules():
+        for weight in part.parameters(recurse=False):
+            hook: Any = getattr(part, "_hf_hook", None)
+            return torch.device(hook.execution_device) if weight.is_meta else weight.device
+    raise UnsupportedModel(f"a {type(module).__name__} without weights is nowhere, so nothing can be brought to it")
+
+
+@contextlib.contextmanager
+def at_hand(module: nn.Module) -> Iterator[None]:
+    """A module's own weights, not its children's, brought meanwhile from where accelerate has offloaded them."""
+    if not any(weight.is_meta for weight in module.parameters(recurse=False)):
+        yield
+        return
+    with needed("accelerate.utils", "peft").align_module_device(module):
+        yield
+
+
 def linear_matrix(module: nn.Module) -> Tensor | None:
     """The weight of a linear map as a `[d_out, d_in]` view; None for any other module.
 
@@ -68,9 +90,13 @@ def linear_matrix(module: nn.Module) -> Tensor | None:
         return weight
     if isinstance(module, nn.Embedding):
         return None
-    views = [(error, view) for view in (weight.T, weight) if (error := _misfit(module, view)) is not None]
-    error, view = min(views, key=lambda item: item[0], default=(1.0, None))
-    return view if error < 0.1 else None
+    with at_hand(module):
+        real = module.get_parameter("weight")
+        misfits = {transposed: _misfit(module, real.T if transposed else real) for transposed in (True, False)}
+    fitting = {transposed: error for transposed, error in misfits.items() if error is not None and error < 0.1}
+    if not fitting:
+        return None
+    return weight.T if min(fitting, key=fitting.__getitem__) else weight
 
 
 @torch.no_grad()
@@ -78,9 +104,10 @@ def _misfit(module: nn.Module, view: Tensor) -> float | None:
     """How far module(x) - module(0) is from view @ x, relative to its size; None if it takes no such x."""
     generator = torch.Generator().manual_seed(0)
     probe = torch.randn(view.shape[1], generator=generator).to(view.device, view.dtype)
+    # forward, not __call__: a hook on the module is none of this measurement's business, accelerate's neither
+    forward = getattr(module, "_old_forward", module.forward)
     try:
-        # forward, not __call__: a hook on the module is none of this measurement's business
-        answer = module.forward(torch.stack([probe, torch.zeros_like(probe)])[None])
+        answer = forward(torch.stack([probe, torch.zeros_like(probe)])[None])
     except (RuntimeError, TypeError, ValueError, IndexError):
         return None
     if not isinstance(answer, Tensor) or answer.shape != (1, 2, view.shape[0]):

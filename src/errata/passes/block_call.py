@@ -26,6 +26,11 @@ class Past(DynamicCache):
         super().__init__()
         self.keys_before, self.values_before = keys, values
 
+    def of(self, rows: Tensor | slice, tokens: int | None = None) -> Past:
+        """That of some rows, of their first tokens alone if so many are named."""
+        rows = rows.to(self.keys_before.device) if isinstance(rows, Tensor) else rows
+        return Past(self.keys_before[rows, :, :tokens], self.values_before[rows, :, :tokens])
+
     def after(self, run: Callable[[DynamicCache], object]) -> Past:
         """This and the keys and values of the tokens that `run` adds; it goes no further than them."""
         collecting = _Collecting(self.keys_before, self.values_before)
@@ -79,6 +84,8 @@ class Call:
     def _at(self, name: str, value: Any, token: int, rows: int, count: int, device: torch.device) -> Any:
         if value is self.cache:
             return PAST
+        if isinstance(value, Tensor):
+            value = value.to(device)
         if is_mask(name):
             if value is None:  # plain causality
                 whole = torch.ones(count, token + count, dtype=torch.bool, device=device)
@@ -101,10 +108,14 @@ PAST = object()
 
 
 def run(block: nn.Module, states: Tensor, arguments: Mapping[str, Any], past: Past) -> Tensor:
-    """A block's output `[r, n, d_model]` for these states, these arguments and this past."""
+    """A block's output `[r, n, d_model]` for these states, these arguments and this past, where the states are.
+
+    What a block on another device needs is brought there by the hooks that accelerate has put on it, but for the past,
+    which is there.
+    """
     given = {name: past if value is PAST else value for name, value in arguments.items()}
     output = block(states.clone(), **given)  # a copy, for a block may go on to add into what it is given
-    return output[0] if isinstance(output, tuple) else output
+    return (output[0] if isinstance(output, tuple) else output).to(states.device)
 
 
 def is_mask(name: str) -> bool:

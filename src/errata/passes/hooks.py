@@ -21,14 +21,15 @@ def hooked(model: Model, patches: Mapping[Stream, Patch]) -> Iterator[None]:
     """Inside the block, every forward pass hands each stream's tensor to its function.
 
     A function is given the stream `[b, t, d]` and returns what takes its place, of the same shape, or None
-    to leave it. It sees what earlier functions made of the pass. All hooks are gone when the block ends,
-    however it ends.
+    to leave it. It sees what earlier functions made of the pass. Of a model spread over several devices
+    every stream is handed over on `model.device`. All hooks are gone when the block ends, however it ends.
 
     Raises:
         ConfigError: if the model has no such stream.
         ValueError: if a function returns another shape.
     """
-    modules = {stream: model.module(stream) for stream in patches}
+    for stream in patches:
+        model.path(stream)  # before the first hook: raises for a stream that is not there
     rows: list[int] = [1]  # batch size of the pass under way
     with contextlib.ExitStack() as stack:
         # Some blocks (OPT) flatten [b, t, d] to [b * t, d] around their MLP: the batch size undoes it.
@@ -37,7 +38,7 @@ def hooked(model: Model, patches: Mapping[Stream, Patch]) -> Iterator[None]:
 
         stack.callback(model.module(("embedding", 0)).register_forward_hook(note).remove)
         for stream in sorted(patches, key=lambda stream: _ORDER.index(stream[0])):
-            stack.callback(_register(modules[stream], stream, patches[stream], rows).remove)
+            stack.callback(_register(model, stream, patches[stream], rows).remove)
         yield
 
 
@@ -46,19 +47,21 @@ def hooked_block(model: Model, patches: Mapping[Stream, Patch], rows: int) -> It
     """As `hooked`, while blocks are called on their own: the batch size is given, as no embedding runs to tell it."""
     with contextlib.ExitStack() as stack:
         for stream in sorted(patches, key=lambda stream: _ORDER.index(stream[0])):
-            stack.callback(_register(model.module(stream), stream, patches[stream], [rows]).remove)
+            stack.callback(_register(model, stream, patches[stream], [rows]).remove)
         yield
 
 
-def _register(module: nn.Module, stream: Stream, patch: Patch, rows: list[int]) -> Any:
+def _register(model: Model, stream: Stream, patch: Patch, rows: list[int]) -> Any:
+    module, home = model.module(stream), model.device
+
     def patched(tensor: Tensor) -> Tensor | None:
         seen = tensor.unflatten(0, (rows[0], -1)) if tensor.dim() == 2 else tensor
-        new = patch(seen)
+        new = patch(seen.to(home))
         if new is None:
             return None
         if new.shape != seen.shape:
             raise ValueError(f"the patch of {stream} returned shape {tuple(new.shape)} for {tuple(seen.shape)}")
-        return new.reshape(tensor.shape)
+        return new.reshape(tensor.shape).to(tensor.device)
 
     def before(module: nn.Module, args: tuple) -> tuple | None:
         new = patched(args[0])

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from errata.models.model import Batch, Model, Stream
 from errata.passes.hooks import Patch, hooked
@@ -30,10 +30,14 @@ def run(
             return model.forward(batch)
         rows = torch.arange(len(positions), device=model.device)
         columns = positions.to(model.device)
+
+        def only_there(head: nn.Module, args: tuple) -> tuple:
+            return args[0].to(model.device)[rows, columns][:, None], *args[1:]
+
         # In front of the head, not behind the last norm: whatever a family does to its logits
         # (soft caps, scales) is then still done by its own forward.
         head = model.hf.get_submodule(model.anatomy.head)
-        handle = head.register_forward_pre_hook(lambda _, args: (args[0][rows, columns][:, None], *args[1:]))
+        handle = head.register_forward_pre_hook(only_there)
         try:
             return model.forward(batch)[:, 0]
         finally:

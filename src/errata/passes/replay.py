@@ -40,7 +40,8 @@ class Recording:
         model: the model that ran; its weights must not change as long as the recording is used.
         length: tokens in every row.
         first: the lowest block that can be resumed.
-        states: states[l] enters block l and states[l + 1] leaves it, each `[rows, length, d_model]`; from `first` on.
+        states: states[l] enters block l and states[l + 1] leaves it, each `[rows, length, d_model]` on the model's
+            device; from `first` on.
         kept: the other streams asked for, `[rows, length, d]`.
         tokens_at_once: `step` passes at most about so many tokens to a block in one call; rows that see many earlier
             tokens count for more.
@@ -63,7 +64,7 @@ class Recording:
         self.length = states[first].shape[1]
         self.tokens_at_once = tokens_at_once
         self.calls = calls
-        self._past = {i: (layer.keys, layer.values) for i, layer in enumerate(cache.layers) if i >= first}
+        self._past = {i: Past(layer.keys, layer.values) for i, layer in enumerate(cache.layers) if i >= first}
 
     def step(
         self,
@@ -127,8 +128,7 @@ class Recording:
 
     def past(self, layer: int, rows: Tensor, token: int) -> Past:
         """Attention's keys and values in block `layer`, of the tokens before `token` in some rows."""
-        keys, values = self._past[layer]
-        return Past(keys[rows, :, :token], values[rows, :, :token])
+        return self._past[layer].of(rows, token)
 
     def check(self) -> None:
         """Resume every block in the middle of the first row, and compare with what was recorded.
@@ -194,7 +194,7 @@ def record(
         arguments = {**dict(zip(names, args, strict=False)), **kwargs}
         state = arguments.pop(names[0])
         if len(calls) >= first:
-            states[len(calls)] = state.clone()  # some blocks go on to add into it in place
+            states[len(calls)] = state.to(model.device, copy=True)  # some blocks go on to add into it in place
         calls.append(Call(arguments, cache, *state.shape[:2]))
 
     def keeper(stream: Stream) -> Patch:

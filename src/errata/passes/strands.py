@@ -173,7 +173,7 @@ class Passes:
 
         def note(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
             first = next(iter(inspect.signature(module.forward).parameters))
-            found.append((args[0] if args else kwargs[first]).clone())
+            found.append((args[0] if args else kwargs[first]).to(self.model.device, copy=True))
             raise _Entered
 
         handle = self.model.blocks[0].register_forward_pre_hook(note, with_kwargs=True)
@@ -198,8 +198,8 @@ class Passes:
             trunk = run(block, flow.trunk, call.at(0, rows, width, flow.trunk.device), past)
         branches = []
         for group, states in zip(batch.groups, flow.branches, strict=True):
-            owners = torch.tensor([row for row, _ in group.owners], device=states.device)
-            before = Past(past.keys[owners, :, : group.at], past.values[owners, :, : group.at])
+            owners = torch.tensor([row for row, _ in group.owners])
+            before = Past(past.keys, past.values).of(owners, group.at)
             given = call.at(group.at, len(owners), states.shape[1], states.device)
             with rowwise(model, here.of(owners)):
                 branches.append(run(block, states, given, before))

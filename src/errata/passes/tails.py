@@ -70,7 +70,7 @@ def cut(recording: Recording, rows: Mapping[int, int], tokens: tuple[int, int], 
     index = torch.tensor(list(rows.values()), device=device)
     try:
         past = tuple(recording.past(layer, index, token) for layer in range(*layers))
-    except TypeError as problem:  # there are none to be cut
+    except (AttributeError, TypeError) as problem:  # there are none to be cut
         raise _refusal(recording.model, layers[0]) from problem
     known: dict[tuple[int, ...], dict[str, Any]] = {}  # most blocks are given the very same tensors
 
@@ -129,8 +129,7 @@ class Chunk:
         lane = self.lane
         count = states.shape[1]
         others = 0 if keep is None else max(0, count - keep)
-        keys, values = lane.past[layer - lane.first]
-        past, block = Past(keys[self.index], values[self.index]), lane.model.blocks[layer]
+        past, block = lane.past[layer - lane.first].of(self.index), lane.model.blocks[layer]
         bound = {(part, layer): patch for part, patch in (patches or {}).items()}
         with hooked_block(lane.model, bound, len(self.rows)):
             if others:
@@ -229,7 +228,7 @@ class _Lane:
         rows: their labels.
         counts: tokens of each, `[r]`.
         states: `[r, n, d_model]`.
-        past: of each block, keys and values `[r, heads, p, d]`, aligned at the last of the p tokens.
+        past: of each block, of so many rows and p tokens, aligned at the last of these.
         arguments: of each block; its masks are `[r, 1, n, p + n]`, or one a head.
     """
 
@@ -238,7 +237,7 @@ class _Lane:
     rows: tuple[int, ...]
     counts: Tensor
     states: Tensor
-    past: tuple[tuple[Tensor, Tensor], ...]
+    past: tuple[Past, ...]
     arguments: tuple[dict[str, Any], ...]
 
     @classmethod
@@ -262,7 +261,7 @@ class _Lane:
             counts=torch.cat([each.states.new_full((len(each.states),), each.states.shape[1]) for each in cuts]).long(),
             states=torch.cat([_front_repeated(each.states, -2, width) for each in cuts]),
             past=tuple(
-                (
+                Past(
                     torch.cat([_front_zeros(each.past[layer].keys_before, longest) for each in cuts]),
                     torch.cat([_front_zeros(each.past[layer].values_before, longest) for each in cuts]),
                 )
@@ -279,7 +278,7 @@ class _Lane:
 
     def arguments_of(self, layer: int, index: Tensor | slice, begin: int, end: int) -> dict[str, Any]:
         """What the block is given for some rows and the columns from `begin` to `end`."""
-        seen = self.past[layer - self.first][0].shape[-2] + end
+        seen = self.past[layer - self.first].get_seq_length() + end
         return {
             name: _cut_joined(name, value, index, begin, end, seen)
             for name, value in self.arguments[layer - self.first].items()

@@ -17,7 +17,7 @@ from typing import Any
 
 from torch import Tensor
 
-from errata.base.fingerprint import tensor_digest
+from errata.models.fingerprint import weight_digest
 from errata.models.model import Model
 
 ALGORITHM = 2  # to be raised with every change that changes the numbers
@@ -103,7 +103,7 @@ def _weight_digests(model: Model, layers: Sequence[int]) -> dict[int, str]:
         for name, tensor in every:
             if id(tensor) not in skipped:
                 if name not in known:
-                    known[name] = tensor_digest(tensor)
+                    known[name] = weight_digest(hf, name)
                 parts.append([name, known[name]])
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 

@@ -44,7 +44,7 @@ def checked_memory(memory: int | None, model: Model) -> int:
     """
     if memory is not None and memory < 1:
         raise ConfigError(f"memory is {memory}: give the bytes that runs may take, or None to have them measured")
-    return memory or min(enough_memory(model), free_memory(model.device) // 2)
+    return memory or min(enough_memory(model), free_memory(*model.devices) // 2)
 
 
 def rows_at_once(model: Model, length: int, config: TraceConfig, memory: int) -> int:

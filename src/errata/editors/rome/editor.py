@@ -101,6 +101,7 @@ def rome(
         `rounding`), and its `health`.
 
     Raises:
+        UnsupportedModel: if accelerate has offloaded the weight that is to change.
         ConfigError: if no layer is named or it is not there, it has no later layer to act through, or no second
             moment is given.
         StaleStatistics: if the second moment is of another layer or size.
@@ -120,7 +121,7 @@ def rome(
     if not wanted:
         return []
     config, chosen_by = resolve(model, [each.fact for each in wanted], config, layer, seed)
-    moment = _checked(model, second_moment, config)
+    moment = second_moment_of(model, second_moment, config)
     work = _Work(model, config, moment, chosen_by, seed, force, len(wanted), progress)
     if sequential:
         found = _in_sequence(work, wanted, errors == "raise")
@@ -175,7 +176,7 @@ def _batches(work: _Work, rewrites: Sequence[Rewrite]) -> Iterator[list[tuple[in
     # Of texts of some 32 tokens: keys, values and states in every block above, twice while they are joined.
     texts = contexts.count(work.config.prefixes) + 2
     per_fact = texts * 32 * (model.n_layers - work.layer) * 6 * model.d_model * model.dtype.itemsize
-    share = max(1, min(_FACTS_AT_ONCE, free_memory(model.device) // 4 // per_fact))
+    share = max(1, min(_FACTS_AT_ONCE, free_memory(*model.devices) // 4 // per_fact))
     numbered = list(enumerate(rewrites))
     yield from (numbered[begin : begin + share] for begin in range(0, len(numbered), share))
 
@@ -268,9 +269,16 @@ def _edits(work: _Work, rewrites: Mapping[int, Rewrite], recorded: Recorded, pre
     return made
 
 
-def _checked(model: Model, given: SecondMoments | None, config: RomeConfig) -> SecondMoment:
+def second_moment_of(model: Model, given: SecondMoments | None, config: RomeConfig) -> SecondMoment:
+    """The second moment for a config's layer of what was given.
+
+    Raises:
+        ConfigError: if there is none.
+        StaleStatistics: if it is of another layer or size.
+    """
     layer = config.layer
     assert isinstance(layer, int)  # resolve
+    model.weight(down_weight_name(model, layer))  # raises, before anything is computed, if it is not at hand
     second_moment = given(layer) if callable(given) else given.get(layer) if isinstance(given, Mapping) else given
     if second_moment is None:
         raise ConfigError(

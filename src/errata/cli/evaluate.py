@@ -1,0 +1,347 @@
+"""`errata evaluate`: a row of the paper's tables for any editor and model."""
+
+from __future__ import annotations
+
+import json as json_
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Optional
+
+import typer
+
+from errata.cli import moments, options
+
+if TYPE_CHECKING:
+    from errata.benchmarks.sets import RecordSet
+    from errata.benchmarks.snippets import Snippets
+    from errata.evaluation.measure import Measures
+    from errata.evaluation.results import AnyRecord
+    from errata.evaluation.runner import Executor
+    from errata.models.model import Model
+
+_ATLAS_RECORDS = 500
+_PROBE_TEXTS, _PROBE_CHARACTERS = 8, 400  # of a probe file, for each edit's drift
+
+
+def evaluate(
+    out: Annotated[Optional[Path], typer.Option(help="The run folder; a stopped run goes on there.")] = None,  # noqa: UP045
+    editor: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Option(
+            help="An editor with its settings, such as rome, rome:key=reference,steps=25 or NAME=rome:preset=reference "
+            "for a row called so; several times for several rows. None of them: the unedited model alone."
+        ),
+    ] = None,
+    data: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(help="Records: a file or folder of CounterFact's or zsRE's; the atlas has its own."),
+    ] = None,
+    model: options.ModelName = "atlas",
+    limit: Annotated[Optional[int], typer.Option(min=1, help="The first so many records by case id.")] = None,  # noqa: UP045
+    sample: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(min=1, help="So many of these, drawn at random by --seed."),
+    ] = None,
+    generation: Annotated[bool, typer.Option(help="Write texts, for GE and RS.")] = True,
+    health: Annotated[bool, typer.Option(help="Measure what each edit moves elsewhere.")] = True,
+    keep_edits: Annotated[bool, typer.Option("--keep-edits", help="Save each edit in the run folder.")] = False,
+    probe: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(help="A text file: how its perplexity drifts under each edit, or under --edit as a whole."),
+    ] = None,
+    edit: Annotated[
+        Optional[list[Path]],  # noqa: UP045
+        typer.Option("--edit", help="With --probe alone: a file of an edit that was made; several add up."),
+    ] = None,
+    corpus: moments.Corpus = None,
+    field: moments.Field = "text",
+    revision: moments.Revision = None,
+    corpus_tokens: moments.Tokens = 100_000,
+    second_moment: moments.File = None,
+    identity: moments.Identity = False,
+    executor: Annotated[
+        Literal["here", "ray"], typer.Option(help="Where records are measured: in this process, or on Ray.")
+    ] = "here",
+    address: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="Of a Ray cluster, such as auto or ray://host:10001; a local one unless given."),
+    ] = None,
+    workers: Annotated[Optional[int], typer.Option(min=1, help="How many, on Ray.")] = None,  # noqa: UP045
+    cpus_per_worker: Annotated[float, typer.Option(min=0, help="On Ray.")] = 1,
+    gpus_per_worker: Annotated[float, typer.Option(min=0, help="On Ray; may be a fraction.")] = 0,
+    seed: options.Seed = 0,
+    device: options.Device = None,
+    dtype: options.Dtype = "auto",
+    download: options.Download = False,
+    json: options.Json = False,
+) -> None:
+    """Measure edits on records: CounterFact's and zsRE's numbers, before and after, one result a record.
+
+    Bad records are named, and the others used; the exit code is 1 then. A run that was stopped goes on where it was if
+    it is started again; other editors can be added to it. errata report shows what a run folder holds.
+    """
+    from errata.base.errors import ConfigError
+
+    if edit:
+        if probe is None or editor or data or out:
+            raise ConfigError(
+                "--edit asks how edits that were made move the perplexity of a text: give it with --probe, and without "
+                "--editor, --data and --out"
+            )
+        _probe_edits(edit, probe, model, device, dtype, download, json)
+        return
+    if out is None:
+        raise ConfigError("there is no place for results: name a run folder by --out")
+    specs = [_spec(text) for text in editor or ()]
+    names = [name for name, _, _ in specs]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice:
+        raise ConfigError(f"two rows are called {twice}: name one otherwise, as in --editor other={twice}")
+    ray = {"--address": address, "--workers": workers}
+    unused = [option for option, value in ray.items() if value is not None]
+    if executor == "here" and unused:
+        raise ConfigError(f"{unused[0]} is of Ray: give --executor ray with it")
+    source = moments.Source(corpus, field, revision, corpus_tokens, second_moment, identity, download)
+    probes = None if probe is None else _passages(probe)
+
+    # Torch comes only now: bad input is told at once.
+    from errata.cli import show, tables
+    from errata.editors.registry import method_of
+    from errata.evaluation.results import editor_file
+    from errata.evaluation.runner import evaluate as run
+
+    methods = {name: (method_of(method), settings) for name, method, settings in specs}
+    for name in methods:
+        editor_file(out, name)
+    found = None if data is None else _read(data, limit, sample, seed, generation)
+    if found:
+        tables.tell_bad_lines(found.bad, data or out, "entry")
+    loaded = options.load(model, device, dtype, download)
+    records, measures = _measures(loaded, data, found, limit, sample, generation, health, probes, seed)
+    editors = {
+        name: method.prepare(loaded, settings, lambda layer: source.of(loaded, layer), seed)
+        for name, (method, settings) in methods.items()
+    }
+    where = _executor(executor, address, workers, cpus_per_worker, gpus_per_worker, model, device, dtype)
+    come = 0, 0
+    try:
+        with show.progress("measuring", "results") as bar:
+
+            def tell(done: int, of: int) -> None:
+                nonlocal come
+                come = done, of
+                bar(done, of)
+
+            run(
+                loaded,
+                records,
+                editors,
+                out,
+                measures,
+                source=str(data) if data else "atlas",
+                keep_edits=keep_edits,
+                executor=where,
+                progress=tell,
+            )
+    except KeyboardInterrupt:
+        typer.echo(f"interrupted: {come[0]} of {come[1]} results are there, and the same command goes on", err=True)
+        raise typer.Exit(130) from None
+    _show(out, json)
+    if found and found.bad:
+        typer.echo(f"left out: {len(found.bad)} of {len(found.records) + len(found.bad)} records", err=True)
+        raise typer.Exit(1)
+
+
+# ---- what goes in ----
+
+
+def _spec(text: str) -> tuple[str, str, dict[str, Any]]:
+    """Name of the row, method and settings of NAME=METHOD:KEY=VALUE,...
+
+    Raises:
+        ConfigError: if it is not so.
+    """
+    from errata.base.errors import ConfigError
+
+    head, _, tail = text.partition(":")
+    name, named, method = head.rpartition("=")
+    settings: dict[str, Any] = {}
+    for part in re.split(r",(?![^\[{]*[\]}])", tail) if tail else ():  # not within brackets
+        key, given, value = part.partition("=")
+        if not given or not key.strip():
+            raise ConfigError(f"--editor {text!r}: {part!r} is no setting: write KEY=VALUE, as in rome:key=reference")
+        try:
+            settings[key.strip()] = json_.loads(value)
+        except ValueError:
+            settings[key.strip()] = {"None": None, "True": True, "False": False}.get(value, value)
+    told = ",".join(f"{key}={value}" for key, value in settings.items())
+    own = re.sub(r"[^\w.+=,-]", "", f"{method}-{told}" if told else method)
+    return name if named else own, method, settings
+
+
+def _read(data: Path, limit: int | None, sample: int | None, seed: int, generation: bool) -> RecordSet:
+    from errata.benchmarks.sets import read_records
+
+    chosen = None if sample is None else (sample, seed)
+    return read_records(data, limit, chosen, with_snippets=generation)
+
+
+def _passages(file: Path) -> tuple[str, ...]:
+    """The first texts of a file, cut at blank lines or to a length."""
+    text = _text(file)
+    parts = [" ".join(part.split())[:_PROBE_CHARACTERS] for part in re.split(r"\n\s*\n", text)]
+    return tuple(part for part in parts if part)[:_PROBE_TEXTS]
+
+
+def _text(file: Path) -> str:
+    """What stands in a text file.
+
+    Raises:
+        ResultFileError: if it is missing, empty or not UTF-8.
+    """
+    from errata.base.errors import ResultFileError
+
+    try:
+        text = file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ResultFileError(f"cannot read {file} as a text: {error}. Give a file in UTF-8") from error
+    if not text.strip():
+        raise ResultFileError(f"{file} is empty: give a text, to see how well it is foretold")
+    return text
+
+
+def _measures(
+    model: Model,
+    data: Path | None,
+    found: RecordSet | None,
+    limit: int | None,
+    sample: int | None,
+    generation: bool,
+    health: bool,
+    probes: Sequence[str] | None,
+    seed: int,
+) -> tuple[Sequence[AnyRecord], Measures]:
+    """The records, and what is measured of them.
+
+    Raises:
+        ConfigError: if there are no records and the model brings none.
+    """
+    from errata.evaluation.measure import Generation, Measures
+    from errata.metrics.health import sampled_probes
+    from errata.metrics.tfidf import IDF_FILE, VOCABULARY_FILE, TfIdf
+
+    records: Sequence[AnyRecord]
+    if found is None or data is None:
+        records, snippets = _atlas_records(model, limit, sample, seed)
+    else:
+        records, snippets = found.records, found.snippets
+    writes = generation and any(getattr(record, "generation", ()) for record in records)
+    tfidf = None
+    if writes and snippets:
+        # The published frequencies, of Wikipedia, if they lie beside the records; else those of the reference texts.
+        folder = None if data is None else data if data.is_dir() else data.parent
+        published = folder is not None and (folder / IDF_FILE).is_file() and (folder / VOCABULARY_FILE).is_file()
+        tfidf = TfIdf.load(folder) if published and folder else TfIdf.fit(snippets.texts)
+    texts = tuple(probes or ()) or (sampled_probes(model, seed) if health else ())
+    return records, Measures(
+        generation=Generation() if writes else None,
+        snippets=snippets if writes else None,
+        tfidf=tfidf,
+        probes=texts,
+        seed=seed,
+    )
+
+
+def _atlas_records(
+    model: Model, limit: int | None, sample: int | None, seed: int
+) -> tuple[Sequence[AnyRecord], Snippets]:
+    """Records of the atlas's world, and its reference texts.
+
+    Raises:
+        ConfigError: if the model is another, or both numbers are given.
+    """
+    from errata.api import ATLAS
+    from errata.atlas.records import records, snippets
+    from errata.base.errors import ConfigError
+
+    if model.hints.get("corpus") != ATLAS:
+        raise ConfigError(
+            f"there are no records for {model.name}: give a file or folder of them by --data (errata data get fetches "
+            "published ones, errata data build makes others). Only the atlas brings its own"
+        )
+    if limit and sample:
+        raise ConfigError("the atlas's records are drawn by --seed as it is: give --limit alone")
+    count = limit or sample or _ATLAS_RECORDS
+    return records(count, seed), snippets(count, seed)
+
+
+def _executor(
+    kind: str,
+    address: str | None,
+    workers: int | None,
+    cpus: float,
+    gpus: float,
+    model: str,
+    device: str | None,
+    dtype: str,
+) -> Executor | None:
+    if kind == "here":
+        return None
+    from errata.evaluation.executors import Cluster
+
+    where = {"device_map": "auto"} if device == "auto" else {"device": device}
+    return Cluster(
+        source=model,
+        dtype=dtype,
+        address=address,
+        workers=workers,
+        cpus=cpus,
+        gpus=gpus,
+        **where,  # type: ignore[arg-type]
+    )
+
+
+# ---- what comes out ----
+
+
+def _show(out: Path, json: bool) -> None:
+    """The tables of a run folder."""
+    from errata.cli import show
+    from errata.cli.report import report
+
+    report([out], format="json" if json else None)
+    if not json:
+        show.written(out)
+
+
+def _probe_edits(
+    files: Sequence[Path], probe: Path, model: str, device: str | None, dtype: str, download: bool, json: bool
+) -> None:
+    """Perplexity of a text without edits and with them."""
+    import contextlib
+    import math
+
+    text = _text(probe)
+
+    from errata.cli import show
+    from errata.edits.edit import Edit
+    from errata.metrics.text import perplexity
+
+    edits = [Edit.load(file) for file in files]
+    loaded = options.load(model, device, dtype, download)
+    before = perplexity(loaded, text)
+    with contextlib.ExitStack() as stack:
+        for each in edits:
+            stack.enter_context(each.applied(loaded))
+        after = perplexity(loaded, text)
+    drift = after.mean - before.mean
+    if json:
+        numbers = {"before": before.perplexity, "after": after.perplexity, "drift": drift}
+        told = {name: value if math.isfinite(value) else None for name, value in numbers.items()}
+        show.as_json({"model": loaded.name, "text": str(probe), "tokens": before.n_tokens, **told})
+        return
+    rows = [["without edits", f"{before.perplexity:.4g}", f"{before.mean:.4f}"]]
+    rows.append([f"with {len(edits)} edits", f"{after.perplexity:.4g}", f"{after.mean:.4f}"])
+    show.table(("", "perplexity", "nats per token"), rows, f"{probe}, {before.n_tokens} tokens, by {loaded.name}")
+    show.line(f"The text's tokens are {abs(drift):.4f} nats {'less' if drift > 0 else 'more'} foretold on average.")
