@@ -36,17 +36,15 @@ def run_edited(
         UnsupportedModel: if the model's blocks cannot be resumed.
         EditMismatch: if an edit that is put on was made for other weights.
     """
-    passes = Passes(model, strands)
     plans = [Plan.of(model, edits) for edits in variants]
-    # Edits that are put on the model go by themselves, the rows of each together.
-    sweeps = [[i for i, plan in enumerate(plans) if plan.changes is not None]]
-    sweeps += [[i] for i, plan in enumerate(plans) if plan.changes is None]
-    for sweep in filter(None, sweeps):
-        chosen = [plans[i] for i in sweep]
-        together = [id(edit) for edit in chosen[0].edits] if chosen[0].changes is None else None
-        for batch in passes.batches(together):
-            for i, part, flow in _runs(passes, batch, chosen):
-                yield sweep[i], part, flow
+    passes = Passes(model, strands, check=all(plan.first < model.n_layers for plan in plans))
+    by_row = {i: plan for i, plan in enumerate(plans) if plan.changes is not None}
+    if by_row:
+        yield from _row_by_row(passes, by_row)
+    for i, plan in enumerate(plans):
+        if plan.changes is None:
+            for part, flow in _put_on(passes, plan):
+                yield i, part, flow
 
 
 @dataclass(frozen=True)
@@ -100,36 +98,43 @@ def _factors(edit: Edit) -> dict[str, Factors]:
     return found
 
 
-def _runs(passes: Passes, batch: StrandBatch, plans: Sequence[Plan]) -> Iterator[tuple[int, StrandBatch, Flow]]:
-    """(which plan, rows, states behind the last block): of all rows, or of those of one edit after the other, which is
-    on the model until the next is asked for."""
+def _row_by_row(passes: Passes, plans: Mapping[int, Plan]) -> Iterator[tuple[int, StrandBatch, Flow]]:
+    """All batches go through a block before any goes on to the next, for its weights are then at hand."""
+    batches = list(passes.batches())
+    changes = {i: [plan.changes.of(torch.tensor(b.rows)) for b in batches] for i, plan in plans.items() if plan.changes}
+    unedited = [passes.enter(batch) for batch in batches]
+    edited: dict[int, list[Flow]] = {}
+    for layer in range(passes.model.n_layers):
+        edited |= {i: list(unedited) for i, plan in plans.items() if plan.first == layer}
+        wanted = any(plan.first > layer for plan in plans.values())
+        for place, batch in enumerate(batches):
+            if wanted:
+                unedited[place] = passes.step(batch, layer, unedited[place])
+            for i, flows in edited.items():
+                flows[place] = passes.step(batch, layer, flows[place], changes[i][place])
+    for i in plans:
+        for batch, flow in zip(batches, edited.get(i, unedited), strict=True):
+            if i not in edited:
+                passes.verify(batch, flow)
+            yield i, batch, flow
+
+
+def _put_on(passes: Passes, plan: Plan) -> Iterator[tuple[StrandBatch, Flow]]:
+    """The rows of each edit, with the edit on the model until the next are asked for."""
     model = passes.model
-    firsts = {max(plan.first, 0) for plan in plans}
-    entering: dict[int, Flow] = {}
-    flow = passes.enter(batch)
-    for layer in range(max(firsts) + 1):
-        if layer in firsts:
-            entering[layer] = flow
-        if layer < max(firsts):
-            flow = passes.step(batch, layer, flow)
-
-    def above(part: StrandBatch, flow: Flow, first: int, changes: RowChanges | None = None) -> Flow:
-        for layer in range(first, model.n_layers):
-            flow = passes.step(part, layer, flow, changes)
-        return flow
-
-    for number, plan in enumerate(plans):
+    batches = list(passes.batches([id(edit) for edit in plan.edits]))
+    for edit, places in alike([plan.edits[batch.rows[0]] for batch in batches]):
+        some = [batches[place] for place in places]
         first = max(plan.first, 0)
-        if plan.changes is not None:
-            changes = plan.changes.of(torch.tensor(batch.rows))
-            yield number, batch, above(batch, entering[first], first, changes)
-            continue
-        for edit, rows in alike([plan.edits[i] for i in batch.rows]):
-            with contextlib.nullcontext() if edit is None else edit.applied(model):
-                flow, part = entering[first].of(batch, rows)
-                if plan.first < 0:
-                    flow = passes.enter(part)
-                yield number, part, above(part, flow, first)
+        with contextlib.ExitStack() as stack:
+            if edit and plan.first < 0:
+                stack.enter_context(edit.applied(model))
+            flows = [passes.enter(batch) for batch in some]
+            for layer in range(model.n_layers):
+                if edit and layer == first and plan.first >= 0:
+                    stack.enter_context(edit.applied(model))
+                flows = [passes.step(batch, layer, flow) for batch, flow in zip(some, flows, strict=True)]
+            yield from zip(some, flows, strict=True)
 
 
 def alike(edits: Sequence[Edit | None]) -> list[tuple[Edit | None, list[int]]]:

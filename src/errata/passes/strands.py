@@ -17,13 +17,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from errata.base.errors import UnsupportedModel
 from errata.models.model import Model
 from errata.passes.block_call import Past, run
-from errata.passes.replay import Recording, record
+from errata.passes.replay import Recording, record, same_states
 from errata.passes.rowwise import RowChanges, rowwise
 
 # Tokens in a batch: on a CPU what a block makes of them should stay near it, a GPU wants large products.
 _TOKENS_AT_ONCE = {"cpu": 512, "cuda": 16384}
+# What a batch more costs, in tokens: the weights are read once more.
+_NEW_BATCH = 16
 
 
 class _Entered(Exception):
@@ -59,19 +62,6 @@ class Flow:
 
     trunk: Tensor
     branches: tuple[Tensor, ...]
-
-    def of(self, batch: StrandBatch, rows: Sequence[int]) -> tuple[Flow, StrandBatch]:
-        """The states of some rows, and the batch that they are then of."""
-        place = {row: i for i, row in enumerate(rows)}
-        groups, branches = [], []
-        for group, states in zip(batch.groups, self.branches, strict=True):
-            chosen = [i for i, (row, _) in enumerate(group.owners) if row in place]
-            if chosen:
-                owners = tuple((place[group.owners[i][0]], group.owners[i][1]) for i in chosen)
-                groups.append(Group(group.at, owners))
-                branches.append(states[chosen])
-        index = torch.tensor(list(rows), device=self.trunk.device)
-        return Flow(self.trunk[index], tuple(branches)), StrandBatch(tuple(batch.rows[i] for i in rows), tuple(groups))
 
 
 @dataclass(frozen=True)
@@ -110,22 +100,30 @@ class StrandBatch:
 
 
 class Passes:
-    """The passes of some strands through one model, whose own weights must not change but by `step`'s callers.
+    """The passes of some strands through one model.
 
     Attributes:
         model: the model.
         strands: what is run.
+
+    Args:
+        check: whether to make sure that its blocks can be called alone; to be left out where `verify` will.
+
+    Raises:
+        FactError: if a text is too long for the model.
+        UnsupportedModel: if the blocks cannot be resumed.
     """
 
-    def __init__(self, model: Model, strands: Sequence[Strand]):
+    def __init__(self, model: Model, strands: Sequence[Strand], check: bool = True):
         self.model = model
         self.strands = list(strands)
         for strand in self.strands:
             for text in strand.texts:
                 model.require_room(text, None)
-        # One text, of the longest, tells what blocks are given beside their states, and that they can be resumed.
-        longest = max((text for strand in self.strands for text in strand.texts), key=len)
-        self._template: Recording = record(model, model.batch([longest]))
+        # One text, of the longest, tells what blocks are given beside their states, and that they can be called alone.
+        self._longest = max(range(len(self.strands)), key=lambda i: max(map(len, self.strands[i].texts)))
+        text = max(self.strands[self._longest].texts, key=len)
+        self._template: Recording = record(model, model.batch([text]), check=check)
 
     def batches(self, together: Sequence[object] | None = None) -> Iterator[StrandBatch]:
         """All strands, in batches of some hundred tokens (some thousand on a GPU), those of like length together.
@@ -138,13 +136,9 @@ class Passes:
         for i in range(len(self.strands)):
             kinds[together[i] if together else None].append(i)
         for some in kinds.values():
-            chosen: list[int] = []
-            for i in sorted(some, key=lambda i: len(self.strands[i].trunk)):
-                if chosen and (len(chosen) + 1) * len(self.strands[i].trunk) > limit:
-                    yield self._batch(chosen)
-                    chosen = []
-                chosen.append(i)
-            yield self._batch(chosen)
+            some.sort(key=lambda i: len(self.strands[i].trunk))
+            for begin, end in _cuts([len(self.strands[i].trunk) for i in some], limit):
+                yield self._batch(some[begin:end])
 
     def _batch(self, rows: Sequence[int]) -> StrandBatch:
         alike: dict[tuple[int, int], list[tuple[int, int]]] = defaultdict(list)
@@ -185,6 +179,21 @@ class Passes:
             handle.remove()
         return found[0]
 
+    def verify(self, batch: StrandBatch, flow: Flow) -> None:
+        """Make sure that what left the last block of the unedited model is what a whole run has there.
+
+        Raises:
+            UnsupportedModel: if it is not.
+        """
+        if self._longest in batch.rows and len(self.strands[self._longest].trunk) == self._template.length:
+            found = flow.trunk[batch.rows.index(self._longest), : self._template.length]
+            if not same_states(found, self._template.states[self.model.n_layers][0]):
+                raise UnsupportedModel(
+                    f"the blocks of {self.model.name}, called one by one, come out otherwise than in one piece, so "
+                    "many edits cannot be measured in one pass; load it with attn_implementation='eager' if it has "
+                    "another"
+                )
+
     @torch.no_grad()
     def step(self, batch: StrandBatch, layer: int, flow: Flow, changes: RowChanges | None = None) -> Flow:
         """What leaves block `layer`, if `flow` enters it; with changes of the block's weights, one entry a row."""
@@ -215,3 +224,22 @@ class _Kept(Past):
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         self.keys, self.values = super().update(key_states, value_states)
         return self.keys, self.values
+
+
+def _cuts(lengths: Sequence[int], limit: int) -> list[tuple[int, int]]:
+    """Where to part rows of ascending lengths into batches, so that padding and new batches cost least together."""
+    best: list[tuple[int, int]] = [(0, 0)]  # of the first so many rows: their cost, and where their last batch begins
+    for end, width in enumerate(lengths, 1):
+        costs: list[tuple[int, int]] = []
+        for begin in range(end - 1, -1, -1):
+            tokens = (end - begin) * width
+            if tokens > limit and costs:
+                break
+            costs.append((best[begin][0] + tokens + _NEW_BATCH, begin))
+        best.append(min(costs))
+    cuts = []
+    end = len(lengths)
+    while end:
+        cuts.append((best[end][1], end))
+        end = best[end][1]
+    return cuts[::-1]
