@@ -1,0 +1,210 @@
+"""Runs as one HTML page that needs nothing else: tables, how numbers are distributed, and every record.
+
+`page.html` is its frame, `page.css` its looks, `page.js` its script. The data stand in it once, as JSON; the script
+draws what is looked at. A browser is forbidden, by the page itself, to fetch anything for it.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from importlib.resources import files
+from pathlib import Path
+from statistics import harmonic_mean
+from typing import Any
+
+from errata.base.extras import needed
+from errata.base.files import write_text
+from errata.benchmarks.records import Record
+from errata.evaluation.formats import STRONG, panels
+from errata.evaluation.report import PARTS, Column, Table
+from errata.evaluation.results import AnyRecord, Result, Results, Run
+from errata.metrics import counterfact, zsre
+from errata.metrics.counterfact import Probability
+
+TEXTS = (
+    40_000_000  # characters of generated text in a page, at most: beyond, the last texts of each record are left out
+)
+
+# Of numbers: the axis of their distribution, unless it is a share, from 0 to 1.
+_AXES = {
+    **dict.fromkeys(("em", "pm", "nm", "atm"), "difference"),
+    **dict.fromkeys(("ge", "rs"), "range"),
+    **dict.fromkeys(("essence", "drift"), "log"),
+}
+_HIGH_IS_BAD = {"essence", "drift"}
+_SCORE = "harmonic mean of the record's own ES, PS and NS"  # what S is of one record
+_DRIFT = Column("drift", "Drift", "Health", "how far what is said of other texts moves", "nats per token", 1)
+
+
+def write_page(path: str | Path, runs: Sequence[Run], table: Table) -> None:
+    """Write the page of runs.
+
+    Args:
+        path: of the file.
+        runs: that the table is of.
+        table: of them.
+
+    Raises:
+        MissingExtra: if jinja2 is not installed.
+        OutputError: if the file cannot be written.
+    """
+    write_text(path, page(runs, table))
+
+
+def page(runs: Sequence[Run], table: Table) -> str:
+    """The page of runs as text; `write_page` tells more.
+
+    Raises:
+        MissingExtra: if jinja2 is not installed.
+    """
+    jinja2 = needed("jinja2", "evaluation")
+    environment = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    safe = needed("markupsafe", "evaluation").Markup  # comes with jinja2
+    text = environment.from_string(_beside("page.html")).render(
+        title=table.title,
+        panels=panels(table),
+        legend=[*table.legend(), f"Bold: {STRONG}."],
+        runs=[_about(run) for run in runs],
+        style=safe(_beside("page.css")),
+        script=safe(_beside("page.js")),
+        data=safe(in_script(data(runs, table))),
+    )
+    # Half a character, as files may hold it, becomes what can be written.
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+def in_script(value: Any) -> str:
+    """JSON that may stand within `<script>`: nothing in it ends or hides the element."""
+    text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    for sign in "<>&\u2028\u2029":
+        text = text.replace(sign, f"\\u{ord(sign):04x}")
+    return text
+
+
+def data(runs: Sequence[Run], table: Table) -> dict[str, Any]:
+    """What the script draws, JSON-able. Lists over records are in the order of the run's; null: not measured."""
+    texts = _texts_kept(runs)
+    found = [_run(run, table.probability, texts) for run in runs]
+    columns = [
+        {
+            **{name: getattr(column, name) for name in ("name", "symbol", "unit", "scale")},
+            "what": _SCORE if column.name == "s" else column.what,
+            "axis": _AXES.get(column.name, "share"),
+            "highIsBad": column.name in _HIGH_IS_BAD,
+        }
+        for column in (*table.columns, _DRIFT)
+        if any(
+            value is not None for run in found for row in run["rows"] for value in row["numbers"].get(column.name, [])
+        )
+    ]
+    kinds = counterfact.KINDS if table.kind == "counterfact" else zsre.KINDS
+    return {"kind": table.kind, "columns": columns, "kinds": kinds, "textsKept": texts, "runs": found}
+
+
+def _run(run: Run, probability: Probability, texts: int) -> dict[str, Any]:
+    relations = sorted({record.relation for record in run.records.values() if isinstance(record, Record)})
+    rows = (run.unedited, *run.edited.values())
+    return {
+        "model": str(run.settings.get("model", "")),
+        "folder": str(run.folder),
+        "relations": relations,
+        "records": [_record(record) for record in run.records.values()],
+        "rows": [_row(run, results, probability, texts) for results in rows],
+    }
+
+
+def _record(record: AnyRecord) -> dict[str, Any]:
+    rewrite = record.rewrite
+    said = {"id": record.case_id, "subject": rewrite.subject, "text": rewrite.text, "new": rewrite.new_object}
+    if isinstance(record, Record):
+        prompts = [[rewrite.text], record.paraphrase, record.neighborhood, record.attribute]
+        more = {"relation": record.relation, "old": rewrite.fact.object, "prompts": prompts}
+        return {**said, **more, "generation": record.generation}
+    prompts = [[rewrite.text], record.paraphrase, [prompt for prompt, _ in record.locality]]
+    return {**said, "old": "", "prompts": prompts, "answers": [answer for _, answer in record.locality]}
+
+
+def _row(run: Run, results: Results, probability: Probability, texts: int) -> dict[str, Any]:
+    cases = list(run.records)
+    numbers: dict[str, Mapping[int, float | None]] = dict(run.numbers(results, probability))
+    if all(part in numbers for part in PARTS):
+        numbers["s"] = {case: _score([numbers[part].get(case) for part in PARTS]) for case in cases}
+    health = {case: each.health for case, each in results.by_case.items() if each.health is not None}
+    numbers["drift"] = {case: each.get("drift") for case, each in health.items()}
+    return {
+        "name": results.name,
+        "numbers": {name: [_short(column.get(case)) for case in cases] for name, column in numbers.items()},
+        "results": [_result(results.by_case.get(case), probability, texts) for case in cases],
+    }
+
+
+def _score(parts: Sequence[float | None]) -> float | None:
+    there = [part for part in parts if part is not None]
+    return float(harmonic_mean(there)) if len(there) == len(parts) else None
+
+
+def _result(result: Result | None, probability: Probability, texts: int) -> dict[str, Any] | None:
+    """`said`: of each kind and prompt, of each target its probability, tokens that are the most probable, tokens."""
+    if result is None:
+        return None
+    found: dict[str, Any] = {}
+    if result.answers is not None:
+        found["said"] = [
+            [
+                [
+                    [
+                        _short(math.exp(each.mean if probability == "per_token" else each.total)),
+                        each.hits,
+                        each.n_tokens,
+                    ]
+                    for each in one
+                ]
+                for one in kind
+            ]
+            for kind in vars(result.answers).values()
+        ]
+    optional = {
+        "texts": result.texts[:texts],
+        "health": {name: _short(value) for name, value in (result.health or {}).items()},
+        "error": result.error,
+        "edit": result.edit,
+        "seconds": {name: _short(value) for name, value in result.seconds.items()},
+    }
+    return found | {name: value for name, value in optional.items() if value}
+
+
+def _short(value: Any) -> Any:
+    """Four digits of a number; None of what is no finite one."""
+    if not isinstance(value, float):
+        return value
+    return float(f"{value:.4g}") if math.isfinite(value) else None
+
+
+def _texts_kept(runs: Sequence[Run]) -> int:
+    """How many texts of each record and row the page has room for; at least one."""
+    lengths: list[int] = []  # of all first texts, all second texts, ...
+    for run in runs:
+        for results in (run.unedited, *run.edited.values()):
+            for result in results.by_case.values():
+                lengths += [0] * (len(result.texts) - len(lengths))
+                for place, text in enumerate(result.texts):
+                    lengths[place] += len(text)
+    kept = next((n for n in range(len(lengths), 1, -1) if sum(lengths[:n]) <= TEXTS), 1)
+    return min(kept, max(1, len(lengths)))
+
+
+def _about(run: Run) -> str:
+    """Of what and how a run is, in one line."""
+    said = run.settings
+    records = said.get("records", {})
+    parts = [str(run.folder), f"{len(run.records)} records of {records.get('source', 'a set')}"]
+    parts += [f"{name} {said[name]}" for name in ("dtype", "device", "seed") if name in said]
+    return " · ".join(parts)
+
+
+def _beside(name: str) -> str:
+    return files("errata.evaluation").joinpath(name).read_text(encoding="utf-8")

@@ -1,0 +1,330 @@
+"""The paper's tables from run folders."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+import re
+from dataclasses import replace
+from statistics import harmonic_mean
+
+import numpy as np
+import pytest
+
+from errata.base.errors import ConfigError
+from errata.benchmarks.records import Record
+from errata.evaluation import formats
+from errata.evaluation.published import ROWS, published
+from errata.evaluation.report import COUNTERFACT, Row, Table, table
+from errata.evaluation.results import Result, Run
+from errata.metrics.counterfact import RecordAnswers
+from errata.models.scoring import Score
+from made_runs import counterfact_records, counterfact_run, failed, write_run, zsre_run
+
+
+def said(record: Record, new: float, old: float, neighbour_new: float, tokens: int = 1, **more) -> Result:
+    """A result of these probabilities per token: after own prompts, and of the new object after neighbours'."""
+
+    def scores(p: float, q: float, prompts: tuple[str, ...]):
+        return tuple((Score(tokens * math.log(p), tokens, 0), Score(math.log(q), 1, 0)) for _ in prompts)
+
+    answers = RecordAnswers(
+        scores(new, old, ("",)),
+        scores(new, old, record.paraphrase),
+        scores(neighbour_new, old, record.neighborhood),
+        (),
+    )
+    return Result(record.case_id, answers, **more)
+
+
+@pytest.fixture
+def run(tmp_path):
+    """Four records; an editor with three right edits, a failure and a disabling one; one that is not done."""
+    records = [replace(record, attribute=()) for record in counterfact_records(4)]
+    results = {
+        "unedited": [said(each, 0.1, 0.4, 0.1, seconds={"ask": 1.0}) for each in records],
+        "rome": [
+            said(records[0], 0.9, 0.1, 0.05, health={"disabling": True}, seconds={"edit": 2.0, "ask": 1.0}),
+            said(records[1], 0.8, 0.1, 0.05, health={"disabling": False}, seconds={"edit": 2.0, "ask": 2.0}),
+            said(records[2], 0.7, 0.1, 0.3, health={"disabling": False}, seconds={"edit": 2.0, "ask": 3.0}),
+            failed(records[3]),
+        ],
+        "ft": [said(each, 0.9, 0.05, 0.6, tokens=2) for each in records[:2]],
+    }
+    return Run.load(write_run(tmp_path / "run", records, results))
+
+
+def rows(found: Table, source: str = "run") -> dict[str, Row]:
+    return {row.name: row for block in found.blocks for row in block if row.source == source}
+
+
+def test_numbers_of_a_row(run):
+    rome = rows(table([run]))["rome"]
+    mean = {name: each.mean for name, each in rome.values.items()}
+    # The failure counts as the unedited model: 0.1 against 0.4.
+    assert mean["es"] == mean["ps"] == pytest.approx(0.75)
+    assert mean["em"] == pytest.approx((0.8 + 0.7 + 0.6 - 0.3) / 4)
+    assert mean["ns"] == pytest.approx(0.75)
+    assert mean["nm"] == pytest.approx((0.05 + 0.05 - 0.2 + 0.3) / 4)
+    assert mean["s"] == pytest.approx(0.75)
+    half = 1.96 * np.std([0.8, 0.7, 0.6, -0.3], ddof=1) / 2
+    assert rome.values["em"].high - mean["em"] == pytest.approx(half)
+    assert (rome.measured, rome.of, rome.failures, rome.disabling) == (4, 4, 1, 1)
+    assert rome.seconds == pytest.approx((3 + 4 + 5 + 0.1) / 4)
+    assert "ats" not in rome.values
+    assert "ge" not in rome.values
+
+
+def test_what_no_row_has_is_no_column(run):
+    assert [column.name for column in table([run]).columns] == ["s", "es", "em", "ps", "pm", "ns", "nm", "ge", "rs"]
+    other = replace(run, settings={**run.settings, "model": "mine"})  # without the paper's rows
+    assert [column.name for column in table([other]).columns] == ["s", "es", "em", "ps", "pm", "ns", "nm"]
+
+
+def test_an_incomplete_row_says_so(run):
+    found = table([run])
+    ft = rows(found)["ft"]
+    assert (ft.label, ft.complete, ft.failures, ft.disabling) == ("ft (2 of 4)", False, 0, None)
+    assert "| ft (2 of 4) |" in formats.markdown(found)
+    assert "2 of 4" in [cell.text for _, lines in formats.panels(found)[1].blocks for x in lines for cell in x.cells]
+
+
+def test_probability_of_all_tokens(run):
+    per_token, total = (rows(table([run], kind))["ft"].values["em"].mean for kind in ("per_token", "total"))
+    assert per_token == pytest.approx(0.9 - 0.05)
+    assert total == pytest.approx(0.81 - 0.05)
+
+
+def test_marks(run):
+    found = rows(table([run]))
+    assert found["unedited"].strong == found["unedited"].fails == frozenset()
+    assert {"ns", "nm", "s"} <= found["rome"].strong
+    assert {"es", "em", "ps", "pm"} <= found["ft"].strong
+    # ft: neighbours' new object 0.36 or 0.6 against 0.05; rome: three of four are right
+    assert {"ns", "nm"} <= found["ft"].fails
+    assert found["rome"].fails == frozenset()
+
+
+def test_what_fails_is_measured_against_the_unedited_model(tmp_path):
+    found = rows(table([Run.load(counterfact_run(tmp_path / "r", 150, ("rome", "ft", "kn")))]))
+    assert {"es", "em", "ps", "pm", "ge"} <= found["kn"].fails
+    assert "ge" not in found["ft"].fails
+    assert {"ns", "nm"} <= found["ft"].fails
+    assert not found["rome"].fails
+    assert found["unedited"].fails == frozenset()
+
+
+def test_one_editor_is_not_the_best(tmp_path):
+    row = rows(table([Run.load(zsre_run(tmp_path / "z"))]))["rome"]
+    assert row.strong == frozenset()
+
+
+def test_only_the_unedited_model(tmp_path):
+    found = table([Run.load(counterfact_run(tmp_path / "r", 5, (), "mine"))], compare=None)
+    assert [row.name for row in found.blocks[0]] == ["unedited"]
+    assert formats.markdown(found)
+    assert formats.latex(found)
+
+
+def test_a_run_that_has_just_begun(tmp_path):
+    found = table([Run.load(write_run(tmp_path / "r", counterfact_records(3), {"unedited": []}, "mine"))])
+    assert found.columns == ()
+    assert rows(found)["unedited"].label == "unedited (0 of 3)"
+    for kind in ("markdown", "latex", "csv", "json"):
+        assert "unedited" in formats.as_text(found, kind)
+
+
+def test_bootstrap(tmp_path):
+    run = Run.load(counterfact_run(tmp_path / "r", 60))
+    one, two = (rows(table([run], interval=way))["ft"].values["ns"] for way in ("normal", "bootstrap"))
+    assert one.mean == two.mean
+    assert two.low != one.low
+    assert two.low == pytest.approx(one.low, abs=0.03)
+    shown = table([run], interval="bootstrap")
+    assert re.search(r"\[\d+\.\d, \d+\.\d\]", formats.markdown(shown))
+    assert "resamples" in shown.legend()[2]
+
+
+# ---- the paper's rows ----
+
+
+@pytest.mark.parametrize("block", [block for block in ROWS if block[0] == "counterfact"])
+def test_published_scores_are_the_harmonic_means_of_their_parts(block):
+    for s, es, _, ps, _, ns, *_ in ROWS[block].values():
+        assert s == pytest.approx(harmonic_mean([es, ps, ns]), abs=0.11)
+
+
+@pytest.mark.parametrize(
+    ("kind", "model", "names", "editor", "number"),
+    [
+        ("counterfact", "openai-community/gpt2-xl", (), "", ("s", 30.5)),
+        ("counterfact", "gpt2-xl", ("rome",), "ROME", ("s", 89.2)),
+        ("counterfact", "EleutherAI/gpt-j-6B", ("mine", "ft_l"), "FT+L", ("ns", 78.6)),
+        ("counterfact", "/models/gpt-j-6b", ("mend-cf", "mend"), "MEND", ("es", 97.4)),
+        ("zsre", "gpt2-xl", ("KE-zsre",), "KE-zsRE", ("paraphrase", 90.0)),
+    ],
+)
+def test_published_rows(kind, model, names, editor, number):
+    found = published(kind, model, *names)
+    assert (found.editor, found.numbers[number[0]]) == (editor, number[1])
+
+
+@pytest.mark.parametrize(
+    ("kind", "model", "names"),
+    [
+        ("counterfact", "gpt2", ("rome",)),
+        ("zsre", "gpt-j-6b", ("rome",)),
+        ("counterfact", "gpt2-xl", ("mine", "other")),
+        ("counterfact", "gpt2-xl", ("",)),
+        ("counterfact", "gpt2-xl-mine", ()),
+    ],
+)
+def test_the_paper_has_no_such_row(kind, model, names):
+    assert published(kind, model, *names) is None
+
+
+def test_the_papers_row_stands_below(run):
+    names = [(row.name, row.source) for row in table([run]).blocks[0]]
+    assert names == [
+        ("unedited", "run"),
+        ("unedited", "paper"),
+        ("rome", "run"),
+        ("ROME", "paper"),
+        ("ft", "run"),
+        ("FT", "paper"),
+    ]
+
+
+def test_the_editor_of_a_row_counts_where_its_name_says_nothing(tmp_path):
+    records = counterfact_records(2)
+    results = {name: [said(each, 0.1, 0.4, 0.1) for each in records] for name in ("unedited", "layer-5")}
+    folder = write_run(tmp_path / "r", records, results, editors={"layer-5": "rome"})
+    assert [row.name for row in table([Run.load(folder)]).blocks[0]][-1] == "ROME"
+
+
+# ---- differences ----
+
+
+def test_differences_are_paired(run):
+    row = table([run], compare=("rome", "unedited")).differences[0]
+    assert row.values["em"].mean == pytest.approx((0.8 + 0.7 + 0.6 - 0.3) / 4 + 0.3)
+    half = 1.96 * np.std([1.1, 1.0, 0.9, 0.0], ddof=1) / 2
+    assert row.values["em"].high - row.values["em"].mean == pytest.approx(half)
+    assert row.measured == 4
+    assert "em" in row.strong
+    assert "ns" not in row.strong
+    assert table([run], compare=("rome", "ft")).differences[0].measured == 2
+
+
+def test_differences_of_several_runs(tmp_path):
+    runs = [
+        Run.load(counterfact_run(tmp_path / "a", 20)),
+        Run.load(counterfact_run(tmp_path / "b", 20, ("rome",), "gpt-j-6b")),
+    ]
+    assert [row.model for row in table(runs, compare=("rome", "unedited")).differences] == ["gpt2-xl", "gpt-j-6b"]
+    found = table(runs, compare=("rome", "ft"))
+    assert [row.run for row in found.differences] == [tmp_path / "a"]
+    assert "*gpt-j-6b*" in formats.markdown(found)
+    assert "gpt2-xl, gpt-j-6b" in found.title
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [(("roem", "ft"), "did you mean rome"), (("xyz", "ft"), "choose of unedited, rome, ft"), (("ft", "ft"), "itself")],
+)
+def test_rows_that_cannot_be_compared(run, names, message):
+    with pytest.raises(ConfigError, match=message):
+        table([run], compare=names)
+
+
+def test_rows_of_different_runs_cannot_be_compared(tmp_path):
+    runs = [Run.load(counterfact_run(tmp_path / name, 3, (name,))) for name in ("rome", "ft")]
+    with pytest.raises(ConfigError, match="no run has both"):
+        table(runs, compare=("rome", "ft"))
+
+
+def test_runs_that_do_not_belong_together(tmp_path):
+    one, other = Run.load(counterfact_run(tmp_path / "c", 2)), Run.load(zsre_run(tmp_path / "z"))
+    with pytest.raises(ConfigError, match=r"of counterfact and .* of zsre"):
+        table([one, other])
+    with pytest.raises(ConfigError, match="twice"):
+        table([one, Run.load(tmp_path / "c" / ".." / "c")])
+    with pytest.raises(ConfigError, match="no run"):
+        table([])
+
+
+# ---- texts ----
+
+
+def test_values_as_they_are_shown():
+    column = {each.name: each for each in COUNTERFACT}
+    assert column["es"].shown(0.75) == "75.0"
+    assert column["em"].shown(-0.0483) == "−4.8"
+    assert column["em"].shown(-0.0001) == "0.0"
+    assert column["ge"].shown(6.266) == "626.6"
+    assert column["essence"].shown(21.14) == "21.1"
+    assert column["essence"].shown(1.5e7) == "1.5e+07"
+    assert column["es"].shown(math.nan) == "–"
+
+
+def test_markdown(run):
+    text = formats.markdown(replace_model(run, "a|b_c*"))
+    assert r"a\|b\_c\*" in text
+    for part in text.split("\n\n")[1:4:2]:
+        assert len({len(re.findall(r"(?<!\\)\|", line)) for line in part.splitlines()}) == 1
+    assert re.search(r"\| \*\*90\.0 ±0\.0\*\* \|", text) is None
+    assert " ✗ |" in text
+
+
+def replace_model(run: Run, model: str) -> Table:
+    return table([replace(run, settings={**run.settings, "model": model})])
+
+
+def test_latex(run):
+    text = formats.latex(replace_model(run, "50%_{model}&co\\~^#$"))
+    assert r"50\%" not in text  # a lone model stands in a comment only
+    assert text.count(r"\begin{tabular}") == text.count(r"\end{tabular}") == 2
+    assert r"\textcolor{red}{" in text
+    assert r"\textbf{" in text
+    assert r"\multicolumn{2}{c}{Efficacy}" in text
+    for block in re.findall(r"\\begin{tabular}{(l+r*)}(.*?)\\end{tabular}", text, re.DOTALL):
+        for line in block[1].splitlines():
+            if line.endswith(r"\\") and "multicolumn" not in line:
+                assert line.count("&") == len(block[0]) - 1
+    assert not re.search(r"[±−–×ᶜ]", text.split("\n", 3)[3])
+
+
+def test_latex_escapes_names_of_models(tmp_path):
+    runs = [
+        Run.load(counterfact_run(tmp_path / name, 3, (), model)) for name, model in (("a", "x_1&%"), ("b", "y\\{}#$~^"))
+    ]
+    text = formats.latex(table(runs))
+    assert r"\emph{x\_1\&\%}" in text
+    assert r"\emph{y\textbackslash{}\{\}\#\$\textasciitilde{}\textasciicircum{}}" in text
+
+
+def test_csv_and_json_hold_fractions(run):
+    found = table([run], compare=("rome", "ft"))
+    lines = list(csv.DictReader(io.StringIO(formats.as_csv(found))))
+    assert [line["source"] for line in lines] == ["run", "paper"] * 3 + ["difference"]
+    rome = lines[2]
+    assert (rome["row"], rome["failures"], rome["measured"]) == ("rome", "1", "4")
+    assert float(rome["es_mean"]) == 0.75
+    assert lines[3]["es_mean"] == "1.0"
+    assert lines[3]["es_low"] == rome["ge_mean"] == ""
+    said = json.loads(formats.as_text(found, "json"))
+    assert said["rows"][2]["values"]["es"]["mean"] == 0.75
+    assert said["rows"][3]["values"]["em"] == {"mean": 0.979, "low": None, "high": None, "count": 7500, "missing": 0}
+    assert said["rows"][4]["fails"] == ["nm", "ns"]
+    assert [row["name"] for row in said["differences"]] == ["rome − ft"]
+
+
+def test_zsre(tmp_path):
+    found = table([Run.load(zsre_run(tmp_path / "z"))])
+    assert [column.symbol for column in found.columns] == ["Efficacy", "Paraphrase", "Specificity"]
+    row = rows(found)["rome"]
+    assert [each.mean for each in row.values.values()] == [1.0, 1.0, 0.5]
+    assert rows(found, "paper")["ROME"].values["paraphrase"].mean == 0.881
+    assert "P is" not in " ".join(found.legend())
