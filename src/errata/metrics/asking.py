@@ -139,7 +139,8 @@ def _placed(
             branch = len(branches[strand])
             branches[strand].append((at, read[at:]))
         places.append(_Place(number, target, next_strand + strand, branch, at, tuple(ids), n_prompt))
-    return places, [Strand(trunk, tuple(some)) for trunk, some in zip(trunks, branches, strict=True)]
+    wanted = min(n_prompt for _, n_prompt in rows) - 1
+    return places, [Strand(trunk, tuple(some), wanted) for trunk, some in zip(trunks, branches, strict=True)]
 
 
 @torch.no_grad()
@@ -153,7 +154,7 @@ def _scores(model: Model, batch: StrandBatch, flow: Flow, places: Sequence[_Plac
         wanted.append(
             [(index.setdefault((row, branch, at), len(index)), token) for branch, at, token in place.predictions()]
         )
-    states = torch.stack([batch.states(flow, row, branch)[at] for row, branch, at in index])
+    states = torch.stack([batch.state(flow, row, branch, at) for row, branch, at in index])
     tokens: list[list[int]] = [[] for _ in index]
     for each in wanted:
         for state, token in each:

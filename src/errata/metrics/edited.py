@@ -14,6 +14,7 @@ import torch
 
 from errata.edits.edit import Edit
 from errata.models.model import Model
+from errata.models.weights import down_weight_name
 from errata.passes.rowwise import Factors, RowChanges, can_be_rowwise, row_changes
 from errata.passes.strands import Flow, Passes, Strand, StrandBatch
 
@@ -77,6 +78,12 @@ class Plan:
         changes = row_changes(model, [nothing if edit is None else factors[id(edit)] for edit in edits])
         return cls(tuple(edits), first, changes)
 
+    def moves(self, model: Model) -> bool:
+        """Whether the lowest edited block differs in its down-projection alone, with digits enough to add that on."""
+        here = self.changes.within(f"{model.anatomy.blocks}.{self.first}.") if self.changes else None
+        own = down_weight_name(model, self.first)
+        return here is not None and list(here.factors) == [own] and model.dtype.itemsize >= 4
+
 
 def _layer_of(model: Model, name: str) -> int:
     """The block that a weight belongs to; -1 if none, for then it may act on what enters the first."""
@@ -107,11 +114,19 @@ def _row_by_row(passes: Passes, plans: Mapping[int, Plan]) -> Iterator[tuple[int
     for layer in range(passes.model.n_layers):
         edited |= {i: list(unedited) for i, plan in plans.items() if plan.first == layer}
         wanted = any(plan.first > layer for plan in plans.values())
+        # Of plans that begin here by a down-projection alone, all else that the block does is as unedited.
+        moved = [i for i, plan in plans.items() if plan.first == layer and plan.moves(passes.model)]
         for place, batch in enumerate(batches):
-            if wanted:
-                unedited[place] = passes.step(batch, layer, unedited[place])
             for i, flows in edited.items():
-                flows[place] = passes.step(batch, layer, flows[place], changes[i][place])
+                if i not in moved:
+                    flows[place] = passes.step(batch, layer, flows[place], changes[i][place])
+            if moved:
+                unedited[place], mlp = passes.watched(batch, layer, unedited[place])
+                for i in moved:
+                    own = changes[i][place].within(f"{passes.model.anatomy.blocks}.{layer}.")
+                    edited[i][place] = passes.moved(batch, layer, unedited[place], mlp, own)
+            elif wanted:
+                unedited[place] = passes.step(batch, layer, unedited[place])
     for i in plans:
         for batch, flow in zip(batches, edited.get(i, unedited), strict=True):
             if i not in edited:

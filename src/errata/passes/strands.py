@@ -8,9 +8,10 @@ where no token looks.
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,8 +19,9 @@ import torch
 from torch import Tensor, nn
 
 from errata.base.errors import UnsupportedModel
-from errata.models.model import Model
+from errata.models.model import Model, Stream
 from errata.passes.block_call import Past, run
+from errata.passes.hooks import Patch, hooked_block
 from errata.passes.replay import Recording, record, same_states
 from errata.passes.rowwise import RowChanges, rowwise
 
@@ -40,10 +42,12 @@ class Strand:
     Attributes:
         trunk: its token ids, at least one.
         branches: for each, how many tokens of the trunk go before it, at least one, and its own token ids.
+        wanted: the first token of the trunk whose state behind the last block is asked for.
     """
 
     trunk: tuple[int, ...]
     branches: tuple[tuple[int, tuple[int, ...]], ...] = ()
+    wanted: int = 0
 
     @property
     def texts(self) -> list[tuple[int, ...]]:
@@ -58,10 +62,25 @@ class Flow:
     Attributes:
         trunk: `[r, t, d_model]`, padded on the right.
         branches: `[g, n, d_model]` of each group of the batch.
+        begin: which token of the trunk is the first; behind the last block those that nobody asks for are left out.
     """
 
     trunk: Tensor
     branches: tuple[Tensor, ...]
+    begin: int = 0
+
+
+@dataclass(frozen=True)
+class Mlp:
+    """What a layer's down-projection read and wrote as a flow went by.
+
+    Attributes:
+        keys: `[r, t, d_mlp]` of the trunk, then of each group.
+        values: `[r, t, d_model]`, likewise.
+    """
+
+    keys: tuple[Tensor, ...]
+    values: tuple[Tensor, ...]
 
 
 @dataclass(frozen=True)
@@ -89,13 +108,13 @@ class StrandBatch:
     rows: tuple[int, ...]
     groups: tuple[Group, ...]
 
-    def states(self, flow: Flow, row: int, branch: int | None) -> Tensor:
-        """States `[n, d_model]` of a row's trunk, with its padding, or of one of its branches alone."""
+    def state(self, flow: Flow, row: int, branch: int | None, at: int) -> Tensor:
+        """The state `[d_model]` of a token of a row's trunk, or of one of its branches."""
         if branch is None:
-            return flow.trunk[row]
+            return flow.trunk[row, at - flow.begin]
         for group, states in zip(self.groups, flow.branches, strict=True):
             if (row, branch) in group.owners:
-                return states[group.owners.index((row, branch))]
+                return states[group.owners.index((row, branch)), at]
         raise KeyError((row, branch))
 
 
@@ -186,8 +205,8 @@ class Passes:
             UnsupportedModel: if it is not.
         """
         if self._longest in batch.rows and len(self.strands[self._longest].trunk) == self._template.length:
-            found = flow.trunk[batch.rows.index(self._longest), : self._template.length]
-            if not same_states(found, self._template.states[self.model.n_layers][0]):
+            found = flow.trunk[batch.rows.index(self._longest), : self._template.length - flow.begin]
+            if not same_states(found, self._template.states[self.model.n_layers][0, flow.begin :]):
                 raise UnsupportedModel(
                     f"the blocks of {self.model.name}, called one by one, come out otherwise than in one piece, so "
                     "many edits cannot be measured in one pass; load it with attn_implementation='eager' if it has "
@@ -195,24 +214,72 @@ class Passes:
                 )
 
     @torch.no_grad()
-    def step(self, batch: StrandBatch, layer: int, flow: Flow, changes: RowChanges | None = None) -> Flow:
-        """What leaves block `layer`, if `flow` enters it; with changes of the block's weights, one entry a row."""
+    def step(
+        self,
+        batch: StrandBatch,
+        layer: int,
+        flow: Flow,
+        changes: RowChanges | None = None,
+        patches: Mapping[Stream, Patch] | None = None,
+    ) -> Flow:
+        """What leaves block `layer`, if `flow` enters it.
+
+        Args:
+            changes: of the block's weights, an entry a row.
+            patches: as of `hooked_block`; they see the trunk, then each group.
+        """
         model, call = self.model, self._template.calls[layer]
         block = model.blocks[layer]
         here = (changes or RowChanges({})).within(f"{model.anatomy.blocks}.{layer}.")
         rows, width = flow.trunk.shape[:2]
-        nothing = self._template.past(layer, torch.zeros(rows, dtype=torch.long, device=flow.trunk.device), 0)
-        past = _Kept(nothing.keys_before, nothing.values_before)
-        with rowwise(model, here):
-            trunk = run(block, flow.trunk, call.at(0, rows, width, flow.trunk.device), past)
+        device = flow.trunk.device
+        before = self._template.past(layer, torch.zeros(rows, dtype=torch.long, device=device), 0)
+        # Of tokens whose state nobody asks for, the last block's keys and values are enough.
+        begin = min(self.strands[i].wanted for i in batch.rows) if layer == model.n_layers - 1 else 0
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(rowwise(model, here))
+            if begin:
+                earlier, given = flow.trunk[:, :begin], call.at(0, rows, begin, device)
+                before = before.after(lambda cache: run(block, earlier, given, cache))
+            past = _Kept(before.keys_before, before.values_before)
+            stack.enter_context(hooked_block(model, patches or {}, rows))
+            trunk = run(block, flow.trunk[:, begin:], call.at(begin, rows, width - begin, device), past)
         branches = []
         for group, states in zip(batch.groups, flow.branches, strict=True):
             owners = torch.tensor([row for row, _ in group.owners])
             before = Past(past.keys, past.values).of(owners, group.at)
             given = call.at(group.at, len(owners), states.shape[1], states.device)
-            with rowwise(model, here.of(owners)):
+            with rowwise(model, here.of(owners)), hooked_block(model, patches or {}, len(owners)):
                 branches.append(run(block, states, given, before))
-        return Flow(trunk, tuple(branches))
+        return Flow(trunk, tuple(branches), begin)
+
+    def watched(self, batch: StrandBatch, layer: int, flow: Flow) -> tuple[Flow, Mlp]:
+        """What leaves block `layer`, and what its down-projection read and wrote on the way."""
+        seen: dict[str, list[Tensor]] = {"key": [], "value": []}
+
+        def keeper(part: str) -> Patch:
+            def keep(tensor: Tensor) -> None:
+                seen[part].append(tensor.clone())  # some blocks go on to add into it in place
+
+            return keep
+
+        left = self.step(batch, layer, flow, patches={(part, layer): keeper(part) for part in seen})
+        return left, Mlp(tuple(seen["key"]), tuple(seen["value"]))
+
+    @torch.no_grad()
+    def moved(self, batch: StrandBatch, layer: int, left: Flow, mlp: Mlp, changes: RowChanges) -> Flow:
+        """What leaves block `layer` with changes of its down-projection alone, from what leaves it without."""
+        [(write, read)] = changes.factors.values()
+
+        def move(states: Tensor, keys: Tensor, values: Tensor, rows: Tensor) -> Tensor:
+            new = values + (keys @ read[rows].mT.to(keys)) @ write[rows].mT.to(keys)
+            before, after = (self.model.added(layer, each) for each in (values, new))
+            return states + (after - before).to(states.device)
+
+        owners = [torch.arange(len(batch.rows)), *(torch.tensor([row for row, _ in g.owners]) for g in batch.groups)]
+        states = [left.trunk, *left.branches]
+        trunk, *branches = map(move, states, mlp.keys, mlp.values, owners)
+        return Flow(trunk, tuple(branches), left.begin)
 
 
 class _Kept(Past):
