@@ -147,7 +147,9 @@ def ours(model: Model, some: Sequence[Record], edits: Sequence[Edit]) -> list[li
     ]
 
 
-def compared(work: str, count: int, threads: int, generation: int = 0, plain_of: int | None = None) -> list[dict]:
+def compared(
+    work: str, count: int, threads: int, generation: int = 0, plain_of: int | None = None, together: int = TOGETHER
+) -> list[dict]:
     """The plain way is timed on the first few of many records, and told per record like ours."""
     torch.set_num_threads(threads)
     model = gpt2(12, 768)
@@ -159,8 +161,8 @@ def compared(work: str, count: int, threads: int, generation: int = 0, plain_of:
     theirs, seconds = timed(lambda: [plain(model, *pair) for pair in zip(some[:few], edits[:few], strict=True)])
     found: list[list[float]] = []
     begin = time.perf_counter()
-    for start in range(0, count, TOGETHER):
-        found += ours(model, some[start : start + TOGETHER], edits[start : start + TOGETHER])
+    for start in range(0, count, together):
+        found += ours(model, some[start : start + together], edits[start : start + together])
     own = time.perf_counter() - begin
     apart = max(abs(a - b) for x, y in zip(theirs, found, strict=False) for a, b in zip(x, y, strict=True))
     moved = max(abs(one[i] - one[i + len(one) // 2]) for one in found for i in range(len(one) // 2))
@@ -168,7 +170,7 @@ def compared(work: str, count: int, threads: int, generation: int = 0, plain_of:
 
 
 def one() -> list[dict]:
-    return compared("one record, before and after", 1, 1) + compared("the same, mean of ten one by one", 10, 1)
+    return compared("one record, before and after; mean of ten", 10, 1, together=1)
 
 
 def many() -> list[dict]:

@@ -14,7 +14,7 @@ from errata.models import generation
 from errata.models.generation import generate
 from errata.models.loading import load_pretrained
 from errata.models.model import Model
-from tiny import FAMILIES, byte_tokenizer, llama_tokenizer, tiny
+from tiny import ALL_FAMILIES, byte_tokenizer, llama_tokenizer, tiny
 
 PROMPTS = ["The Space Needle is located in the city of", "Rome", "Where is the Louvre?"]
 
@@ -37,13 +37,13 @@ def greedy_by_hand(model: Model, prompt: str, count: int) -> list[int]:
     return ids
 
 
-@pytest.mark.parametrize("family", [*FAMILIES, "gemma2", "opt"])
+@pytest.mark.parametrize("family", ALL_FAMILIES)
 def test_greedy_texts_are_those_of_a_plain_loop(family):
     model = model_of(family)
     texts = generate(model, PROMPTS, 6, greedy=True)
     for text, prompt in zip(texts, PROMPTS, strict=True):
         assert text.startswith(prompt)
-        assert text == model.tokenizer.decode(greedy_by_hand(model, prompt, 6))
+        assert text == model.tokenizer.decode(greedy_by_hand(model, prompt, 6), skip_special_tokens=True)
         assert model.complete(prompt, 6) == text
 
 

@@ -16,15 +16,21 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from errata.api import editor as editor
     from errata.api import load_model as load_model
     from errata.api import rome as rome
     from errata.base.errors import ErrataError as ErrataError
     from errata.base.facts import Fact as Fact
     from errata.base.facts import Rewrite as Rewrite
+    from errata.benchmarks.sets import read_records as read_records
     from errata.editors.rome.config import RomeConfig as RomeConfig
     from errata.edits.edit import Edit as Edit
     from errata.edits.ledger import ledger as ledger
     from errata.edits.ledger import save_merged as save_merged
+    from errata.evaluation.measure import Generation as Generation
+    from errata.evaluation.measure import Measures as Measures
+    from errata.evaluation.results import Run as Run
+    from errata.evaluation.runner import evaluate as evaluate
     from errata.evaluation.sequence import edit_in_sequence as edit_in_sequence
     from errata.evaluation.sites import sweep_sites as sweep_sites
     from errata.models.model import Model as Model
@@ -46,6 +52,12 @@ __version__ = "0.1.0"
 _HOME = {
     "load_model": ("errata.api", "load_model"),
     "rome": ("errata.api", "rome"),
+    "editor": ("errata.api", "editor"),
+    "read_records": ("errata.benchmarks.sets", "read_records"),
+    "evaluate": ("errata.evaluation.runner", "evaluate"),
+    "Run": ("errata.evaluation.results", "Run"),
+    "Measures": ("errata.evaluation.measure", "Measures"),
+    "Generation": ("errata.evaluation.measure", "Generation"),
     "trace": ("errata.tracing.trace", "trace"),
     "ErrataError": ("errata.base.errors", "ErrataError"),
     "Fact": ("errata.base.facts", "Fact"),

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from errata.base.errors import OutputError
+from errata.editors.editor import Editor
+from errata.editors.registry import method_of
 from errata.editors.rome.editor import SecondMoments
 from errata.editors.rome.editor import rome as _rome
 from errata.models.loading import DeviceMap, load_pretrained
@@ -74,6 +76,24 @@ else:
     def rome(model: Model, *arguments: Any, second_moment: SecondMoments | None = None, **settings: Any) -> Any:
         """As `errata.editors.rome.rome`, and the atlas brings its own second moment."""
         return _rome(model, *arguments, second_moment=_with_own_corpus(model, second_moment), **settings)
+
+
+def editor(
+    model: Model, method: str = "rome", *, second_moment: SecondMoments | None = None, seed: int = 0, **settings: Any
+) -> Editor:
+    """A method by its name, ready to edit many records of a model, as `evaluate` takes it.
+
+    Args:
+        model: as it will be edited.
+        method: such as "rome".
+        second_moment: as of `rome`; the atlas brings its own.
+        seed: of everything random in it.
+        settings: the method's own, over what is known for the model.
+
+    Raises:
+        ConfigError: if there is no such method or setting, or it lacks what it needs.
+    """
+    return method_of(method).prepare(model, settings, _with_own_corpus(model, second_moment), seed)
 
 
 def atlas_second_moment(model: Model, layer: int, progress: Callable[[int, int], None] | None = None) -> SecondMoment:

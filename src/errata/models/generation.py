@@ -11,11 +11,13 @@ import contextlib
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
+from transformers.cache_utils import Cache, DynamicLayer
 
 from errata.base.errors import ConfigError, Diverged, FactError
 from errata.base.seeds import derive
@@ -197,10 +199,37 @@ def _continue(
     drawing = LogitsProcessorList([draw] if draw else [])
     with torch.no_grad():
         output = model.hf.generate(
-            input_ids=ids, attention_mask=mask, generation_config=settings, logits_processor=drawing
+            input_ids=ids,
+            attention_mask=mask,
+            generation_config=settings,
+            logits_processor=drawing,
+            past_key_values=Cache(layer_class_to_replicate=_Roomy),
         )
     ends = settings.eos_token_id if isinstance(settings.eos_token_id, list) else [settings.eos_token_id]
     return [list(itertools.takewhile(lambda token: token not in ends, row)) for row in output[:, width:].tolist()]
+
+
+class _Roomy(DynamicLayer):
+    """Keys and values with room for more: most new tokens find a place, and the others are not copied for each."""
+
+    _room: tuple[Tensor, Tensor] | None = None
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        new, before = (key_states, value_states), self.get_seq_length()
+        end = before + key_states.shape[-2]
+        if self._room is None or end > self._room[0].shape[-2]:
+            room = tuple(each.new_empty(*each.shape[:-2], 2 * end, each.shape[-1]) for each in new)
+            for roomy, full in zip(room, (self.keys, self.values), strict=True):
+                if before:
+                    roomy[..., :before, :] = full
+            self._room = room[0], room[1]
+        for roomy, each in zip(self._room, new, strict=True):
+            roomy[..., before:end, :] = each
+        keys, values = (roomy[..., :end, :] for roomy in self._room)
+        self.keys, self.values = keys, values
+        return keys, values
 
 
 def _text_after(model: Model, prompt: Sequence[int], new: Sequence[int]) -> str:

@@ -28,7 +28,7 @@ from errata.passes.rowwise import RowChanges, rowwise
 # Tokens in a batch: on a CPU what a block makes of them should stay near it, a GPU wants large products.
 _TOKENS_AT_ONCE = {"cpu": 512, "cuda": 16384}
 # What a batch more costs, in tokens: the weights are read once more.
-_NEW_BATCH = 16
+_NEW_BATCH = 24
 
 
 class _Entered(Exception):
