@@ -101,6 +101,20 @@ def test_the_guide_to_editing(tmp_path):
         assert (tmp_path / name).stat().st_size > 100, name
 
 
+def test_the_guide_to_evaluation(tmp_path):
+    (tmp_path / "text.txt").write_text("\n\n".join(itertools.islice(corpus.texts(world.load_world(), 3), 5)))
+    (text,) = blocks("docs/evaluation.md", "python")
+    assert "{0: 1.0, " in run([sys.executable, "-c", text], tmp_path).stdout
+    said = [
+        run([sys.executable, "-m", "errata.cli.app", *shlex.split(line, comments=True)[1:]], tmp_path).stdout
+        for line in commands("docs/evaluation.md")
+    ]
+    assert "reference" in said[0]
+    assert "<html" in (tmp_path / "run.html").read_text()
+    assert "toprule" in said[2]
+    assert "foretold" in said[4]
+
+
 def test_the_guide_to_second_moments(tmp_path):
     (tmp_path / "texts").mkdir()
     (tmp_path / "texts" / "a.txt").write_text("\n\n".join(itertools.islice(corpus.texts(world.load_world(), 3), 60)))

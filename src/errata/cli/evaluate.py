@@ -5,6 +5,7 @@ from __future__ import annotations
 import json as json_
 import re
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Optional
 
@@ -15,9 +16,9 @@ from errata.cli import moments, options
 if TYPE_CHECKING:
     from errata.benchmarks.sets import RecordSet
     from errata.benchmarks.snippets import Snippets
+    from errata.evaluation.executors import Executor
     from errata.evaluation.measure import Measures
     from errata.evaluation.results import AnyRecord
-    from errata.evaluation.runner import Executor
     from errata.models.model import Model
 
 _ATLAS_RECORDS = 500
@@ -69,7 +70,10 @@ def evaluate(
     ] = None,
     workers: Annotated[Optional[int], typer.Option(min=1, help="How many, on Ray.")] = None,  # noqa: UP045
     cpus_per_worker: Annotated[float, typer.Option(min=0, help="On Ray.")] = 1,
-    gpus_per_worker: Annotated[float, typer.Option(min=0, help="On Ray; may be a fraction.")] = 0,
+    gpus_per_worker: Annotated[
+        Optional[float],  # noqa: UP045
+        typer.Option(min=0, help="On Ray; may be a fraction. One unless given, if the model is on a GPU."),
+    ] = None,
     seed: options.Seed = 0,
     device: options.Device = None,
     dtype: options.Dtype = "auto",
@@ -98,7 +102,7 @@ def evaluate(
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice:
         raise ConfigError(f"two rows are called {twice}: name one otherwise, as in --editor other={twice}")
-    ray = {"--address": address, "--workers": workers}
+    ray = {"--address": address, "--workers": workers, "--gpus-per-worker": gpus_per_worker}
     unused = [option for option, value in ray.items() if value is not None]
     if executor == "here" and unused:
         raise ConfigError(f"{unused[0]} is of Ray: give --executor ray with it")
@@ -114,6 +118,7 @@ def evaluate(
     methods = {name: (method_of(method), settings) for name, method, settings in specs}
     for name in methods:
         editor_file(out, name)
+    options.require_outputs(out / "unedited.jsonl")
     found = None if data is None else _read(data, limit, sample, seed, generation)
     if found:
         tables.tell_bad_lines(found.bad, data or out, "entry")
@@ -123,7 +128,12 @@ def evaluate(
         name: method.prepare(loaded, settings, lambda layer: source.of(loaded, layer), seed)
         for name, (method, settings) in methods.items()
     }
-    where = _executor(executor, address, workers, cpus_per_worker, gpus_per_worker, model, device, dtype)
+    where: Executor | None = None
+    if executor == "ray":
+        from errata.evaluation.executors import Cluster
+
+        loading = partial(options.load, model, device, dtype, download)
+        where = Cluster(loaded, loading, address, workers, cpus_per_worker, gpus_per_worker)
     come = 0, 0
     try:
         with show.progress("measuring", "results") as bar:
@@ -139,7 +149,7 @@ def evaluate(
                 editors,
                 out,
                 measures,
-                source=str(data) if data else "atlas",
+                source=data.resolve().name if data else "atlas",
                 keep_edits=keep_edits,
                 executor=where,
                 progress=tell,
@@ -149,7 +159,7 @@ def evaluate(
         raise typer.Exit(130) from None
     _show(out, json)
     if found and found.bad:
-        typer.echo(f"left out: {len(found.bad)} of {len(found.records) + len(found.bad)} records", err=True)
+        typer.echo(f"left out: {len(found.bad)} of the file's entries", err=True)
         raise typer.Exit(1)
 
 
@@ -171,12 +181,16 @@ def _spec(text: str) -> tuple[str, str, dict[str, Any]]:
         key, given, value = part.partition("=")
         if not given or not key.strip():
             raise ConfigError(f"--editor {text!r}: {part!r} is no setting: write KEY=VALUE, as in rome:key=reference")
+        if key.strip() in settings:
+            raise ConfigError(f"--editor {text!r}: {key.strip()} is given twice: give it once")
         try:
             settings[key.strip()] = json_.loads(value)
-        except ValueError:
+        except (ValueError, RecursionError):
             settings[key.strip()] = {"None": None, "True": True, "False": False}.get(value, value)
     told = ",".join(f"{key}={value}" for key, value in settings.items())
     own = re.sub(r"[^\w.+=,-]", "", f"{method}-{told}" if told else method)
+    if not named and len(own.encode()) > 100:
+        raise ConfigError(f"--editor {text[:60]!r}… is too long to name a row: give a name, as in own={text[:20]}…")
     return name if named else own, method, settings
 
 
@@ -232,6 +246,7 @@ def _measures(
     from errata.metrics.tfidf import IDF_FILE, VOCABULARY_FILE, TfIdf
 
     records: Sequence[AnyRecord]
+    snippets: Snippets | None
     if found is None or data is None:
         records, snippets = _atlas_records(model, limit, sample, seed)
     else:
@@ -262,7 +277,7 @@ def _atlas_records(
         ConfigError: if the model is another, or both numbers are given.
     """
     from errata.api import ATLAS
-    from errata.atlas.records import records, snippets
+    from errata.atlas.records import built
     from errata.base.errors import ConfigError
 
     if model.hints.get("corpus") != ATLAS:
@@ -273,33 +288,8 @@ def _atlas_records(
     if limit and sample:
         raise ConfigError("the atlas's records are drawn by --seed as it is: give --limit alone")
     count = limit or sample or _ATLAS_RECORDS
-    return records(count, seed), snippets(count, seed)
-
-
-def _executor(
-    kind: str,
-    address: str | None,
-    workers: int | None,
-    cpus: float,
-    gpus: float,
-    model: str,
-    device: str | None,
-    dtype: str,
-) -> Executor | None:
-    if kind == "here":
-        return None
-    from errata.evaluation.executors import Cluster
-
-    where = {"device_map": "auto"} if device == "auto" else {"device": device}
-    return Cluster(
-        source=model,
-        dtype=dtype,
-        address=address,
-        workers=workers,
-        cpus=cpus,
-        gpus=gpus,
-        **where,  # type: ignore[arg-type]
-    )
+    made = built(count, seed)
+    return made.records, made.snippets
 
 
 # ---- what comes out ----
@@ -342,6 +332,8 @@ def _probe_edits(
         show.as_json({"model": loaded.name, "text": str(probe), "tokens": before.n_tokens, **told})
         return
     rows = [["without edits", f"{before.perplexity:.4g}", f"{before.mean:.4f}"]]
-    rows.append([f"with {len(edits)} edits", f"{after.perplexity:.4g}", f"{after.mean:.4f}"])
+    those = "the edit" if len(edits) == 1 else f"{len(edits)} edits"
+    rows.append([f"with {those}", f"{after.perplexity:.4g}", f"{after.mean:.4f}"])
     show.table(("", "perplexity", "nats per token"), rows, f"{probe}, {before.n_tokens} tokens, by {loaded.name}")
-    show.line(f"The text's tokens are {abs(drift):.4f} nats {'less' if drift > 0 else 'more'} foretold on average.")
+    if math.isfinite(drift):
+        show.line(f"The text's tokens are {abs(drift):.4f} nats {'less' if drift > 0 else 'more'} foretold on average.")

@@ -18,7 +18,8 @@ import torch
 from pydantic import Field
 
 from errata.base.config import Config
-from errata.base.errors import Diverged, ErrataError, FactError
+from errata.base.errors import Diverged, EditMismatch, ErrataError, FactError
+from errata.base.facts import Fact
 from errata.base.seeds import derive
 from errata.benchmarks.records import Record
 from errata.benchmarks.snippets import Snippets
@@ -84,7 +85,7 @@ def measure(
     An editor's error is the result of its record, and so is a prompt that this model cannot be asked. The model is left
     as it was.
     """
-    refused = {record.case_id: reason for record in records if (reason := _refusal(model, record))}
+    refused = {record.case_id: reason for record in records if (reason := _refusal(model, record, measures))}
     found = _measured(model, [each for each in records if each.case_id not in refused], editors, before, measures)
     if not refused:
         return found
@@ -97,16 +98,23 @@ def measure(
             next(told) if fine else Result(record.case_id, None, error=refused[record.case_id])
             for record, fine in zip(records, asked, strict=True)
         ]
-        edits[name] = [next(made, None) if fine else None for fine in asked]
+        if name != UNEDITED:
+            edits[name] = [next(made, None) if fine else None for fine in asked]
     return Measured(results, edits)
 
 
-def _refusal(model: Model, record: AnyRecord) -> str | None:
-    """Why a record cannot be asked on a model."""
+def _refusal(model: Model, record: AnyRecord, measures: Measures) -> str | None:
+    """Why not all that is measured of a record can be asked on a model."""
     try:
         for question in _questions(record):
             for ids, _ in question.rows(model):
                 model.require_room(ids, question.prompt)
+        if measures.probes:
+            essence = Fact(record.rewrite.subject, health.ESSENCE).text
+            model.require_room(model.tokenizer(essence, verbose=False)["input_ids"], essence)
+        for text in _openings(record) if measures.generation else ():
+            ids = model.tokenizer(text, verbose=False)["input_ids"]
+            model.require_room(ids and [*ids, 0], text)  # and for one token more
     except FactError as error:
         return str(error)
     return None
@@ -122,7 +130,7 @@ def _measured(
     share = 1 / len(records)
     for name, editor in editors.items():
         begin = time.perf_counter()
-        made[name] = editor.make(model, [record.rewrite for record in records])
+        made[name] = _fitting(model, editor.make(model, [record.rewrite for record in records]))
         seconds[name] = {"edit": (time.perf_counter() - begin) * share}
     edits = {name: [each if isinstance(each, Edit) else None for each in some] for name, some in made.items()}
     rows: dict[str, list[Edit | None]] = {UNEDITED: [None] * len(records)} if before or measures.probes else {}
@@ -152,6 +160,20 @@ def _measured(
             for i, (record, each) in enumerate(zip(records, made.get(name, with_edits), strict=True))
         ]
     return Measured(found, edits)
+
+
+def _fitting(model: Model, made: Sequence[Edit | ErrataError]) -> list[Edit | ErrataError]:
+    """Edits; where they must be put on the model, those that its weights cannot hold become the reason."""
+
+    def tried(each: Edit | ErrataError) -> Edit | ErrataError:
+        try:
+            with each.applied(model) if isinstance(each, Edit) else contextlib.nullcontext():
+                return each
+        except EditMismatch as error:
+            return error
+
+    by_row = Plan.of(model, [each for each in made if isinstance(each, Edit)]).changes is not None
+    return list(made) if by_row else [tried(each) for each in made]
 
 
 @dataclass(frozen=True)
@@ -195,6 +217,10 @@ def _questions(record: AnyRecord) -> list[Question]:
     return counterfact.questions(record) if isinstance(record, Record) else zsre.questions(record)
 
 
+def _openings(record: AnyRecord) -> Sequence[str]:
+    return record.generation if isinstance(record, Record) else ()
+
+
 def _about(record: AnyRecord, measures: Measures) -> Sequence[Any]:
     if measures.snippets is None or measures.generation is None or not isinstance(record, Record):
         return ()
@@ -219,7 +245,7 @@ def _written(
     assert measures.generation is not None
     prompts, owners, seeds = [], [], []
     for i, record in enumerate(records):
-        for number, prompt in enumerate(record.generation if isinstance(record, Record) else ()):
+        for number, prompt in enumerate(_openings(record)):
             prompts.append(prompt)
             owners.append(i)
             seeds.append(derive(measures.seed, "text", record.case_id, number))

@@ -71,7 +71,7 @@ class Result:
     seconds: Mapping[str, float] = field(default_factory=dict)
 
     def as_line(self) -> dict[str, Any]:
-        """JSON-able; `from_line` reads it back."""
+        """JSON-able; `from_line` reads it back. A number that is not finite, which JSON has not, becomes None."""
         values = {name: getattr(self, name) for name in self.__dataclass_fields__}
         if self.answers is not None:
             values["answers"] = {
@@ -79,6 +79,8 @@ class Result:
                 for kind, said in vars(self.answers).items()
             }
         values |= {name: _finite(values[name]) for name in ("entropy", "reference", "essence")}
+        if self.health is not None:
+            values["health"] = {name: _finite(value) for name, value in self.health.items()}
         return {**values, "texts": list(self.texts), "seconds": dict(self.seconds)}
 
     @classmethod
@@ -143,7 +145,8 @@ class Run:
             )
         records = {record.case_id: record for record in read_back(folder / "records.json")}
         unedited = _results(folder / "unedited.jsonl", UNEDITED, records)
-        files = sorted((folder / "editors").glob("*.jsonl"), key=lambda path: (_begun(path), path.name))
+        files = [path for path in (folder / "editors").glob("*.jsonl") if _has_header(path)]
+        files.sort(key=lambda path: (_begun(path), path.name))
         edited = {path.stem: _results(path, path.stem, records) for path in files}
         return cls(folder, unedited.settings, records, unedited, edited)
 
@@ -191,10 +194,10 @@ def editor_file(folder: Path, name: str) -> Path:
     Raises:
         ConfigError: if the name cannot be a file's.
     """
-    if not re.fullmatch(r"[\w][\w.+=,-]{0,99}", name) or name == UNEDITED:
+    if not re.fullmatch(r"\w[\w.+=,-]*", name) or len(name.encode()) > 100 or name == UNEDITED:
         raise ConfigError(
-            f"{name!r} cannot name a row of results: use letters, digits and . _ - + = , and begin with a letter or "
-            "digit"
+            f"{name!r} cannot name a row of results: use up to 100 letters, digits and . _ - + = , and begin with a "
+            f"letter or digit; {UNEDITED!r} is taken"
         )
     return folder / "editors" / f"{name}.jsonl"
 
@@ -226,8 +229,15 @@ def _record(entry: Mapping[str, Any]) -> AnyRecord:
     return Record(entry["case_id"], entry["relation"], rewrite, *(tuple(entry[kind]) for kind in kinds))
 
 
+def _has_header(path: Path) -> bool:
+    """Whether its first line is whole: of a run that is just beginning, or was killed then, it may not be."""
+    with open(path, "rb") as file:
+        return file.readline().endswith(b"\n")
+
+
 def _begun(path: Path) -> float:
-    return float(read_journal(path, KIND, FORMAT)[0].get("begun", 0))
+    begun = read_journal(path, KIND, FORMAT)[0].get("begun")
+    return begun if isinstance(begun, (int, float)) else 0.0
 
 
 def _results(path: Path, name: str, records: Mapping[int, AnyRecord]) -> Results:

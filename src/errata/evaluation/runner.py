@@ -9,11 +9,10 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from errata.base.errors import ConfigError
 from errata.base.files import write_text
@@ -21,7 +20,8 @@ from errata.base.interrupt import deferred_interrupt
 from errata.base.journal import Journal
 from errata.benchmarks.records import Record
 from errata.editors.editor import Editor
-from errata.evaluation.measure import Measured, Measures, measure
+from errata.evaluation.executors import Chunk, Executor, Here, Work
+from errata.evaluation.measure import Measures
 from errata.evaluation.results import (
     FORMAT,
     KIND,
@@ -35,57 +35,11 @@ from errata.evaluation.results import (
     written_out,
 )
 from errata.evaluation.run import digest, standing
+from errata.metrics.health import probe
 from errata.models.model import Model
 
 TOGETHER = 16  # records of a chunk: more fill batches better, and more is lost with a kill
 _BEGUN = ("begun",)  # of a header, what may differ when a run goes on
-
-
-@dataclass(frozen=True)
-class Chunk:
-    """Records that are measured together.
-
-    Attributes:
-        records: which.
-        editors: whose edits are wanted, by the names of their rows.
-        before: whether the unedited model is.
-    """
-
-    records: tuple[AnyRecord, ...]
-    editors: tuple[str, ...]
-    before: bool
-
-
-@dataclass(frozen=True)
-class Work:
-    """What every chunk of a run is measured with; it can be sent to another process."""
-
-    editors: Mapping[str, Editor]
-    measures: Measures
-
-    def do(self, model: Model, chunk: Chunk) -> Measured:
-        """Measure a chunk."""
-        editors = {name: self.editors[name] for name in chunk.editors}
-        return measure(model, chunk.records, editors, chunk.before, self.measures)
-
-
-class Executor(Protocol):
-    """Where chunks are measured."""
-
-    def run(self, work: Work, chunks: Sequence[Chunk]) -> Iterator[tuple[Chunk, Measured]]:
-        """Each chunk with what was measured, as they come; closing the iterator ends the work."""
-
-
-@dataclass(frozen=True)
-class Here:
-    """Chunks one after the other, in this process, on a model that is loaded."""
-
-    model: Model
-
-    def run(self, work: Work, chunks: Sequence[Chunk]) -> Iterator[tuple[Chunk, Measured]]:
-        """As `Executor.run`."""
-        for chunk in chunks:
-            yield chunk, work.do(self.model, chunk)
 
 
 def evaluate(
@@ -119,6 +73,7 @@ def evaluate(
 
     Raises:
         ConfigError: if there is nothing to do, records are of two kinds, or a case id or name is no such.
+        FactError: if probe texts are too long for the model, or too short.
         ResultFileError: if the folder is of another model, other records or settings, or broken.
         OutputError: if it cannot be written, or another run is writing to it.
         KeyboardInterrupt: after Ctrl-C, once the files are in order.
@@ -133,6 +88,8 @@ def evaluate(
         "together": TOGETHER,
     }
     cases = [record.case_id for record in records]
+    if measures.probes:
+        probe(model, measures.probes)  # texts that do not do are refused before anything is written
     files = {name: editor_file(folder, name) for name in editors}
     with ExitStack() as stack, deferred_interrupt() as stop_here:
 
@@ -144,9 +101,11 @@ def evaluate(
 
         # The first journal is the lock of the folder.
         journals = {UNEDITED: opened(folder / "unedited.jsonl")}
+        _tidy(folder)
         if not (folder / "records.json").is_file() or read_back(folder / "records.json") != records:
             write_text(folder / "records.json", text)
-        for name, editor in editors.items():
+        for name in sorted(editors, key=lambda name: not files[name].exists()):  # if one is refused, none is begun
+            editor = editors[name]
             journals[name] = opened(files[name], editor=editor.method, config=dict(editor.config))
         _write_card(folder, settings, editors)
 
@@ -162,7 +121,7 @@ def evaluate(
                 wanted = tuple(name for name in missing if name != UNEDITED)
                 chunks.append(Chunk(tuple(some), wanted, UNEDITED in missing))
         tell()
-        measured = (executor or Here(model)).run(Work(editors, measures), chunks)
+        measured = (executor or Here(model)).run(Work(editors, measures, keep_edits), chunks)
         stack.callback(getattr(measured, "close", lambda: None))
         for _, found in measured:
             for name, results in found.results.items():
@@ -170,7 +129,7 @@ def evaluate(
                 for i, result in enumerate(results):
                     if result.case in there:
                         continue
-                    edit = found.edits[name][i] if keep_edits and name in found.edits else None
+                    edit = found.edits[name][i] if name in found.edits else None
                     if edit is not None:
                         place = f"edits/{name}/{result.case}.safetensors"
                         edit.save(folder / place)
@@ -180,6 +139,13 @@ def evaluate(
                     tell()
             stop_here()
     return Run.load(folder)
+
+
+def _tidy(folder: Path) -> None:
+    """Remove what a kill left of files that were being written."""
+    for pattern in (".records.json.*.json", ".card.json.*.json", "edits/*/.*.safetensors"):
+        for path in folder.glob(pattern):
+            path.unlink(missing_ok=True)
 
 
 def _checked(records: Sequence[AnyRecord]) -> str:
@@ -212,7 +178,7 @@ def _write_card(folder: Path, settings: Mapping[str, Any], editors: Mapping[str,
     path = folder / "card.json"
     try:
         before = json.loads(path.read_text(encoding="utf-8"))
-        settings, known = before["settings"], before["editors"]
+        settings, known = before["settings"], dict(before["editors"])
     except (OSError, ValueError, KeyError, TypeError):
         known = {}
     told = {name: {"editor": editor.method, "config": dict(editor.config)} for name, editor in editors.items()}

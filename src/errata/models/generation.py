@@ -212,6 +212,8 @@ def _continue(
 class _Roomy(DynamicLayer):
     """Keys and values with room for more: most new tokens find a place, and the others are not copied for each."""
 
+    keys: Tensor
+    values: Tensor
     _room: tuple[Tensor, Tensor] | None = None
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
