@@ -138,5 +138,5 @@ def test_ctrl_c_says_how_to_go_on(tmp_path, monkeypatch):
     monkeypatch.setattr(sequence, "rome", pressed)
     save = tmp_path / "s.jsonl"
     done = errata("sequence", "--save", save, "--edits", 2, "--untouched", 5, "--identity", code=130)
-    assert "1 of 2 edits are done, and the same command goes on" in done.stderr
+    assert "1 of 2 edits are there, and the same command goes on" in done.stderr
     assert len(SequenceScores.load(save).edits) == 2

@@ -284,7 +284,7 @@ def test_interrupted_it_goes_on(run, results, tmp_path, monkeypatch):
     assert done.stdout == ""
     traced = sum(groups)
     assert 2 <= traced < 5
-    assert done.stderr == f"interrupted: {traced} of 5 facts are traced, and the same command goes on\n"
+    assert done.stderr == f"interrupted: {traced} of 5 facts are there, and the same command goes on\n"
     assert len(load_traces(tmp_path / "r.jsonl")) == traced
 
     refused(run(*arguments, "--seed", "2"), "seed was 1, now is 2")

@@ -15,12 +15,19 @@ import errata
 from errata.base.errors import ConfigError, DeviceError, EditMismatch, UnsupportedModel
 from errata.base.facts import Fact
 from errata.editors.rome import RomeConfig, rome
+from errata.edits.delta import Dense, LowRank
+from errata.edits.edit import Edit
+from errata.metrics import health
+from errata.metrics.asking import Question, ask_together
+from errata.metrics.edited import Plan
 from errata.models.fingerprint import weights_digest
 from errata.models.generation import generate
 from errata.models.loading import load_pretrained
 from errata.models.model import Model
 from errata.models.scoring import score
+from errata.models.weights import down_weight_name
 from errata.passes.patching import run
+from errata.passes.rowwise import rowwise
 from errata.statistics.collect import collect
 from errata.tracing.gradients import integrated_gradients
 from errata.tracing.trace import trace
@@ -84,8 +91,41 @@ def compare(whole: Model, split: Model) -> None:
             with edit.applied(each):
                 totals.append(score(each, [FACT.text], ["Paris"])[0].total)
         assert totals[1] == pytest.approx(totals[0])
+    compare_edited(whole, split, made)
     for each in (whole, split):
         assert torch.equal(each.weight(edits[0].weights[0]).cpu(), before)
+
+
+def compare_edited(whole: Model, split: Model, made: list[list[Edit]]) -> None:
+    """Many edits at once, row by row and put on: what is said, what is written, and what else moves.
+
+    Args:
+        made: of each model, two edits of one block.
+    """
+    questions = [Question(prompt, (target, "Rome", "Pa")) for prompt, target in zip(PROMPTS, TARGETS, strict=True)]
+    rewrites, answers, texts, healths = [edit.rewrites[0] for edit in made[0]], [], [], []
+    there = [layer for layer in (2, 3) if not split.hf.get_parameter(down_weight_name(split, layer)).is_meta]
+    for model, (first, second) in zip((whole, split), made, strict=True):
+        [change] = first.deltas
+        name = down_weight_name(model, there[0])  # on the other device, where there are two
+        wide = Edit.of(model, [*second.deltas, LowRank(name, change.write[:, None] * 3, change.read[None])], "made up")
+        dense = Edit.of(model, [Dense(change.weight, change.matrix() * 2)], "made up")
+        variants = [[None, None], [first, wide], [wide, None], [dense, first]]
+        answers.append([s.total for said in ask_together(model, questions, variants) for one in said for s in one])
+        changes = Plan.of(model, [first, wide]).changes
+
+        def around(rows, model=model, changes=changes):
+            return rowwise(model, changes.of(torch.tensor(rows)))
+
+        texts.append(generate(model, PROMPTS, 6, top_k=5, seed=3, around=around))
+        now = health.probe(model, CONFIG.probes)
+        pairs = [(0.1, 0.2)] * 2
+        found = health.healths(model, rewrites, [first, wide], pairs, probes=CONFIG.probes, before=now)
+        healths.append([(each.essence_kl, each.drift, each.perplexity_after) for each in found])
+    assert answers[1] == pytest.approx(answers[0])
+    assert texts[1] == texts[0]
+    for one, other in zip(*healths, strict=True):
+        assert other == pytest.approx(one)
 
 
 def compare_far() -> None:

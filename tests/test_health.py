@@ -15,6 +15,7 @@ from errata.base.errors import ConfigError, DisablingEdit, Diverged, EditMismatc
 from errata.base.facts import Fact
 from errata.base.fingerprint import tensor_digest
 from errata.editors.rome import RomeConfig, rome
+from errata.edits.delta import Dense
 from errata.edits.edit import Edit
 from errata.metrics import health
 from errata.models.loading import load_pretrained
@@ -109,6 +110,29 @@ def test_the_numbers_are_those_of_plain_passes(family, dtype):
     assert wanted["drift"] > 1e-5
     assert wanted["probability_before"] > 1e-9
     assert wanted["probability_after"] != pytest.approx(wanted["probability_before"], rel=1e-3)
+
+
+@pytest.mark.parametrize("dense", [False, True])
+@pytest.mark.parametrize("family", ["gpt2", "llama", "gemma2", "opt", "gptj"])
+def test_many_at_once_are_each_edit_put_on_by_itself(family, dense):
+    model = model_of(family, torch.float64)
+    edit = edited(family, torch.float64, max_drift=None)
+    [change] = edit.deltas
+    edits = [edit, edit.scaled(0.25), edit.scaled(-2.0)]
+    if dense:
+        edits.insert(1, Edit.of(model, [Dense(change.weight, change.matrix() / 3)], "made up", [REWRITE]))
+    before, probes = digests(model), (*PROBES, "a")
+    wanted = [plain(model, each, probes) for each in edits]
+    pairs = [(each["probability_before"], each["probability_after"]) for each in wanted]
+    now = health.probe(model, probes)
+    found = health.healths(model, [REWRITE] * len(edits), edits, pairs, probes=probes, before=now, max_drift=2.0)
+    assert digests(model) == before
+    for each, theirs in zip(found, wanted, strict=True):
+        del theirs["relative_norm"]
+        exact = 1e-4 if family == "gptj" else 1e-6
+        assert {name: getattr(each, name) for name in theirs} == pytest.approx(theirs, rel=exact, abs=exact * 1e-2)
+        assert each.max_drift == 2.0
+    assert health.healths(model, [], [], [], probes=probes, before=now) == []
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama"])

@@ -134,29 +134,18 @@ def evaluate(
 
         loading = partial(options.load, model, device, dtype, download)
         where = Cluster(loaded, loading, address, workers, cpus_per_worker, gpus_per_worker)
-    come = 0, 0
-    try:
-        with show.progress("measuring", "results") as bar:
-
-            def tell(done: int, of: int) -> None:
-                nonlocal come
-                come = done, of
-                bar(done, of)
-
-            run(
-                loaded,
-                records,
-                editors,
-                out,
-                measures,
-                source=data.resolve().name if data else "atlas",
-                keep_edits=keep_edits,
-                executor=where,
-                progress=tell,
-            )
-    except KeyboardInterrupt:
-        typer.echo(f"interrupted: {come[0]} of {come[1]} results are there, and the same command goes on", err=True)
-        raise typer.Exit(130) from None
+    with show.going_on("measuring", "results") as tell:
+        run(
+            loaded,
+            records,
+            editors,
+            out,
+            measures,
+            source=data.resolve().name if data else "atlas",
+            keep_edits=keep_edits,
+            executor=where,
+            progress=tell,
+        )
     _show(out, json)
     if found and found.bad:
         typer.echo(f"left out: {len(found.bad)} of the file's entries", err=True)

@@ -5,12 +5,13 @@ from __future__ import annotations
 import contextlib
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
@@ -49,6 +50,24 @@ def progress(what: str, unit: str = "") -> Iterator[Any]:
     ) as bar:
         task = bar.add_task(what, total=None)
         yield lambda done, of: bar.update(task, completed=done, total=of)
+
+
+@contextlib.contextmanager
+def going_on(what: str, unit: str) -> Iterator[Callable[[int, int], None]]:
+    """As `progress`, of work that is kept as it comes: Ctrl-C leaves with 130 and says how far it came."""
+    come = 0, 0
+    try:
+        with progress(what, unit) as bar:
+
+            def tell(done: int, of: int) -> None:
+                nonlocal come
+                come = done, of
+                bar(done, of)
+
+            yield tell
+    except KeyboardInterrupt:
+        typer.echo(f"interrupted: {come[0]} of {come[1]} {unit} are there, and the same command goes on", err=True)
+        raise typer.Exit(130) from None
 
 
 def line(text: str) -> None:

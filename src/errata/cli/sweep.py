@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Optional, cast
 
@@ -71,7 +70,7 @@ def sweep(
     if outside:
         raise ConfigError(f"there is no layer {outside[0]}: {loaded.name} has 0 to {loaded.n_layers - 1}")
     found_moments = {layer: source.of(loaded, layer) for layer in wanted}
-    with _going_on("sweeping") as tell:
+    with show.going_on("sweeping", "edits") as tell:
         found = sweep_sites(
             loaded,
             records_of_the_atlas(records),
@@ -151,7 +150,7 @@ def sequence(
     known = _known(loaded, _facts_of_the_atlas(seed) if watched is None else watched, rewrites, untouched)
     config, _ = resolve(loaded, [each.fact for each in rewrites], None, layer, seed)
     moment = source.of(loaded, cast("int", config.layer))
-    with _going_on("editing") as tell:
+    with show.going_on("editing", "edits") as tell:
         found = edit_in_sequence(
             loaded, rewrites, known, save, config, second_moment=moment, every=every, seed=seed, progress=tell
         )
@@ -235,26 +234,6 @@ def _known(model: Model, facts: Sequence[Fact], rewrites: Sequence[Rewrite], wan
             "could be forgotten: give a table of facts that it knows by --facts"
         )
     return known[:wanted]
-
-
-@contextlib.contextmanager
-def _going_on(what: str) -> Iterator[Callable[[int, int], None]]:
-    """A bar to call with edits done and in all; Ctrl-C leaves with 130 and says how far the run came."""
-    from errata.cli import show
-
-    come = 0, 0
-    try:
-        with show.progress(what, "edits") as bar:
-
-            def tell(done: int, of: int) -> None:
-                nonlocal come
-                come = done, of
-                bar(done, of)
-
-            yield tell
-    except KeyboardInterrupt:
-        typer.echo(f"interrupted: {come[0]} of {come[1]} edits are done, and the same command goes on", err=True)
-        raise typer.Exit(130) from None
 
 
 # ---------------------------------------------------------------------------------------------

@@ -268,17 +268,6 @@ def _trace_all(
     from errata.cli import show
     from errata.tracing.many import trace_facts
 
-    come = (0, len(rows))
-    try:
-        with show.progress("tracing", "facts") as bar:
-
-            def tell(done: int, of: int) -> None:
-                nonlocal come
-                come = done, of
-                bar(done, of)
-
-            facts = [row.fact for row in rows]
-            return trace_facts(model, facts, save, config, memory=memory, progress=tell)
-    except KeyboardInterrupt:
-        typer.echo(f"interrupted: {come[0]} of {come[1]} facts are traced, and the same command goes on", err=True)
-        raise typer.Exit(130) from None
+    with show.going_on("tracing", "facts") as tell:
+        facts = [row.fact for row in rows]
+        return trace_facts(model, facts, save, config, memory=memory, progress=tell)

@@ -32,14 +32,27 @@ def prepare(model: Model, settings: Mapping[str, Any], second_moment: SecondMome
 
     Raises:
         ConfigError: if a setting does not do, no layer is named and none is known, or there is no second moment.
+            A setting that does for some records alone is not told of here.
         StaleStatistics: if the second moment is of another layer or size.
     """
     given = dict(settings)
     preset = given.pop("preset", None)
-    if preset is not None and preset not in _PRESETS:
+    if preset is not None and preset not in [*_PRESETS]:
         raise ConfigError(f"ROME has no preset {preset!r}: choose of {', '.join(_PRESETS)}")
     base = _PRESETS[preset]() if preset else known_settings(model)
-    config = settled(model, [], RomeConfig(**{**base.model_dump(), **given}), None, seed)
+    config = RomeConfig(**{**base.model_dump(), **given})
+    unused = [name for name in ("max_drift", "probes") if given.get(name) is not None]
+    if unused:
+        raise ConfigError(f"{unused[0]} does not do here: no edit is refused as disabling, for what they break is told")
+    if config.layer == "auto":
+        raise ConfigError("layer = 'auto' traces one fact, and many are edited here, all at one layer: name it")
+    config = settled(model, [], config, None, seed)
+    assert isinstance(config.layer, int)  # settled
+    if config.loss_layer is not None and not config.layer <= config.loss_layer < model.n_layers:
+        raise ConfigError(
+            f"loss_layer is {config.loss_layer}: it must be from {config.layer}, which is edited, to "
+            f"{model.n_layers - 1}, the last"
+        )
     moment = second_moment_of(model, second_moment, config)
     told = {**config.model_dump(mode="json"), "seed": seed, "second_moment": tensor_digest(moment.matrix)}
     return Editor("rome", told, partial(_make, config=config, second_moment=moment, seed=seed))
