@@ -7,6 +7,7 @@ is the plain way, and gives the same.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 
 import torch
@@ -81,9 +82,10 @@ def ask_together(
         of_strand[place.strand].append(place)
     edits = [[of[some[0].question] for some in of_strand] for of in variants]
     found: list[dict[tuple[int, int], Score]] = [{} for _ in variants]
-    for variant, part, flow in run_edited(model, strands, edits):
-        wanted = [place for row in part.rows for place in of_strand[row]]
-        found[variant].update(_scores(model, part, flow, wanted))
+    with closing(run_edited(model, strands, edits)) as parts:
+        for variant, part, flow in parts:
+            wanted = [place for row in part.rows for place in of_strand[row]]
+            found[variant].update(_scores(model, part, flow, wanted))
     return [
         [tuple(said[number, target] for target in range(count)) for number, count in enumerate(counts)]
         for said in found

@@ -7,7 +7,7 @@ run. What lies below the lowest edited layer is run once for all that are run ro
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -21,7 +21,7 @@ from errata.passes.strands import Flow, Passes, Strand, StrandBatch
 
 def run_edited(
     model: Model, strands: Sequence[Strand], variants: Sequence[Sequence[Edit | None]]
-) -> Iterator[tuple[int, StrandBatch, Flow]]:
+) -> Generator[tuple[int, StrandBatch, Flow], None, None]:
     """(which variant, rows, their states behind the last block), part by part until every variant has all strands.
 
     Args:
@@ -29,8 +29,8 @@ def run_edited(
         strands: what is run, at least one.
         variants: for each, the edit that is on the model for each strand; None: the model as it stands.
 
-    An edit that must be put on the model is on it until the next part is asked for. The states of one variant are the
-    same, bit for bit, whichever others are asked for.
+    An edit that must be put on the model is on it until the next part is asked for, or the generator closed. The states
+    of one variant are the same, bit for bit, whichever others are asked for.
 
     Raises:
         FactError: if a text is too long for the model.

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -177,10 +178,11 @@ def healths(
     kept: list[dict[int, Tensor]] = [{}, {}]  # without and with the edit, states by strand; of probes only with
     owners = [*range(len(edits)), *(i for i in range(len(edits)) for _ in probes)]
     with_edits = [edits[i] for i in owners]
-    for variant, part, flow in run_edited(model, strands, [[None] * len(strands), with_edits]):
-        for row, strand in enumerate(part.rows):
-            if variant or strand < len(edits):
-                kept[variant][strand] = flow.trunk[row, : len(strands[strand].trunk)]
+    with closing(run_edited(model, strands, [[None] * len(strands), with_edits])) as parts:
+        for variant, part, flow in parts:
+            for row, strand in enumerate(part.rows):
+                if variant or strand < len(edits):
+                    kept[variant][strand] = flow.trunk[row, : len(strands[strand].trunk)]
     found = []
     for i, pair in enumerate(probabilities):
         own, after = (_said(model, states[i][-1]) for states in kept)
