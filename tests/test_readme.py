@@ -49,10 +49,11 @@ def test_python_blocks(folder):
 
 def test_commands(folder):
     errata = [shlex.split(line, comments=True)[1:] for line in commands("README.md") if line.startswith("errata ")]
-    assert [arguments[0] for arguments in errata] == ["trace", "edit", "generate"]
+    assert [arguments[0] for arguments in errata] == ["trace", "edit", "generate", "evaluate", "report"]
     said = [run([sys.executable, "-m", "errata.cli.app", *arguments], folder).stdout for arguments in errata]
     assert "Italian" in said[2]
     assert (folder / "doyle.svg").is_file()
+    assert (folder / "run.html").is_file()
 
 
 def test_make_targets_are_there():

@@ -36,7 +36,7 @@ def demo(
     from errata.tracing.trace import trace
 
     began = time.monotonic()
-    say = (lambda *a, **k: None) if json else show.console.print
+    say = (lambda *a, **k: None) if json else show.console().print
     loaded = options.load(model, None, "auto", False)
     if loaded.hints.get("corpus") != ATLAS:
         raise ConfigError(

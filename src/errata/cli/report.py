@@ -72,7 +72,7 @@ def report(
         write_text(out, _plain(found) if wanted == "table" else as_text(found, wanted))
         show.written(out, page)
     elif wanted == "table":
-        _show(found, show.console)
+        _show(found, show.console())
         show.written(page)
     else:
         sys.stdout.write(as_text(found, wanted))

@@ -25,8 +25,10 @@ if TYPE_CHECKING:
     from errata.tracing.average import AverageEffects
     from errata.tracing.result import CausalTrace
 
-console = Console()
-errors = Console(stderr=True)
+
+def console() -> Console:
+    """Standard output, as wide as it is now."""
+    return Console()
 
 
 def as_json(value: Any) -> None:
@@ -37,6 +39,7 @@ def as_json(value: Any) -> None:
 @contextlib.contextmanager
 def progress(what: str, unit: str = "") -> Iterator[Any]:
     """A bar on standard error, with time left; call what it yields with (done, of)."""
+    errors = Console(stderr=True)
     columns = (
         TextColumn(f"{what}"),
         BarColumn(),
@@ -72,7 +75,7 @@ def going_on(what: str, unit: str) -> Iterator[Callable[[int, int], None]]:
 
 def line(text: str) -> None:
     """A sentence, which wraps."""
-    console.print(text, highlight=False, markup=False)
+    console().print(text, highlight=False, markup=False)
 
 
 def written(*paths: Path | None) -> None:
@@ -93,7 +96,7 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[str]], title: str | No
         shown.add_column(Text(column), overflow="fold")
     for row in rows:
         shown.add_row(*map(Text, row))
-    console.print(shown)
+    console().print(shown)
 
 
 def effects(trace: CausalTrace) -> None:
@@ -118,7 +121,7 @@ def effects(trace: CausalTrace) -> None:
         name = Text(token.strip() or repr(token)) + ("*" if first <= index <= last else "")
         cells = [Text(_points(line[i]), style="bold reverse" if (index, i) == best else "") for i in chosen]
         shown.add_row(name, *cells)
-    console.print(shown)
+    console().print(shown)
 
 
 def trace_summary(trace: CausalTrace) -> str:

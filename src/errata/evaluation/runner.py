@@ -143,7 +143,7 @@ def evaluate(
 
 def _tidy(folder: Path) -> None:
     """Remove what a kill left of files that were being written."""
-    for pattern in (".records.json.*.json", ".card.json.*.json", "edits/*/.*.safetensors"):
+    for pattern in (".records.json.*.json", ".card.json.*.json", "edits/*/.*"):
         for path in folder.glob(pattern):
             path.unlink(missing_ok=True)
 
