@@ -11,7 +11,7 @@ demo: $(STAMP)
 	$(BIN)/errata demo
 
 test: $(STAMP)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal
 
 check: $(STAMP)
 	$(BIN)/ruff check src tests benchmarks

@@ -72,9 +72,9 @@ def records(count: int, generation: int = 0) -> list[Record]:
     return [made(case) for case in range(count)]
 
 
-def edits_of(model: Model, count: int) -> list[Edit]:
+def edits_of(model: Model, count: int, seed: int = 0) -> list[Edit]:
     """Changes of about the size of ROME's: they move what is said, and break nothing."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(seed)
     name = down_weight_name(model, LAYER)
     write = torch.randn(count, model.d_model, generator=generator)
     read = torch.randn(count, model.d_mlp, generator=generator)
@@ -126,15 +126,16 @@ def plain(model: Model, record: Record, edit: Edit) -> list[float]:
     return found
 
 
-def ours(model: Model, some: Sequence[Record], edits: Sequence[Edit]) -> list[list[float]]:
-    """As `plain`, of each record."""
+def ours(model: Model, some: Sequence[Record], *editors: Sequence[Edit]) -> list[list[float]]:
+    """As `plain`, of each record with the first editor's edits; what is unedited is measured once for all editors."""
     asked = [question for record in some for question in questions(record)]
     owners = [i for i, record in enumerate(some) for _ in questions(record)]
-    before, after = ask_together(model, asked, [[None] * len(asked), [edits[i] for i in owners]])
+    variants = [[None] * len(asked), *([edits[i] for i in owners] for edits in editors)]
+    before, after, *_ = ask_together(model, asked, variants)
     if some[0].generation:
         settings = Measures(generation=Generation())
-        measure._written(model, some, [None] * len(some), settings)
-        measure._written(model, some, edits, settings)
+        for each in ([None] * len(some), *editors):
+            measure._written(model, some, each, settings)
     return [
         [
             each.total
@@ -148,13 +149,19 @@ def ours(model: Model, some: Sequence[Record], edits: Sequence[Edit]) -> list[li
 
 
 def compared(
-    work: str, count: int, threads: int, generation: int = 0, plain_of: int | None = None, together: int = TOGETHER
+    work: str,
+    count: int,
+    threads: int,
+    generation: int = 0,
+    plain_of: int | None = None,
+    together: int = TOGETHER,
+    editors: int = 1,
 ) -> list[dict]:
-    """The plain way is timed on the first few of many records, and told per record like ours."""
+    """The plain way is timed on the first few of many records, and told per record and editor like ours."""
     torch.set_num_threads(threads)
     model = gpt2(12, 768)
     some = records(count, generation)
-    edits = edits_of(model, count)
+    edits, *others = [edits_of(model, count, seed) for seed in range(editors)]
     ours(model, some[:1], edits[:1])
     plain(model, records(1)[0], edits[0])
     few = plain_of or count
@@ -162,8 +169,9 @@ def compared(
     found: list[list[float]] = []
     begin = time.perf_counter()
     for start in range(0, count, together):
-        found += ours(model, some[start : start + together], edits[start : start + together])
-    own = time.perf_counter() - begin
+        part = slice(start, start + together)
+        found += ours(model, some[part], edits[part], *(each[part] for each in others))
+    own = (time.perf_counter() - begin) / editors
     apart = max(abs(a - b) for x, y in zip(theirs, found, strict=False) for a, b in zip(x, y, strict=True))
     moved = max(abs(one[i] - one[i + len(one) // 2]) for one in found for i in range(len(one) // 2))
     return [row(work, seconds / few, own / count, threads=threads, records=count, difference=apart, moved=moved)]
@@ -178,7 +186,10 @@ def many() -> list[dict]:
 
 
 def generation() -> list[dict]:
-    return compared("50 records with texts, per record", 50, 2, generation=10, plain_of=8)
+    return [
+        *compared("50 records with texts, per record", 50, 2, generation=10, plain_of=8),
+        *compared("the same of 4 editors at once, per record and editor", 16, 2, 10, plain_of=4, editors=4),
+    ]
 
 
 def atlas() -> list[dict]:

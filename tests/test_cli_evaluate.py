@@ -188,7 +188,8 @@ def test_how_edits_that_were_made_move_a_text(errata):
     refused(errata(*edits, "--probe", "short.txt"), "nothing to foretell")
     refused(errata(*edits[:2] * 2, "--probe", "p.txt"), "applied to 'atlas' already")
     refused(errata(*edits), "give it with --probe")
-    refused(errata(*edits, "--probe", "p.txt", "--out", "x"), "without --editor, --data and --out")
+    for option in (["--out", "x"], ["--limit", "3"], ["--executor", "ray"], ["--no-health"]):
+        refused(errata(*edits, "--probe", "p.txt", *option), "without options of a run")
     refused(errata("--edit", "p.txt", "--probe", "p.txt"), "no whole safetensors file")
     refused(errata("--edit", "none", "--probe", "p.txt"), "there is no file none")
 

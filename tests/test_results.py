@@ -174,6 +174,10 @@ def test_rows_are_in_the_order_in_which_they_were_begun(tmp_path):
         (lambda folder: (folder / "unedited.jsonl").write_text(""), "ends within its first line"),
         (lambda folder: (folder / "unedited.jsonl").write_text('{"kind": "traces", "version": 1}\n'), "traces"),
         (lambda folder: (folder / "unedited.jsonl").write_text('{"kind": "evaluation", "version": 9}\n'), "Upgrade"),
+        (
+            lambda folder: (folder / "unedited.jsonl").write_text('{"kind": "evaluation", "version": 1}\n'),
+            "of which kind",
+        ),
         (lambda folder: (folder / "editors" / "x.jsonl").write_text("hello\n"), "not written by errata"),
         (lambda folder: _cut_in_the_middle(folder / "editors" / "rome.jsonl"), "line 2 of .* is broken"),
     ],

@@ -88,10 +88,11 @@ def evaluate(
     from errata.base.errors import ConfigError
 
     if edit:
-        if probe is None or editor or data or out:
+        of_runs = (out, editor, data, limit, sample, keep_edits, corpus, second_moment, identity, executor == "ray")
+        if probe is None or any(of_runs) or not (generation and health):
             raise ConfigError(
                 "--edit asks how edits that were made move the perplexity of a text: give it with --probe, and without "
-                "--editor, --data and --out"
+                "options of a run, such as --editor, --data, --limit and --out"
             )
         _probe_edits(edit, probe, model, device, dtype, download, json)
         return

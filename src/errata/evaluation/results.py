@@ -145,6 +145,12 @@ class Run:
             )
         records = {record.case_id: record for record in read_back(folder / "records.json")}
         unedited = _results(folder / "unedited.jsonl", UNEDITED, records)
+        told = unedited.settings.get("records")
+        if not isinstance(told, dict) or told.get("kind") not in ("counterfact", "zsre"):
+            raise ResultFileError(
+                f"{folder / 'unedited.jsonl'} does not say of which kind its records are, so its numbers have no "
+                "names: measure again into another folder"
+            )
         files = [path for path in (folder / "editors").glob("*.jsonl") if _has_header(path)]
         files.sort(key=lambda path: (_begun(path), path.name))
         edited = {path.stem: _results(path, path.stem, records) for path in files}
