@@ -700,7 +700,8 @@ def _layout(model: Model, deltas: Iterable[Delta]) -> dict[str, list[str]]:
 
 def _is_transposed(model: Model, name: str) -> bool:
     try:
-        return weights.matrix(model, name).stride() != model.weight(name).stride()
+        weight = model.weight(name)
+        return weight.dim() == 2 and weights.matrix(model, name).stride() != weight.stride()
     except UnsupportedModel:  # no linear map: `apply` says so
         return False
 

@@ -28,13 +28,17 @@ def down_weight_name(model: Model, layer: int) -> str:
 def matrix(model: Model, name: str) -> Tensor:
     """A `[d_out, d_in]` view of a weight: writing into it, under `torch.no_grad()`, changes the model.
 
+    The bias of a linear map is `[d_out, 1]`, a map of the constant 1.
+
     Raises:
         ConfigError: if the model has no parameter of that name.
         UnsupportedModel: if the parameter is not the weight of a linear map.
     """
     parameter = model.weight(name)
     owner, _, leaf = name.rpartition(".")
-    view = linear_matrix(model.hf.get_submodule(owner)) if leaf == "weight" else None
+    view = linear_matrix(model.hf.get_submodule(owner)) if leaf in ("weight", "bias") else None
+    if view is not None and leaf == "bias":
+        view = parameter[:, None]
     if view is None:
         raise UnsupportedModel(
             f"{name} {tuple(parameter.shape)} is not the weight of a linear map: there is no matrix to edit. "
