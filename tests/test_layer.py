@@ -12,9 +12,10 @@ import torch
 import errata
 from errata.base.errors import ConfigError, FactError
 from errata.base.facts import Fact
+from errata.editors.published import Published, shape_of
 from errata.editors.rome import RomeConfig, rome
 from errata.editors.rome import layer as layers
-from errata.editors.rome.layer import Preset, known_layer, known_settings, preset_of, resolve
+from errata.editors.rome.layer import known_layer, known_settings, resolve
 from errata.editors.rome.site import Site, _centre, early_site
 from errata.models.loading import load_pretrained
 from errata.models.model import Model
@@ -52,8 +53,8 @@ def stand_in(model_type: str, n_layers: int, d_model: int):
 
 @pytest.fixture
 def tiny_is_published(monkeypatch):
-    preset = Preset("Tiny", {"layer": 2, "clamp": 3.0, "steps": 7})
-    monkeypatch.setattr(layers, "_PUBLISHED", {("gpt2", 4, 16): preset})
+    preset = Published("Tiny", {"layer": 2, "clamp": 3.0, "steps": 7}, "a test")
+    monkeypatch.setattr(layers, "PUBLISHED", {("gpt2", 4, 16): preset})
     return preset
 
 
@@ -63,11 +64,11 @@ def tiny_is_published(monkeypatch):
 @pytest.mark.parametrize(("model_type", "n_layers", "d_model", "layer", "more"), PUBLISHED)
 def test_published_settings_are_known_by_architecture(model_type, n_layers, d_model, layer, more):
     model = stand_in(model_type, n_layers, d_model)
-    preset = preset_of(model)
+    preset = layers.PUBLISHED[shape_of(model)]
     assert preset.settings == {"layer": layer, **more}
     found, how = known_layer(model)
     assert found == layer
-    assert preset.name in how
+    assert preset.model in how
     assert "published" in how
     assert known_settings(model) == RomeConfig(**more)
     for other in (
@@ -75,7 +76,7 @@ def test_published_settings_are_known_by_architecture(model_type, n_layers, d_mo
         stand_in(model_type, n_layers, d_model + 64),
         stand_in("llama", n_layers, d_model),
     ):
-        assert preset_of(other) is None
+        assert shape_of(other) not in layers.PUBLISHED
         assert known_layer(other) is None
         assert known_settings(other) == RomeConfig()
 

@@ -27,6 +27,13 @@ STAGES = ("train", "ship", "card")
 # Where causal tracing finds the facts.
 ROME_LAYER = 4
 
+# With these, of a small grid on 30 records, facts are rewritten and neighbours, as far as that goes, moved least.
+FINE_TUNING = {
+    "ft": {"layer": 1, "learning_rate": 5e-3},
+    "ft-l": {"layer": 0, "learning_rate": 2e-3, "epsilon": 1.5e-2},
+    "attention": {"layer": 6, "learning_rate": 2e-3, "epsilon": 1e-2},
+}
+
 
 def rome_settings(world: World) -> dict[str, object]:
     """ROME's settings for the atlas, as its config carries them.
@@ -51,6 +58,7 @@ def ship(trained: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerFast, folder: P
         "rome_layer": ROME_LAYER,
         "subject_sigma": subject_sigma(live, load_world().by_subject),
         "rome": rome_settings(load_world()),
+        **FINE_TUNING,
     }
     half.half().save_pretrained(folder)
     tokenizer.save_pretrained(folder)

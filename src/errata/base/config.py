@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import difflib
+import inspect
+import re
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -26,6 +28,14 @@ class Config(BaseModel):
         except ValidationError as error:
             lines = dict.fromkeys(self._line(each) for each in error.errors(include_url=False))
             raise ConfigError("; ".join(lines)) from None
+
+    @classmethod
+    def described(cls) -> dict[str, str]:
+        """What each setting is, in the order of the fields, as the class's docstring tells under "Attributes"."""
+        _, _, told = (inspect.getdoc(cls) or "").partition("Attributes:\n")
+        found = re.findall(r"^    (\w+): (.+(?:\n {5,}.+)*)", told, flags=re.M)
+        texts = {name: " ".join(text.split()) for name, text in found}
+        return {name: texts.get(name, "") for name in cls.model_fields}
 
     @classmethod
     def _line(cls, error: ErrorDetails) -> str:

@@ -16,6 +16,7 @@ from errata.cli import (
     data,
     demo,
     edit,
+    editors,
     evaluate,
     export,
     facts,
@@ -47,6 +48,7 @@ app.command("export")(export.export)
 app.command("sweep")(sweep.sweep)
 app.command("sequence")(sweep.sequence)
 app.command("generate")(generate.generate)
+app.command("editors")(editors.editors)
 app.command("evaluate")(evaluate.evaluate)
 app.command("report")(report.report)
 data.app.command("build")(build.build)

@@ -19,7 +19,7 @@ class RomeConfig(Config):
 
     Attributes:
         layer: the layer to edit, from 0; "auto": where a trace of the fact finds the MLP's early site. None: what the
-            model's own hint says, or what was published for it (`presets`); without either it must be said.
+            model's own hint says, or what was published for it; without either it must be said.
         fact_token: at which token of the prompt the key is read.
         key: "consistent": one k*, the mean over the contexts, everywhere, so that Ŵk* = v* holds to rounding.
             "reference": that mean for the direction, but the bare prompt's key and value for the scale, as
@@ -43,8 +43,7 @@ class RomeConfig(Config):
         stop_below: stop as soon as the loss is below this, in nats.
         loss_layer: the layer whose state the final norm and head read the predictions from. None: the last.
         max_drift: an edit is disabling, and refused unless forced, if it moves what the model says of texts of its own
-            by
-            more than this: Kullback-Leibler divergence in nats per token, mean over probe texts. None: no probing.
+            by more than this: Kullback-Leibler divergence in nats per token, mean over probe texts. None: no probing.
         probes: texts on which drift is measured; None: sampled from the model.
     """
 

@@ -1,56 +1,33 @@
 """Which layer to edit, and with which settings: as said, as the model's config hints, as published, or as a trace
 finds.
-
-Published settings are known by a model's type and sizes, not by its name.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
 from errata.base.errors import ConfigError
 from errata.base.facts import Fact
+from errata.editors.published import Published, Shape, shape_of
 from errata.editors.rome.config import RomeConfig
 from errata.editors.rome.site import Site, early_site
 from errata.models.model import Model
 
-
-@dataclass(frozen=True)
-class Preset:
-    """Settings of ROME for one model.
-
-    Attributes:
-        name: the model.
-        settings: what differs from `RomeConfig`'s defaults.
-        source: where they were published.
-    """
-
-    name: str
-    settings: dict[str, Any] = field(default_factory=dict)
-    source: str = "hyperparameters of the published code (kmeng01/rome, hparams/ROME)"
-
-
-# By model type, number of layers and d_model.
-_PUBLISHED = {
-    ("gpt2", 24, 1024): Preset("GPT-2 Medium", {"layer": 8, "clamp": 3.0}),
-    ("gpt2", 36, 1280): Preset("GPT-2 Large", {"layer": 12}),
-    ("gpt2", 48, 1600): Preset("GPT-2 XL", {"layer": 17}),
-    ("gptj", 28, 4096): Preset("GPT-J 6B", {"layer": 5}),
-    ("gpt_neox", 44, 6144): Preset("GPT-NeoX 20B", {"layer": 15}),
+_HPARAMS = "hyperparameters of the published code (kmeng01/rome, hparams/ROME)"
+PUBLISHED: dict[Shape, Published] = {
+    ("gpt2", 24, 1024): Published("GPT-2 Medium", {"layer": 8, "clamp": 3.0}, _HPARAMS),
+    ("gpt2", 36, 1280): Published("GPT-2 Large", {"layer": 12}, _HPARAMS),
+    ("gpt2", 48, 1600): Published("GPT-2 XL", {"layer": 17}, _HPARAMS),
+    ("gptj", 28, 4096): Published("GPT-J 6B", {"layer": 5}, _HPARAMS),
+    ("gpt_neox", 44, 6144): Published("GPT-NeoX 20B", {"layer": 15}, _HPARAMS),
 }
-
-
-def preset_of(model: Model) -> Preset | None:
-    """What was published for a model of this type and size."""
-    return _PUBLISHED.get((model.hf.config.model_type, model.n_layers, model.d_model))
 
 
 def known_settings(model: Model) -> RomeConfig:
     """The defaults, with what was published for the model and what its own config hints; without a layer."""
-    preset = preset_of(model)
-    known = {**(preset.settings if preset else {}), **model.hints.get("rome", {})}
+    published = PUBLISHED.get(shape_of(model))
+    known = {**(published.settings if published else {}), **model.hints.get("rome", {})}
     return RomeConfig(**{name: value for name, value in known.items() if name != "layer"})
 
 
@@ -59,8 +36,8 @@ def known_layer(model: Model) -> tuple[int, str] | None:
     hint = model.hints.get("rome_layer", model.hints.get("rome", {}).get("layer"))
     if hint is not None:
         return hint, "the model's own hint"
-    if preset := preset_of(model):
-        return preset.settings["layer"], f"published for {preset.name}: {preset.source}"
+    if published := PUBLISHED.get(shape_of(model)):
+        return published.settings["layer"], f"published for {published.model}: {published.source}"
     return None
 
 

@@ -1,0 +1,77 @@
+"""`errata editors`: which there are, what each can be told, and where it is from."""
+
+from __future__ import annotations
+
+import json as json_
+from typing import TYPE_CHECKING, Annotated, Any, Optional
+
+import typer
+
+from errata.cli import options
+
+if TYPE_CHECKING:
+    from errata.editors.registry import Method
+
+
+def editors(
+    name: Annotated[Optional[str], typer.Argument(help="An editor, to see all of its settings.")] = None,  # noqa: UP045
+    json: options.Json = False,
+) -> None:
+    """List the editors; or one editor's settings, presets, and what is known for which model.
+
+    They are given to errata evaluate as --editor NAME or NAME:SETTING=VALUE,...
+    """
+    from errata.cli import show
+    from errata.editors.registry import method_of, methods
+
+    if name is not None:
+        method = method_of(name)
+        if json:
+            show.as_json(_told(method))
+        else:
+            _show(method)
+        return
+    found = methods().values()
+    if json:
+        show.as_json({"editors": [_told(method) for method in found]})
+        return
+    show.table(("editor", "what it does", "from"), [(each.name, each.summary, each.source) for each in found])
+
+
+def _settings(method: Method) -> list[tuple[str, str, str]]:
+    """Name, default and meaning of each."""
+    told = method.config.described()
+    defaults = method.config.model_fields
+    return [
+        (name, "required" if defaults[name].is_required() else json_.dumps(defaults[name].default), text)
+        for name, text in told.items()
+    ]
+
+
+def _told(method: Method) -> dict[str, Any]:
+    return {
+        "name": method.name,
+        "summary": method.summary,
+        "source": method.source,
+        "settings": [dict(zip(("name", "default", "meaning"), each, strict=True)) for each in _settings(method)],
+        "presets": dict(method.presets),
+        "published": [
+            {"model": each.model, "settings": dict(each.settings), "source": each.source}
+            for each in method.published.values()
+        ],
+    }
+
+
+def _show(method: Method) -> None:
+    from errata.cli import show
+
+    show.line(f"{method.name}: {method.summary}. From {method.source}.")
+    show.table(("setting", "default", "meaning"), _settings(method))
+    if method.presets:
+        show.table(("preset", "meaning"), [*method.presets.items()])
+    if method.published:
+        rows = [
+            (each.model, ", ".join(f"{key}={value}" for key, value in each.settings.items()), each.source)
+            for each in method.published.values()
+        ]
+        show.table(("model", "known settings", "from"), rows)

@@ -1,0 +1,12 @@
+"""Fine-tuning one layer on one fact: FT, FT+L (Zhu et al., 2020) and the attention edit of the paper's appendix I.
+
+1. `config`: which weights, how they are trained, and what was published for which model.
+2. `trained`: which parameters these are, in this model.
+3. `texts`: the prompt and its target, in tokens.
+4. `optimise`: the loss, Adam, and the bound on the change.
+"""
+
+from errata.editors.fine_tuning.config import FineTuningConfig
+from errata.editors.fine_tuning.editor import fine_tune
+
+__all__ = ["FineTuningConfig", "fine_tune"]

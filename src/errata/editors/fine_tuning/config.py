@@ -1,0 +1,123 @@
+"""Settings of fine-tuning, and what was published for which model. FT, FT+L and the attention edit are one method."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import Field
+
+from errata.base.config import Config
+from errata.base.errors import ConfigError
+from errata.editors.published import Published, Shape, shape_of
+
+if TYPE_CHECKING:
+    from errata.models.model import Model
+
+Method = Literal["ft", "ft-l", "attention"]
+
+_PAPER = "the paper, appendices E.1 and I, and hyperparameters of the published code (kmeng01/rome, hparams/FT)"
+PUBLISHED: dict[Method, dict[Shape, Published]] = {
+    "ft": {
+        ("gpt2", 48, 1600): Published("GPT-2 XL", {"layer": 1}, _PAPER),
+        ("gptj", 28, 4096): Published("GPT-J 6B", {"layer": 21}, _PAPER),
+    },
+    "ft-l": {
+        ("gpt2", 24, 1024): Published("GPT-2 Medium", {"layer": 0, "epsilon": 2e-3}, _PAPER),
+        ("gpt2", 36, 1280): Published("GPT-2 Large", {"layer": 0, "epsilon": 1e-3}, _PAPER),
+        ("gpt2", 48, 1600): Published("GPT-2 XL", {"layer": 0, "epsilon": 5e-4}, _PAPER),
+        ("gptj", 28, 4096): Published("GPT-J 6B", {"layer": 0, "epsilon": 5e-5}, _PAPER),
+    },
+    "attention": {
+        ("gpt2", 48, 1600): Published("GPT-2 XL", {"layer": 33, "learning_rate": 1e-3, "epsilon": 1e-3}, _PAPER),
+    },
+}
+
+
+class FineTuningConfig(Config):
+    """Settings of `fine_tune`, all checked, none to be changed afterwards.
+
+    "The paper" is Meng et al., 2022, appendices E.1 and I; "the code" is what its authors published.
+
+    Attributes:
+        layer: the layer to train, from 0. It must be said, here or by a preset (GPT-2 XL: FT 1, FT+L 0, attention 33).
+        part: "mlp": the down-projection (FT, FT+L). "attention": all linear maps that make queries, keys and values,
+            one or several as the model has them (appendix I).
+        learning_rate: of Adam (paper and code: 5e-4; attention edit: 1e-3).
+        steps: how often the loss is evaluated, at most; each time the weights are changed, unless it stops there
+            (paper and code: 25).
+        stop_below: stop as soon as the loss is below this, in nats (paper: 0.03; code: 1e-2).
+        epsilon: no entry of a weight is moved by more than this, ‖ΔW‖∞ ≤ ε, kept after every step; None: no bound (FT).
+        loss: "teacher_forcing": mean over the target's tokens of −log P, each after those before it. "reference": every
+            token as if it were the first, predicted after the prompt alone, as in the code; of a target of one token
+            it is the same.
+        bias: whether to train the biases of these maps too, as the code does, which picks what it trains by the
+            beginning of its name. No edit of a bias is known to the paper.
+        weight_decay: of Adam, by the trained weights' square (code: 0).
+    """
+
+    layer: int | None = Field(None, ge=0)
+    part: Literal["mlp", "attention"] = "mlp"
+    learning_rate: float = Field(5e-4, gt=0)
+    steps: int = Field(25, ge=1)
+    stop_below: float = Field(0.03, ge=0)
+    epsilon: float | None = Field(None, gt=0)
+    loss: Literal["teacher_forcing", "reference"] = "teacher_forcing"
+    bias: bool = False
+    weight_decay: float = Field(0.0, ge=0)
+
+    @classmethod
+    def ft(cls, model: Model, **changes: Any) -> FineTuningConfig:
+        """FT: one MLP's down-projection, without a bound.
+
+        Raises:
+            ConfigError: if a setting does not do, or no layer is named and none is known for the model.
+        """
+        return cls._known("ft", model, changes)
+
+    @classmethod
+    def ft_l(cls, model: Model, **changes: Any) -> FineTuningConfig:
+        """FT+L: the same with a bound on every entry of the change.
+
+        Raises:
+            ConfigError: as `ft`; and if there is no bound.
+        """
+        return cls._known("ft-l", model, changes)
+
+    @classmethod
+    def attention(cls, model: Model, **changes: Any) -> FineTuningConfig:
+        """The attention edit: FT+L of what makes queries, keys and values.
+
+        Raises:
+            ConfigError: as `ft_l`.
+        """
+        return cls._known("attention", model, {"part": "attention", **changes})
+
+    @classmethod
+    def reference(cls, **changes: Any) -> FineTuningConfig:
+        """The published code's way of training: all of the target after the prompt alone, biases too."""
+        return cls(**{"loss": "reference", "bias": True, "stop_below": 1e-2, **changes})
+
+    @property
+    def method(self) -> Method:
+        """Which of the three these settings are."""
+        if self.part == "attention":
+            return "attention"
+        return "ft" if self.epsilon is None else "ft-l"
+
+    @classmethod
+    def _known(cls, method: Method, model: Model, changes: dict[str, Any]) -> FineTuningConfig:
+        """The defaults; over them what was published, what the model's own config hints, and the changes."""
+        published = PUBLISHED[method].get(shape_of(model))
+        hints = model.hints.get(method, {})
+        if not isinstance(hints, dict):
+            raise ConfigError(f"the config of {model.name} hints {hints!r} for {method!r}: it is an object of settings")
+        config = cls(**{**(published.settings if published else {}), **hints, **changes})
+        needed = {"layer": f"0 to {model.n_layers - 1}"}
+        if method != "ft":
+            needed["epsilon"] = "such as 5e-4, by which no entry of the weight is moved further"
+        for name, what in needed.items():
+            if getattr(config, name) is None:
+                raise ConfigError(
+                    f"{method!r} needs a setting {name!r}, and none is known for {model.name}: say {what}"
+                )
+        return config

@@ -1,0 +1,191 @@
+"""Training a copy of some parameters of one block on one fact; or of many facts, each with a copy of its own.
+
+Only what the change moves is computed at each step: blocks from the trained one on, what enters it being recorded once,
+and predictions where a target needs one. Nothing but ΔW has a gradient. The blocks above the trained one run the texts
+of all facts in one batch; each fact is what it would be alone, up to rounding.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from errata.base.errors import Diverged, ErrataError
+from errata.editors.fine_tuning.config import FineTuningConfig
+from errata.editors.fine_tuning.texts import Text
+from errata.editors.fine_tuning.trained import full_name, with_weights
+from errata.models.frozen import frozen
+from errata.models.model import Model
+from errata.passes.replay import record
+from errata.passes.tails import Chunk, Tails, cut, join
+
+# Tokens that run at once: gradients keep what every block made on its way.
+_TOKENS_AT_ONCE = {"cpu": 512, "cuda": 4096}
+
+
+@dataclass(frozen=True)
+class Step:
+    """One evaluation of the loss of one fact.
+
+    Attributes:
+        index, steps: this is step `index`, from 0, of at most `steps`.
+        loss: mean over the target's tokens of −log P, in nats.
+        fact, facts: this is fact number `fact`, from 0, of so many that are edited in one call.
+    """
+
+    index: int
+    steps: int
+    loss: float
+    fact: int = 0
+    facts: int = 1
+
+
+Progress = Callable[[Step], None]
+
+
+@dataclass(frozen=True)
+class Found:
+    """What training one fact came to.
+
+    Attributes:
+        changes: ΔW by name within the block, as the model stores the parameter, in float32 at least.
+        losses: before each change, and the one at which it stopped, if it did.
+        updates: how often the parameters were changed.
+    """
+
+    changes: Mapping[str, Tensor]
+    losses: tuple[float, ...]
+    updates: int
+
+
+def optimise(
+    model: Model,
+    names: Sequence[str],
+    texts: Sequence[Text],
+    config: FineTuningConfig,
+    progress: Progress | None = None,
+) -> list[Found | ErrataError]:
+    """The change for each text, or why there is none. The model is left as it was, whatever happens.
+
+    Args:
+        names: of the parameters, within the block (`trained`).
+        texts: one a fact.
+        progress: called after every evaluation of a fact's loss.
+    """
+    losses: list[list[float]] = [[] for _ in texts]
+    updates = [0] * len(texts)
+    failed: dict[int, ErrataError] = {}
+    running = set(range(len(texts)))
+    with torch.enable_grad(), frozen(model):
+        objective = _Objective(model, names, texts, config)
+        deltas = [[torch.zeros_like(each, requires_grad=True) for each in objective.before] for _ in texts]
+        adam = torch.optim.Adam(itertools.chain(*deltas), lr=config.learning_rate, fused=True)
+        for index in range(config.steps):
+            for fact, loss in objective(deltas, running).items():
+                losses[fact].append(loss)
+                if progress is not None:
+                    progress(Step(index, config.steps, loss, fact, len(texts)))
+                if not math.isfinite(loss):
+                    failed[fact] = _diverged(f"the loss is {loss} at step {index}", config)
+                if fact in failed or loss < config.stop_below:
+                    running.discard(fact)
+                    for delta in deltas[fact]:
+                        delta.grad = None  # which Adam leaves alone
+                else:
+                    updates[fact] += 1
+            if not running:
+                break
+            adam.step()
+            if config.epsilon is not None:
+                with torch.no_grad():
+                    for delta in itertools.chain(*deltas):
+                        delta.clamp_(-config.epsilon, config.epsilon)
+    found: list[Found | ErrataError] = []
+    for fact, own in enumerate(deltas):
+        if fact not in failed and not all(delta.isfinite().all() for delta in own):
+            failed[fact] = _diverged("the change of the weight is no finite number", config)
+        changes = dict(zip(names, (delta.detach() for delta in own), strict=True))
+        found.append(failed.get(fact) or Found(changes, tuple(losses[fact]), updates[fact]))
+    return found
+
+
+def _diverged(what: str, config: FineTuningConfig) -> Diverged:
+    return Diverged(
+        f"{what} of fine-tuning, layer {config.layer}: the model's numbers overflow there. It is as it was; try a "
+        "smaller learning_rate or a wider dtype"
+    )
+
+
+class _Objective:
+    """The loss of every fact as a function of its own changes; it leaves their gradients on them."""
+
+    def __init__(self, model: Model, names: Sequence[str], texts: Sequence[Text], config: FineTuningConfig):
+        assert config.layer is not None  # settled
+        self.model, self.names, self.texts, self.config = model, names, texts, config
+        self.layer = config.layer
+        self.weights = [model.weight(full_name(model, self.layer, name)).detach() for name in names]
+        self.before = [each.to(torch.promote_types(each.dtype, torch.float32)) for each in self.weights]
+        self.tails = _recorded(model, self.layer, texts)
+        self.alone = {fact: next(self.tails.chunks({fact}, 1)) for fact in range(len(texts))}
+
+    def __call__(self, deltas: Sequence[Sequence[Tensor]], facts: set[int]) -> dict[int, float]:
+        """The loss of each of these facts."""
+        found: dict[int, float] = {}
+        decay = self.config.weight_decay
+        for chunk in self.tails.chunks(facts, _TOKENS_AT_ONCE.get(self.model.device.type, 512)):
+            owners = list(chunk.rows)
+            weights = {
+                fact: [before + delta for before, delta in zip(self.before, deltas[fact], strict=True)]
+                for fact in owners
+            }
+            losses = self._losses(chunk, weights)
+            variables = [delta for fact in owners for delta in deltas[fact]]
+            now = [weight.detach() for fact in owners for weight in weights[fact]]
+            gradients = torch.autograd.grad(losses.sum(), variables)
+            for delta, gradient, weight in zip(variables, gradients, now, strict=True):
+                delta.grad = gradient.add_(weight, alpha=decay) if decay else gradient
+            found.update(zip(owners, losses.tolist(), strict=True))
+        return found
+
+    def _losses(self, chunk: Chunk, weights: Mapping[int, Sequence[Tensor]]) -> Tensor:
+        """`[c]`, each row with its own parameters in the trained block."""
+        model, last = self.model, self.model.n_layers - 1
+        texts = [self.texts[fact] for fact in chunk.rows]
+        keep = max(max(text.from_end) for text in texts)
+        here = keep if self.layer == last else None
+        out = torch.cat([self._trained_block(fact, weights[fact], here) for fact in chunk.rows])
+        if self.layer < last:
+            out = chunk.resume(self.layer + 1, out, last + 1, keep=keep)
+        rows = torch.tensor([row for row, text in enumerate(texts) for _ in text.targets], device=out.device)
+        from_end = torch.tensor([place for text in texts for place in text.from_end], device=out.device)
+        targets = torch.tensor([target for text in texts for target in text.targets], device=out.device)
+        logits = model.unembed(out[rows, out.shape[1] - from_end])
+        each = functional.cross_entropy(logits.to(self.before[0].dtype), targets, reduction="none")
+        counts = torch.bincount(rows, minlength=len(texts))
+        return each.new_zeros(len(texts)).index_add(0, rows, each) / counts
+
+    def _trained_block(self, fact: int, weights: Sequence[Tensor], keep: int | None) -> Tensor:
+        """What leaves the trained block with these parameters, `[1, keep or n, d_model]`."""
+        chunk = self.alone[fact]
+        rounded = {
+            name: wide.to(stored.dtype) for name, wide, stored in zip(self.names, weights, self.weights, strict=True)
+        }
+        block = self.model.blocks[self.layer]
+        return with_weights(block, rounded, lambda: chunk.step(self.layer, chunk.states, keep=keep))
+
+
+def _recorded(model: Model, layer: int, texts: Sequence[Text]) -> Tails:
+    """All tokens of the texts, labelled by their index, to be run from block `layer` on."""
+    cuts = []
+    ordered = sorted(range(len(texts)), key=lambda i: len(texts[i].ids))
+    for length, group in itertools.groupby(ordered, key=lambda i: len(texts[i].ids)):
+        rows = {label: row for row, label in enumerate(group)}
+        recording = record(model, model.batch([texts[i].ids for i in rows]), first=layer, check=False)
+        cuts.append(cut(recording, rows, (0, length), (layer, model.n_layers)))
+    return join(model, cuts)
