@@ -119,8 +119,10 @@ def failed(record: Record | ZsreRecord, why: str = "no token of the subject is l
     return Result(record.case_id, None, error=why, seconds={"edit": 0.1})
 
 
-def write_run(folder: Path, records, results, model: str = "gpt2-xl", kind: str = "counterfact", editors=None) -> Path:
-    """A run folder of `results`: by row name, "unedited" first."""
+def write_run(
+    folder: Path, records, results, model: str = "gpt2-xl", kind: str = "counterfact", editors=None, configs=None
+) -> Path:
+    """A run folder of `results`: by row name, "unedited" first; each row's editor and its settings, if they matter."""
     header = {
         "model": model,
         "fingerprint": "00ff",
@@ -141,7 +143,8 @@ def write_run(folder: Path, records, results, model: str = "gpt2-xl", kind: str 
     for place, (name, found) in enumerate(results.items()):
         edited = name != "unedited"
         path = folder / "editors" / f"{name}.jsonl" if edited else folder / "unedited.jsonl"
-        more = {"editor": (editors or {}).get(name, name), "config": {}, "begun": header["begun"] + place}
+        more = {"editor": (editors or {}).get(name, name), "config": (configs or {}).get(name, {})}
+        more["begun"] = header["begun"] + place
         write_journal(path, KIND, FORMAT, {**header, **(more if edited else {})}, [each.as_line() for each in found])
     return folder
 

@@ -146,7 +146,7 @@ def test_sites_without_a_score_have_no_point():
     ("change", "named"),
     [
         ({"mean": {"es": np.zeros((3, 8))}}, "shape"),
-        ({"at": range(7)}, "7 layers"),
+        ({"at": range(7)}, "there are 7 places"),
         ({"tokens": (*TOKENS[:3], "first")}, "no token role 'first'"),
     ],
 )

@@ -29,7 +29,7 @@ ROME_LAYER = 4
 
 # With these, of a small grid on 30 records, facts are rewritten and neighbours, as far as that goes, moved least.
 FINE_TUNING = {
-    "ft": {"layer": 1, "learning_rate": 5e-3},
+    "ft": {"layer": 5, "learning_rate": 5e-3},
     "ft-l": {"layer": 0, "learning_rate": 2e-3, "epsilon": 1.5e-2},
     "attention": {"layer": 6, "learning_rate": 2e-3, "epsilon": 1e-2},
 }

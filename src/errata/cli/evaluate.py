@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json as json_
 import re
 from collections.abc import Sequence
@@ -31,7 +32,8 @@ def evaluate(
         Optional[list[str]],  # noqa: UP045
         typer.Option(
             help="An editor with its settings, such as rome, rome:key=reference,steps=25 or NAME=rome:preset=reference "
-            "for a row called so; several times for several rows. None of them: the unedited model alone."
+            "for a row called so; several times, or with 'ft:layer={0..7}' or {1,3,5}, for several rows. None of them: "
+            "the unedited model alone."
         ),
     ] = None,
     data: Annotated[
@@ -98,7 +100,7 @@ def evaluate(
         return
     if out is None:
         raise ConfigError("there is no place for results: name a run folder by --out")
-    specs = [_spec(text) for text in editor or ()]
+    specs = [_spec(one) for text in editor or () for one in _spread(text)]
     names = [name for name, _, _ in specs]
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice:
@@ -154,6 +156,22 @@ def evaluate(
 
 
 # ---- what goes in ----
+
+
+def _spread(text: str) -> list[str]:
+    """A text with {0..3} or {a,b} as one text for each value; with several of them, for each combination."""
+    parts = re.split(r"\{([^{}]*(?:,|\.\.)[^{}]*)\}", text)
+    choices = [_choices(part) if i % 2 else [part] for i, part in enumerate(parts)]
+    return ["".join(each) for each in itertools.product(*choices)]
+
+
+def _choices(text: str) -> list[str]:
+    numbers = re.fullmatch(r"(\d+)\.\.(\d+)", text)
+    if not numbers:
+        return text.split(",")
+    first, last = map(int, numbers.groups())
+    step = 1 if first <= last else -1
+    return [str(each) for each in range(first, last + step, step)]
 
 
 def _spec(text: str) -> tuple[str, str, dict[str, Any]]:

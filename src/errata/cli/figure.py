@@ -19,11 +19,11 @@ if TYPE_CHECKING:
 
 def figure(
     kind: Annotated[
-        Literal["trace", "averages", "lines", "severed", "gradients", "sites", "sequence"],
+        Literal["trace", "averages", "lines", "severed", "gradients", "sites", "sequence", "settings"],
         typer.Argument(
             help="trace: one fact's maps; averages: their means by role; lines: with intervals; severed: bars of "
             "states with modules severed; gradients: integrated gradients beside a trace; sites: what errata sweep "
-            "saved; sequence: what errata sequence saved."
+            "saved; sequence: what errata sequence saved; settings: rows of a run folder along a setting."
         ),
     ],
     file: Annotated[Path, typer.Argument(help="What was saved: traces; for averages, lines and severed averages too.")],
@@ -34,10 +34,14 @@ def figure(
         Optional[Path],  # noqa: UP045
         typer.Option(help="For gradients: the file of the trace to set beside them."),
     ] = None,
+    along: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="For settings: the editors' setting along which they are drawn; layer unless given."),
+    ] = None,
     min_effect: options.MinEffect = None,
     unknown: options.Unknown = False,
 ) -> None:
-    """Draw stored results again, after the paper's Figures 1, 2, 7, 3, 16 and 5, without a model."""
+    """Draw stored results again, after the paper's Figures 1, 2, 7, 3, 16, 5, 17 and 18, without a model."""
     from errata.base.errors import ConfigError
     from errata.cli import show
     from errata.plots.drawing import save
@@ -54,12 +58,16 @@ def figure(
         )
     if kind != "gradients" and trace is not None:
         raise ConfigError(f"--trace is for gradients, which are set beside it, and {kind} has none: leave it out")
+    if kind != "settings" and along is not None:
+        raise ConfigError(f"--along is for settings of editors, and {kind} has none: leave it out")
     options.require_share(min_effect)
     options.require_apart({"the file to draw": file, "--out": out})
     options.require_apart({"--trace": trace, "--out": out})
     options.require_picture(out)
     if kind == "trace":
         drawn = _chosen(load_traces(file), file, fact, subject).figure()
+    elif kind == "settings":
+        drawn = _along(file, along or "layer")
     elif kind in ("sites", "sequence"):
         drawn = _of_edits(kind, file)
     elif trace is not None:
@@ -77,6 +85,14 @@ def _of_edits(kind: str, file: Path) -> Figure:
     from errata.evaluation.sites import SiteScores
 
     return (SiteScores.load(file) if kind == "sites" else SequenceScores.load(file)).figure()
+
+
+def _along(folder: Path, setting: str) -> Figure:
+    """Rows of a run along a setting of their editors."""
+    from errata.evaluation.results import Run
+    from errata.evaluation.settings import SettingScores
+
+    return SettingScores.of(Run.load(folder), setting).figure()
 
 
 def _beside(file: Path, trace: Path, fact: int | None, subject: str | None) -> Figure:
