@@ -20,6 +20,8 @@ from errata.editors.editor import Editor
 from errata.editors.fine_tuning import FineTuningConfig
 from errata.editors.fine_tuning import config as fine_tuning
 from errata.editors.fine_tuning.prepare import prepare_attention, prepare_ft, prepare_ft_l
+from errata.editors.knowledge_neurons import KnowledgeNeuronsConfig
+from errata.editors.knowledge_neurons.prepare import prepare as prepare_kn
 from errata.editors.published import Published, Shape
 from errata.editors.rome import RomeConfig
 from errata.editors.rome import layer as rome
@@ -95,6 +97,14 @@ METHODS = {
             prepare_attention,
             _CODES_TRAINING,
             fine_tuning.PUBLISHED["attention"],
+        ),
+        Method(
+            "kn",
+            "Knowledge Neurons: the few that express the fact are made to write the new object's embedding",
+            "Dai et al., 2022: Knowledge Neurons in Pretrained Transformers",
+            KnowledgeNeuronsConfig,
+            prepare_kn,
+            {"reference": "the published code's way: before the nonlinearity, objects without a space"},
         ),
     )
 }

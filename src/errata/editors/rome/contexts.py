@@ -11,12 +11,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from errata.base.facts import Fact
-from errata.base.seeds import derive
-from errata.models.generation import generate, start_text
+from errata.editors.prefixes import sampled
 from errata.models.model import Model
 from errata.models.tokens import Role, locate
-
-TOP_K = 5
 
 # Lengths in tokens of the sampled prefixes, and whether the bare prompt is a context too.
 PRESETS: dict[str, tuple[tuple[int, ...], bool]] = {
@@ -60,7 +57,7 @@ def prefixes(model: Model, wanted: str | Sequence[str], seed: int) -> tuple[str,
     if not isinstance(wanted, str):
         return tuple(wanted)
     lengths, bare = PRESETS[wanted]
-    return (("",) if bare else ()) + _sampled(model, lengths, seed)
+    return (("",) if bare else ()) + sampled(model, lengths, seed, "rome")
 
 
 def count(wanted: str | Sequence[str]) -> int:
@@ -69,20 +66,3 @@ def count(wanted: str | Sequence[str]) -> int:
         return len(wanted)
     lengths, bare = PRESETS[wanted]
     return len(lengths) + bare
-
-
-def _sampled(model: Model, lengths: Sequence[int], seed: int) -> tuple[str, ...]:
-    if not lengths:
-        return ()
-    start = start_text(model)
-    texts = generate(model, [start] * len(lengths), max(lengths), top_k=TOP_K, seed=derive(seed, "rome", "prefixes"))
-    cut = [_first_tokens(model, text[len(start) :], length) for text, length in zip(texts, lengths, strict=True)]
-    # A sample that ends at once leaves the bare prompt.
-    return tuple(f"{text}. " if text.strip() else "" for text in cut)
-
-
-def _first_tokens(model: Model, text: str, count: int) -> str:
-    """The beginning of `text` that its first `count` tokens stand for, in whole characters."""
-    offsets = model.tokenizer(text, return_offsets_mapping=True, verbose=False)["offset_mapping"]
-    ends = [end for begin, end in offsets if end > begin]
-    return text[: ends[min(count, len(ends)) - 1]] if ends else ""

@@ -1,0 +1,12 @@
+"""Knowledge Neurons (Dai et al., 2022): the few neurons that express a fact, made to express another.
+
+1. `config`: how neurons are found and what is written into them.
+2. `attribution`: how much each neuron of each MLP raises the object's probability, by integrated gradients.
+3. `neurons`: the strong ones, those that several prompts share.
+4. `editor`: their columns of the down-projections, moved from the old object to the new one.
+"""
+
+from errata.editors.knowledge_neurons.config import KnowledgeNeuronsConfig
+from errata.editors.knowledge_neurons.editor import knowledge_neurons
+
+__all__ = ["KnowledgeNeuronsConfig", "knowledge_neurons"]

@@ -1,0 +1,54 @@
+"""What enters and leaves any linear map of a model, with a gradient to what leaves it.
+
+The gradient of a loss to a map's weight is a sum over tokens, Σ δ ⊗ u: u enters the map, δ is the loss's gradient to
+what leaves it. Both are had without a gradient to the weight itself.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from errata.models.model import Model
+
+
+@dataclass
+class Tap:
+    """What went through a map in the last pass.
+
+    Attributes:
+        entering: `[..., d_in]`, detached.
+        leaving: `[..., d_out]`.
+        added: zeros that were added to what leaves, and have its gradient; None where gradients are off.
+    """
+
+    entering: Tensor
+    leaving: Tensor
+    added: Tensor | None
+
+
+@contextlib.contextmanager
+def tapped(model: Model, maps: Sequence[str]) -> Iterator[dict[str, Tap]]:
+    """Inside the block, passes note what goes through the maps of these names, by name.
+
+    Of a pass with gradients, what leaves each map depends on `Tap.added`.
+    """
+    found: dict[str, Tap] = {}
+
+    def tap(name: str) -> Any:
+        def note(module: nn.Module, args: tuple, output: Tensor) -> Tensor | None:
+            added = torch.zeros_like(output, requires_grad=True) if torch.is_grad_enabled() else None
+            found[name] = Tap(args[0].detach(), output.detach(), added)
+            return None if added is None else output + added
+
+        return note
+
+    with contextlib.ExitStack() as stack:
+        for name in maps:
+            stack.callback(model.hf.get_submodule(name).register_forward_hook(tap(name)).remove)
+        yield found
