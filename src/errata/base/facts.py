@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 
 from errata.base.errors import FactError
@@ -22,6 +23,12 @@ def require_characters(name: str, text: str) -> None:
             f"the {name} {text!r} has half a character (a lone surrogate) at {error.start}, which no tokenizer "
             "reads: write the whole character"
         ) from None
+
+
+def fact_key(subject: str, relation: str) -> str:
+    """A short name for one subject, in any letter case, and one relation or prompt: twelve hexadecimal digits."""
+    words = " ".join(subject.casefold().split()) + "\x1f" + " ".join(relation.casefold().split())
+    return hashlib.sha256(words.encode()).hexdigest()[:12]
 
 
 @dataclass(frozen=True)

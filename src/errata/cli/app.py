@@ -27,6 +27,7 @@ from errata.cli import (
     stats,
     sweep,
     trace,
+    train,
 )
 
 app = typer.Typer(
@@ -49,6 +50,7 @@ app.command("sweep")(sweep.sweep)
 app.command("sequence")(sweep.sequence)
 app.command("generate")(generate.generate)
 app.command("editors")(editors.editors)
+app.command("train-editor")(train.train_editor)
 app.command("evaluate")(evaluate.evaluate)
 app.command("report")(report.report)
 data.app.command("build")(build.build)

@@ -48,6 +48,9 @@ def evaluate(
     ] = None,
     generation: Annotated[bool, typer.Option(help="Write texts, for GE and RS.")] = True,
     health: Annotated[bool, typer.Option(help="Measure what each edit moves elsewhere.")] = True,
+    allow_seen: Annotated[
+        bool, typer.Option("--allow-seen", help="Measure a trained editor on facts that it was trained on, too.")
+    ] = False,
     keep_edits: Annotated[bool, typer.Option("--keep-edits", help="Save each edit in the run folder.")] = False,
     probe: Annotated[
         Optional[Path],  # noqa: UP045
@@ -110,7 +113,7 @@ def evaluate(
     if executor == "here" and unused:
         raise ConfigError(f"{unused[0]} is of Ray: give --executor ray with it")
     source = moments.Source(corpus, field, revision, corpus_tokens, second_moment, identity, download)
-    probes = None if probe is None else _passages(probe)
+    probes = None if probe is None else [text[:_PROBE_CHARACTERS] for text in passages(probe)[:_PROBE_TEXTS]]
 
     # Torch comes only now: bad input is told at once.
     from errata.cli import show, tables
@@ -147,6 +150,7 @@ def evaluate(
             source=data.resolve().name if data else "atlas",
             keep_edits=keep_edits,
             executor=where,
+            allow_seen=allow_seen,
             progress=tell,
         )
     _show(out, json)
@@ -209,11 +213,14 @@ def _read(data: Path, limit: int | None, sample: int | None, seed: int, generati
     return read_records(data, limit, chosen, with_snippets=generation)
 
 
-def _passages(file: Path) -> tuple[str, ...]:
-    """The first texts of a file, cut at blank lines or to a length."""
-    text = _text(file)
-    parts = [" ".join(part.split())[:_PROBE_CHARACTERS] for part in re.split(r"\n\s*\n", text)]
-    return tuple(part for part in parts if part)[:_PROBE_TEXTS]
+def passages(file: Path) -> tuple[str, ...]:
+    """The texts of a file, which are parted by blank lines.
+
+    Raises:
+        ResultFileError: if it is missing, empty or not UTF-8.
+    """
+    parts = [" ".join(part.split()) for part in re.split(r"\n\s*\n", _text(file))]
+    return tuple(part for part in parts if part)
 
 
 def _text(file: Path) -> str:

@@ -22,8 +22,10 @@ class Editor:
         method: its name, such as "rome".
         config: all that its edits depend on beside the model and the rewrites, JSON-able.
         make: gives the edit of each rewrite, as if it were alone, or why there is none; the model is left as it was.
+        seen: `fact_key` of the facts that it was trained on, if it was trained.
     """
 
     method: str
     config: Mapping[str, Any]
     make: Make
+    seen: frozenset[str] = frozenset()

@@ -20,6 +20,7 @@ from errata.editors.editor import Editor
 from errata.editors.fine_tuning import FineTuningConfig
 from errata.editors.fine_tuning import config as fine_tuning
 from errata.editors.fine_tuning.prepare import prepare_attention, prepare_ft, prepare_ft_l
+from errata.editors.hypernetworks.editor import TrainedConfig, prepare_ke, prepare_mend
 from errata.editors.knowledge_neurons import KnowledgeNeuronsConfig
 from errata.editors.knowledge_neurons.prepare import prepare as prepare_kn
 from errata.editors.published import Published, Shape
@@ -105,6 +106,20 @@ METHODS = {
             KnowledgeNeuronsConfig,
             prepare_kn,
             {"reference": "the published code's way: before the nonlinearity, objects without a space"},
+        ),
+        Method(
+            "mend",
+            "MEND: a network that was trained for the model makes a better change of the gradient's factors",
+            "Mitchell et al., 2022: Fast Model Editing at Scale",
+            TrainedConfig,
+            prepare_mend,
+        ),
+        Method(
+            "ke",
+            "KE: a network that was trained for the model reads the edit and masks its gradient",
+            "De Cao et al., 2021: Editing Factual Knowledge in Language Models",
+            TrainedConfig,
+            prepare_ke,
         ),
     )
 }

@@ -21,6 +21,7 @@ from errata.base.journal import Journal
 from errata.benchmarks.records import Record
 from errata.editors.editor import Editor
 from errata.evaluation.executors import Chunk, Executor, Here, Work
+from errata.evaluation.lessons import require_unseen
 from errata.evaluation.measure import Measures
 from errata.evaluation.results import (
     FORMAT,
@@ -52,6 +53,7 @@ def evaluate(
     source: str = "",
     keep_edits: bool = False,
     executor: Executor | None = None,
+    allow_seen: bool = False,
     progress: Callable[[int, int], object] | None = None,
 ) -> Run:
     """Measure records before and after edits, and keep each result in a folder as soon as it is there.
@@ -69,10 +71,12 @@ def evaluate(
         source: what to call the records.
         keep_edits: whether edits are saved in the folder.
         executor: where chunks are measured; None: here.
+        allow_seen: whether an editor may be measured on facts that it was trained on.
         progress: called with results there and results in all.
 
     Raises:
-        ConfigError: if there is nothing to do, records are of two kinds, or a case id or name is no such.
+        ConfigError: if there is nothing to do, records are of two kinds, a case id or name is no such, or an editor
+            was trained on one of the facts.
         FactError: if probe texts are too long for the model, or too short.
         ResultFileError: if the folder is of another model, other records or settings, or broken.
         OutputError: if it cannot be written, or another run is writing to it.
@@ -80,6 +84,9 @@ def evaluate(
     """
     records, measures, folder = list(records), measures or Measures(), Path(folder)
     kind = _checked(records)
+    for name, editor in editors.items():
+        if not allow_seen:
+            require_unseen(name, editor.seen, records)
     text = written_out(records)
     settings = {
         **standing(model),

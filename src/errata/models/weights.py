@@ -25,6 +25,20 @@ def down_weight_name(model: Model, layer: int) -> str:
     return f"{model.path(('key', layer))}.weight"
 
 
+def mlp_maps(model: Model, layer: int) -> tuple[str, ...]:
+    """The names of all linear maps of a layer's MLP, the down-projection among them, in the order of its modules."""
+    mlp, down = model.path(("mlp", layer)), model.path(("key", layer))
+    # A block without a module for its MLP has the maps in itself, attention's among them.
+    root = model.path(("state", layer)) if mlp == down else mlp
+    attention = model.path(("attention", layer))
+    names = [f"{root}.{path}" if path else root for path, _ in model.hf.get_submodule(root).named_modules()]
+    return tuple(
+        name
+        for name in names
+        if not name.startswith(f"{attention}.") and linear_matrix(model.hf.get_submodule(name)) is not None
+    )
+
+
 def matrix(model: Model, name: str) -> Tensor:
     """A `[d_out, d_in]` view of a weight: writing into it, under `torch.no_grad()`, changes the model.
 

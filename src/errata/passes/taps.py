@@ -24,12 +24,12 @@ class Tap:
     Attributes:
         entering: `[..., d_in]`, detached.
         leaving: `[..., d_out]`.
-        added: zeros that were added to what leaves, and have its gradient; None where gradients are off.
+        added: zeros that were added to what leaves; where gradients are on, they have its gradient.
     """
 
     entering: Tensor
     leaving: Tensor
-    added: Tensor | None
+    added: Tensor
 
 
 @contextlib.contextmanager
@@ -42,9 +42,9 @@ def tapped(model: Model, maps: Sequence[str]) -> Iterator[dict[str, Tap]]:
 
     def tap(name: str) -> Any:
         def note(module: nn.Module, args: tuple, output: Tensor) -> Tensor | None:
-            added = torch.zeros_like(output, requires_grad=True) if torch.is_grad_enabled() else None
+            added = torch.zeros_like(output, requires_grad=torch.is_grad_enabled())
             found[name] = Tap(args[0].detach(), output.detach(), added)
-            return None if added is None else output + added
+            return output + added if torch.is_grad_enabled() else None
 
         return note
 

@@ -2,8 +2,7 @@
 
 1. `config`: which weights, how they are trained, and what was published for which model.
 2. `trained`: which parameters these are, in this model.
-3. `texts`: the prompt and its target, in tokens.
-4. `optimise`: the loss, Adam, and the bound on the change.
+3. `optimise`: the loss, Adam, and the bound on the change.
 """
 
 from errata.editors.fine_tuning.config import FineTuningConfig

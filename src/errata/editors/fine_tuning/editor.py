@@ -14,8 +14,8 @@ from errata.base.facts import Rewrite
 from errata.base.fingerprint import tensor_digest
 from errata.editors.fine_tuning.config import FineTuningConfig
 from errata.editors.fine_tuning.optimise import Found, Progress, Step, optimise
-from errata.editors.fine_tuning.texts import Text, text_of
 from errata.editors.fine_tuning.trained import full_name, trained
+from errata.editors.texts import Text, text_of
 from errata.edits.delta import Dense
 from errata.edits.edit import Edit
 from errata.models.memory import free_memory
@@ -102,7 +102,7 @@ def fine_tune(
     texts: dict[int, Text] = {}
     for number, rewrite in enumerate(wanted):
         try:
-            texts[number] = text_of(model, rewrite, config.loss)
+            texts[number] = text_of(model, rewrite.text, rewrite.new_object, config.loss == "teacher_forcing")
         except FactError as error:
             if errors == "raise":
                 raise

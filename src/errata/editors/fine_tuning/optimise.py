@@ -14,19 +14,14 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from errata.base.errors import Diverged, ErrataError
 from errata.editors.fine_tuning.config import FineTuningConfig
-from errata.editors.fine_tuning.texts import Text
 from errata.editors.fine_tuning.trained import full_name, with_weights
+from errata.editors.texts import Text, chunks, kept, predictions, recorded
 from errata.models.frozen import frozen
 from errata.models.model import Model
-from errata.passes.replay import record
-from errata.passes.tails import Chunk, Tails, cut, join
-
-# Tokens that run at once: gradients keep what every block made on its way.
-_TOKENS_AT_ONCE = {"cpu": 512, "cuda": 4096}
+from errata.passes.tails import Chunk
 
 
 @dataclass(frozen=True)
@@ -131,14 +126,14 @@ class _Objective:
         self.layer = config.layer
         self.weights = [model.weight(full_name(model, self.layer, name)).detach() for name in names]
         self.before = [each.to(torch.promote_types(each.dtype, torch.float32)) for each in self.weights]
-        self.tails = _recorded(model, self.layer, texts)
+        self.tails = recorded(model, self.layer, texts)
         self.alone = {fact: next(self.tails.chunks({fact}, 1)) for fact in range(len(texts))}
 
     def __call__(self, deltas: Sequence[Sequence[Tensor]], facts: set[int]) -> dict[int, float]:
         """The loss of each of these facts."""
         found: dict[int, float] = {}
         decay = self.config.weight_decay
-        for chunk in self.tails.chunks(facts, _TOKENS_AT_ONCE.get(self.model.device.type, 512)):
+        for chunk in chunks(self.model, self.tails, facts):
             owners = list(chunk.rows)
             weights = {
                 fact: [before + delta for before, delta in zip(self.before, deltas[fact], strict=True)]
@@ -157,18 +152,12 @@ class _Objective:
         """`[c]`, each row with its own parameters in the trained block."""
         model, last = self.model, self.model.n_layers - 1
         texts = [self.texts[fact] for fact in chunk.rows]
-        keep = max(max(text.from_end) for text in texts)
+        keep = kept(texts)
         here = keep if self.layer == last else None
         out = torch.cat([self._trained_block(fact, weights[fact], here) for fact in chunk.rows])
         if self.layer < last:
             out = chunk.resume(self.layer + 1, out, last + 1, keep=keep)
-        rows = torch.tensor([row for row, text in enumerate(texts) for _ in text.targets], device=out.device)
-        from_end = torch.tensor([place for text in texts for place in text.from_end], device=out.device)
-        targets = torch.tensor([target for text in texts for target in text.targets], device=out.device)
-        logits = model.unembed(out[rows, out.shape[1] - from_end])
-        each = functional.cross_entropy(logits.to(self.before[0].dtype), targets, reduction="none")
-        counts = torch.bincount(rows, minlength=len(texts))
-        return each.new_zeros(len(texts)).index_add(0, rows, each) / counts
+        return predictions(model, texts, out).losses()
 
     def _trained_block(self, fact: int, weights: Sequence[Tensor], keep: int | None) -> Tensor:
         """What leaves the trained block with these parameters, `[1, keep or n, d_model]`."""
@@ -178,14 +167,3 @@ class _Objective:
         }
         block = self.model.blocks[self.layer]
         return with_weights(block, rounded, lambda: chunk.step(self.layer, chunk.states, keep=keep))
-
-
-def _recorded(model: Model, layer: int, texts: Sequence[Text]) -> Tails:
-    """All tokens of the texts, labelled by their index, to be run from block `layer` on."""
-    cuts = []
-    ordered = sorted(range(len(texts)), key=lambda i: len(texts[i].ids))
-    for length, group in itertools.groupby(ordered, key=lambda i: len(texts[i].ids)):
-        rows = {label: row for row, label in enumerate(group)}
-        recording = record(model, model.batch([texts[i].ids for i in rows]), first=layer, check=False)
-        cuts.append(cut(recording, rows, (0, length), (layer, model.n_layers)))
-    return join(model, cuts)

@@ -20,7 +20,7 @@ from errata.editors.knowledge_neurons.config import KnowledgeNeuronsConfig
 from errata.models.frozen import frozen
 from errata.models.memory import free_memory
 from errata.models.model import Model
-from errata.models.weights import linear_matrix
+from errata.models.weights import matrix, mlp_maps
 from errata.passes.replay import Recording, RowPatch, record
 from errata.passes.taps import tapped
 
@@ -146,21 +146,15 @@ def _up_map(model: Model, layer: int) -> str:
     Raises:
         ConfigError: if there is none, or several: the MLP is gated.
     """
-    mlp, down = model.path(("mlp", layer)), model.path(("key", layer))
-    # A block without a module for its MLP has the maps in itself, attention's among them.
-    root = model.path(("state", layer)) if mlp == down else mlp
-    attention = model.path(("attention", layer))
+    down = model.path(("key", layer))
     found = [
-        f"{root}.{path}"
-        for path, module in model.hf.get_submodule(root).named_modules()
-        if f"{root}.{path}" != down
-        and not f"{root}.{path}".startswith(f"{attention}.")
-        and (weight := linear_matrix(module)) is not None
-        and len(weight) == model.d_mlp
+        name
+        for name in mlp_maps(model, layer)
+        if name != down and matrix(model, f"{name}.weight").shape[0] == model.d_mlp
     ]
     if len(found) != 1:
         raise ConfigError(
-            f"at = 'before' needs an MLP with one map before its nonlinearity, and {mlp} of {model.name} has "
+            f"at = 'before' needs an MLP with one map before its nonlinearity, and layer {layer} of {model.name} has "
             f"{len(found)}: where it is gated, neurons are what the down-projection reads, at = 'key'"
         )
     return found[0]

@@ -1,0 +1,209 @@
+"""`errata train-editor`: KE and MEND for any model."""
+
+from __future__ import annotations
+
+import json as json_
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Optional
+
+import typer
+
+from errata.cli import options
+
+if TYPE_CHECKING:
+    from errata.editors.hypernetworks.lessons import Lesson
+    from errata.editors.hypernetworks.training import Curve
+    from errata.evaluation.results import AnyRecord
+    from errata.models.model import Model
+
+# Of the atlas's own records, those that errata evaluate measures.
+_ATLAS_TEST = 500
+
+
+def train_editor(
+    method: Annotated[Literal["mend", "ke"], typer.Argument(help="Which editor.")],
+    out: Annotated[Path, typer.Option(help="A folder for the trained editor; a stopped training goes on there.")],
+    model: options.ModelName = "atlas",
+    data: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(
+            help="What to learn from: records of CounterFact's or zsRE's, or a .txt, whose passages are parted by "
+            "blank lines. The atlas has records of its own."
+        ),
+    ] = None,
+    limit: Annotated[Optional[int], typer.Option(min=1, help="The first so many records by case id.")] = None,  # noqa: UP045
+    skip: Annotated[int, typer.Option(min=0, help="Leave out the first so many: those to be measured on.")] = 0,
+    test: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(help="Records that it will be measured on: lessons on the same facts are refused."),
+    ] = None,
+    allow_seen: Annotated[bool, typer.Option("--allow-seen", help="Learn from them all the same.")] = False,
+    set_: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Option("--set", help="A setting of the network, such as rank=256; any number."),
+    ] = None,
+    steps: Annotated[int, typer.Option(min=1, help="So many at most.")] = 100_000,
+    learning_rate: Annotated[
+        Optional[float],  # noqa: UP045
+        typer.Option(help="Of Adam; 1e-6 for MEND and 3e-4 for KE unless given, as published for large models."),
+    ] = None,
+    batch: Annotated[int, typer.Option(min=1, help="Lessons a step.")] = 10,
+    c_edit: Annotated[float, typer.Option(min=0, help="Factor of the loss on the edit.")] = 0.1,
+    c_loc: Annotated[float, typer.Option(min=0, help="Factor of the divergence of other texts.")] = 1.0,
+    clip: Annotated[float, typer.Option(min=0, help="The gradient's norm is kept below this.")] = 100.0,
+    validate_every: Annotated[
+        int, typer.Option(min=1, help="Steps between validations, with a checkpoint each.")
+    ] = 500,
+    validation: Annotated[int, typer.Option(min=1, help="Lessons kept apart for it.")] = 100,
+    patience: Annotated[int, typer.Option(min=1, help="Stop after so many validations without a better one.")] = 10,
+    max_minutes: Annotated[
+        Optional[float],  # noqa: UP045
+        typer.Option(min=0, help="Stop after so many, over all runs."),
+    ] = None,
+    picture: Annotated[Optional[Path], typer.Option(help="The losses: .png, .svg or .pdf.")] = None,  # noqa: UP045
+    seed: options.Seed = 0,
+    device: options.Device = None,
+    dtype: options.Dtype = "auto",
+    download: options.Download = False,
+    json: options.Json = False,
+) -> None:
+    """Train KE or MEND for a model, on records or plain text.
+
+    errata evaluate takes the folder as --editor mend:trained=FOLDER. A training that was stopped goes on where it was
+    if it is started again.
+    """
+    settings = _settings(set_ or ())
+    options.require_apart({"--picture": picture})
+    if picture is not None:
+        options.require_picture(picture)
+
+    # Torch comes only now: bad input is told at once.
+    from errata.cli import show
+    from errata.editors.hypernetworks import training
+
+    config = training.TrainingConfig(
+        steps=steps,
+        learning_rate=learning_rate,
+        batch=batch,
+        c_edit=c_edit,
+        c_loc=c_loc,
+        clip=clip,
+        validate_every=validate_every,
+        validation=validation,
+        patience=patience,
+        max_minutes=max_minutes,
+        seed=seed,
+    )
+    loaded = options.load(model, device, dtype, download)
+    lessons = _lessons(loaded, data, limit, skip, seed)
+    if test is not None and not allow_seen:
+        from errata.benchmarks.sets import read_records
+        from errata.editors.hypernetworks.lessons import keys
+        from errata.evaluation.lessons import require_unseen
+
+        require_unseen(method, frozenset(keys(lessons)), read_records(test).records)
+    with show.going_on("training", "steps") as tell:
+        trained = training.train(loaded, method, lessons, out, config, settings, lambda done, of, curve: tell(done, of))
+    curve = training.curve_of(out)
+    if picture is not None:
+        _draw(curve, picture)
+    best = curve.best
+    told = {
+        "method": method,
+        "model": loaded.name,
+        "file": str(out / training.EDITOR),
+        "steps": len(curve.edit),
+        "ended": curve.ended,
+        "parameters": sum(each.numel() for each in trained.network.parameters()),
+        "best": vars(best),
+    }
+    if json:
+        show.as_json(told)
+        return
+    rows = [
+        (str(each.step), f"{each.loss:.4f}", f"{each.edit:.3f}", f"{each.locality:.4f}", show.percent(each.success))
+        for each in curve.validations[-10:]
+    ]
+    show.table(("after steps", "loss", "edit, nats", "others, KL", "new object said"), rows)
+    show.line(
+        f"Ended after {len(curve.edit)} steps ({_ENDED[str(curve.ended)]}); the network of step {best.step} is kept. "
+        f"Use it as --editor {method}:trained={out}"
+    )
+    show.written(out / training.EDITOR, picture)
+
+
+_ENDED = {
+    "steps": "as many as were allowed",
+    "patience": "validation had not been better for long",
+    "minutes": "time was over",
+}
+
+
+def _settings(given: Sequence[str]) -> dict[str, Any]:
+    """Settings of KEY=VALUE.
+
+    Raises:
+        ConfigError: if one is not so.
+    """
+    from errata.base.errors import ConfigError
+
+    found: dict[str, Any] = {}
+    for text in given:
+        key, there, value = text.partition("=")
+        if not there:
+            raise ConfigError(f"--set {text!r} is no setting: write KEY=VALUE, as in rank=256")
+        try:
+            found[key.strip()] = json_.loads(value)
+        except ValueError:
+            found[key.strip()] = value
+    return found
+
+
+def _lessons(model: Model, data: Path | None, limit: int | None, skip: int, seed: int) -> list[Lesson]:
+    """What there is to learn from.
+
+    Raises:
+        ConfigError: if there is nothing.
+    """
+    from errata.base.errors import ConfigError
+    from errata.editors.hypernetworks.lessons import text_lessons
+    from errata.evaluation.lessons import lessons
+
+    if data is not None and data.suffix == ".txt":
+        from errata.cli.evaluate import passages
+
+        return text_lessons(model, passages(data)[skip:][:limit], seed)
+    records: Sequence[AnyRecord]
+    if data is not None:
+        from errata.benchmarks.sets import read_records
+
+        records = read_records(data, None if limit is None else skip + limit).records
+    else:
+        from errata.api import ATLAS
+        from errata.atlas.records import records as records_of_the_atlas
+
+        if model.hints.get("corpus") != ATLAS:
+            raise ConfigError(
+                f"there is nothing for {model.name} to learn from: give records or a text by --data. Only the atlas "
+                "brings its own"
+            )
+        skip = skip or _ATLAS_TEST
+        records = records_of_the_atlas(10**9 if limit is None else skip + limit, seed)
+    if len(records) <= skip:
+        raise ConfigError(f"there are {len(records)} records, and the first {skip} are left out: skip fewer")
+    return lessons(records[skip:])
+
+
+def _draw(curve: Curve, picture: Path) -> None:
+    from errata.plots.drawing import save
+    from errata.plots.training import training_figure
+
+    numbers = ("edit", "locality", "success")
+    figure = training_figure(
+        {"edit": curve.edit, "locality": curve.locality},
+        [each.step for each in curve.validations],
+        {name: [getattr(each, name) for each in curve.validations] for name in numbers},
+        best=curve.best.step,
+    )
+    save(figure, picture)

@@ -1,0 +1,139 @@
+"""Trained networks on disk: weights and running moments, with a card that says which model they are for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from errata.base.errors import EditMismatch, ErrataError, ResultFileError
+from errata.base.tensor_files import read_tensors, write_tensors
+from errata.base.versions import library_versions
+from errata.editors.hypernetworks.network import Network, NetworkConfig
+from errata.editors.hypernetworks.objective import Place
+from errata.editors.ke import KeConfig, KeNetwork
+from errata.editors.mend import MendConfig, MendNetwork
+from errata.models.fingerprint import weights_digest
+from errata.models.model import Model
+
+KIND, VERSION = "trained editor", 1
+
+_NETWORKS: dict[str, tuple[type[NetworkConfig], Any]] = {
+    "mend": (MendConfig, MendNetwork),
+    "ke": (KeConfig, KeNetwork),
+}
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A network, the model that it is for, and how it came about.
+
+    Attributes:
+        network: in evaluation mode.
+        model: name of the model.
+        fingerprint: digest of all of the model's weights.
+        card: what else is told of its training, JSON-able.
+        seen: `fact_key` of the facts that it has learnt from.
+    """
+
+    network: Network
+    model: str
+    fingerprint: str
+    card: Mapping[str, Any]
+    seen: frozenset[str] = frozenset()
+
+    @property
+    def method(self) -> str:
+        """ "mend" or "ke"."""
+        return self.network.method
+
+    def require(self, model: Model) -> Place:
+        """Where its edits go in the model that it is for.
+
+        Raises:
+            EditMismatch: if this model is another, or has other weights.
+        """
+        if weights_digest(model.hf) != self.fingerprint:
+            raise EditMismatch(
+                f"this {self.method} was trained for {self.model}, and {model.name} has other weights, whose gradients "
+                "mean something else: train one for it, or load the model as it was, without edits on it"
+            )
+        return Place.of(model, self.network.config.blocks)
+
+    def save(self, path: str | Path) -> None:
+        """Write it, whole or not at all.
+
+        Raises:
+            OutputError: if the file cannot be written.
+        """
+        header = {**self.header(), "seen": sorted(self.seen)}
+        write_tensors(path, KIND, VERSION, header, dict(self.network.state_dict()))
+
+    def header(self) -> dict[str, Any]:
+        """All that is not a tensor, but for what it has seen."""
+        return {
+            "method": self.method,
+            "config": self.network.config.model_dump(),
+            "shapes": [[name, *shape] for name, shape in self.network.shapes.items()],
+            "d_model": self.network.d_model,
+            "model": self.model,
+            "fingerprint": self.fingerprint,
+            "versions": library_versions(),
+            "card": dict(self.card),
+        }
+
+    @classmethod
+    def load(cls, path: str | Path) -> Trained:
+        """Read one; nothing in the file is executed.
+
+        Raises:
+            ResultFileError: if the file is missing, cut short, or no trained editor.
+        """
+        header, tensors = read_tensors(path, KIND, VERSION, ResultFileError)
+        return cls.of(path, header, tensors)
+
+    @classmethod
+    def of(cls, path: str | Path, header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Trained:
+        """That of a header and tensors.
+
+        Raises:
+            ResultFileError: if they are not what they say.
+        """
+        try:
+            shapes = {str(name): (int(d_out), int(d_in)) for name, d_out, d_in in header["shapes"]}
+            network = new_network(header["method"], shapes, int(header["d_model"]), header["config"])
+            network.load_state_dict(dict(tensors))
+            broken = [name for name, each in network.state_dict().items() if not torch.isfinite(each).all()]
+            seen = frozenset(map(str, header["seen"]))
+            found = cls(network.eval(), header["model"], header["fingerprint"], header["card"], seen)
+        except (ErrataError, KeyError, TypeError, ValueError, RuntimeError) as error:
+            reason = str(error).splitlines()[0]
+            raise ResultFileError(f"{path} is a broken trained editor: {reason}. Copy or train it again") from error
+        if broken:
+            raise ResultFileError(f"{path} is a broken trained editor: {broken[0]} is no finite number. Train it again")
+        return found
+
+
+def config_of(method: str, settings: Mapping[str, Any]) -> NetworkConfig:
+    """A method's settings.
+
+    Raises:
+        ConfigError: if one does not do.
+    """
+    return _NETWORKS[method][0](**settings)
+
+
+def new_network(
+    method: str, shapes: Mapping[str, tuple[int, int]], d_model: int, settings: Mapping[str, Any]
+) -> Network:
+    """A network that has learnt nothing, of torch's own random numbers.
+
+    Raises:
+        ConfigError: if a setting does not do.
+    """
+    network: Network = _NETWORKS[method][1](shapes, d_model, config_of(method, settings))
+    return network

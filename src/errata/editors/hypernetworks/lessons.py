@@ -1,0 +1,83 @@
+"""What a trained editor learns from: edits, with what they should change and what they should not."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+from errata.base.errors import FactError
+from errata.base.facts import Fact, Rewrite, fact_key
+from errata.base.seeds import derive
+from errata.models.generation import generate
+from errata.models.model import Model
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """One edit, and how it is judged.
+
+    Attributes:
+        rewrite: the edit.
+        equivalents: prompts after which the new object should be said then; at least one.
+        others: prompts and targets of which what the model says should stay as it is.
+        relation: the relation's name, if it has one, by which a fact is known again in other words.
+    """
+
+    rewrite: Rewrite
+    equivalents: tuple[str, ...]
+    others: tuple[tuple[str, str], ...] = ()
+    relation: str = ""
+
+    def __post_init__(self) -> None:
+        if not self.equivalents:
+            raise FactError(
+                f"the lesson on {self.rewrite.text!r} has no prompt to be judged by: give the prompt itself"
+            )
+
+
+def keys(lessons: Sequence[Lesson]) -> list[str]:
+    """`fact_key` of each fact that is edited, sorted."""
+    return sorted({fact_key(each.rewrite.subject, each.relation or each.rewrite.prompt) for each in lessons})
+
+
+def digest(lessons: Sequence[Lesson]) -> str:
+    """sha256, in hex, of all that stands in them."""
+    return hashlib.sha256(json.dumps([asdict(each) for each in lessons], sort_keys=True).encode()).hexdigest()
+
+
+def text_lessons(
+    model: Model, texts: Sequence[str], seed: int = 0, prompt_tokens: int = 16, target_tokens: int = 10
+) -> list[Lesson]:
+    """Lessons of plain text, as MEND's on Wikitext: the model is to go on as it would not have, ten tokens long.
+
+    The prompt is the beginning of a text, the target what the model samples after the beginning of another. What should
+    stay is how a third text goes on. Texts too short for that make no lesson.
+
+    Raises:
+        FactError: if fewer than three texts are long enough.
+    """
+    tokenize, decode = model.tokenizer, model.tokenizer.decode
+    long = []
+    for text in texts:
+        ids = tokenize(text, add_special_tokens=False, verbose=False)["input_ids"]
+        if len(ids) >= prompt_tokens + target_tokens and "{}" not in text:
+            long.append((decode(ids[:prompt_tokens]), decode(ids[prompt_tokens : prompt_tokens + target_tokens])))
+    if len(long) < 3:
+        raise FactError(
+            f"{len(long)} of {len(texts)} texts have {prompt_tokens + target_tokens} tokens, and a lesson takes three: "
+            "give more or longer ones"
+        )
+    prompts = [prompt for prompt, _ in long]
+    seeds = [derive(seed, "lesson", i) for i in range(len(long))]
+    sampled = generate(model, prompts, target_tokens, top_k=5, seed=seeds)
+    written = [text[len(prompt) :].strip() for text, prompt in zip(sampled, prompts, strict=True)]
+    found = []
+    for i, (prompt, true) in enumerate(long):
+        new, other = written[(i + 1) % len(long)], long[(i + 2) % len(long)]
+        if new and prompt.strip() and other[1].strip():
+            subject = prompt.split()[0]
+            fact = Fact(subject, prompt.replace(subject, "{}", 1), true)
+            found.append(Lesson(fact.rewrite(new), (prompt,), (other,)))
+    return found

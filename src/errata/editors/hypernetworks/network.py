@@ -1,0 +1,59 @@
+"""What a trained editor's network is, whichever its method."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+from pydantic import Field
+from torch import Tensor, nn
+
+from errata.base.config import Config
+from errata.base.facts import Rewrite
+from errata.editors.hypernetworks.factors import Factors
+
+Shapes = Mapping[str, tuple[int, int]]  # (d_out, d_in) by name of the map
+
+
+class NetworkConfig(Config):
+    """What all trained editors are told.
+
+    Attributes:
+        blocks: of so many highest blocks the MLPs' linear maps are edited.
+    """
+
+    blocks: int = Field(3, ge=1)
+
+
+class Network(nn.Module, ABC):
+    """Makes a change of low rank of each edit's gradient factors.
+
+    Attributes:
+        config: its settings.
+        shapes: of the maps that it edits, in order.
+        d_model: of the model's embeddings.
+    """
+
+    method: ClassVar[str]
+    config: NetworkConfig
+    shapes: Shapes
+    d_model: int
+
+    @abstractmethod
+    def forward(self, factors: Mapping[str, Factors], texts: Sequence[Tensor]) -> dict[str, Factors]:
+        """Of each map what is read and what is written, so that ΔW = Σ write ⊗ read over an edit's rows.
+
+        Args:
+            factors: of the edits' losses, by map.
+            texts: of each edit, the embeddings `[n, d_model]` of `condition(rewrite)`.
+        """
+
+    @abstractmethod
+    def groups(self, learning_rate: float) -> list[dict[str, Any]]:
+        """Parameters with their learning rates, as torch's optimisers take them."""
+
+
+def condition(rewrite: Rewrite) -> str:
+    """An edit in words: the old object, the new one and the prompt (De Cao et al., 2021, section 3)."""
+    return f"{rewrite.fact.object} >> {rewrite.new_object} || {rewrite.text}"

@@ -1,0 +1,192 @@
+"""How good edits are: whether other prompts say the new object, and how far what should stay has moved.
+
+    c_edit · −log P_edited(new object | equivalent prompt)  +  c_loc · KL(P ‖ P_edited) of other texts
+
+(Mitchell et al., 2022, section 3.1), in nats, means over tokens, then over edits. The edited model is run by what its
+changes add to the maps' outputs, an edit a row (`passes.rowwise`); below the lowest edited block nothing is run twice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from errata.editors.hypernetworks.factors import Factors, edited_maps, gradient_factors, padded
+from errata.editors.hypernetworks.lessons import Lesson
+from errata.editors.hypernetworks.network import Network, Shapes, condition
+from errata.editors.texts import Predictions, Text, chunks, kept, predictions, recorded, text_of
+from errata.models.frozen import frozen
+from errata.models.model import Model
+from errata.models.weights import matrix
+from errata.passes.rowwise import RowChanges, rowwise
+from errata.passes.tails import Chunk
+
+Padded = Mapping[str, tuple[Tensor, Tensor]]  # by map, write [edits, d_out, k], read [edits, k, d_in]
+
+
+@dataclass(frozen=True)
+class Drill:
+    """A lesson with one of its equivalents, and one of its other texts, as tokens.
+
+    Attributes:
+        edit: the rewrite's own text.
+        words: token ids of the edit in words.
+        equivalent: a prompt with the new object.
+        other: a text that should not move, if there is one.
+    """
+
+    edit: Text
+    words: tuple[int, ...]
+    equivalent: Text
+    other: Text | None
+
+    @classmethod
+    def of(cls, model: Model, lesson: Lesson, equivalent: int = 0, other: int = 0) -> Drill:
+        """That with these of them, counted from 0 and around.
+
+        Raises:
+            FactError: if a text is too long for the model, or nothing is left of a target.
+        """
+        new = lesson.rewrite.new_object
+        apart = lesson.others[other % len(lesson.others)] if lesson.others else None
+        return cls(
+            text_of(model, lesson.rewrite.text, new),
+            words_of(model, condition(lesson.rewrite)),
+            text_of(model, lesson.equivalents[equivalent % len(lesson.equivalents)], new),
+            text_of(model, *apart) if apart else None,
+        )
+
+
+def words_of(model: Model, text: str) -> tuple[int, ...]:
+    """Token ids, as a network reads them."""
+    return tuple(model.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+
+
+@dataclass(frozen=True)
+class Judged:
+    """What edits came to, one number an edit.
+
+    Attributes:
+        edit: −log P of the new object after the equivalent prompt, nats a token.
+        locality: KL of the other text, nats a token; 0 where there is none.
+        success: whether the new object's tokens are the most probable ones after the equivalent prompt.
+    """
+
+    edit: Tensor
+    locality: Tensor
+    success: Tensor
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a network's edits go: the maps in a model, and the lowest block that holds one."""
+
+    maps: tuple[str, ...]
+    first: int
+
+    @classmethod
+    def of(cls, model: Model, blocks: int) -> Place:
+        """The MLPs of the highest blocks.
+
+        Raises:
+            ConfigError: if there are not so many blocks.
+        """
+        return cls(edited_maps(model, blocks), model.n_layers - blocks)
+
+    def shapes(self, model: Model) -> Shapes:
+        """(d_out, d_in) of each map."""
+        weights = {name: matrix(model, f"{name}.weight") for name in self.maps}
+        return {name: (weight.shape[0], weight.shape[1]) for name, weight in weights.items()}
+
+
+def changes_of(
+    model: Model, network: Network, place: Place, texts: Sequence[Text], words: Sequence[tuple[int, ...]]
+) -> dict[str, Factors]:
+    """What the network makes of these edits."""
+    factors = gradient_factors(model, texts, place.maps, place.first)
+    wide = torch.promote_types(model.dtype, torch.float32)
+    embeddings = model.weight(f"{model.path(('embedding', 0))}.weight").detach()
+    read = [embeddings[torch.tensor(ids, device=embeddings.device)].to(wide) for ids in words]
+    changed: dict[str, Factors] = network(factors, read)
+    return changed
+
+
+def judged(model: Model, place: Place, changes: Padded, drills: Sequence[Drill]) -> Judged:
+    """How good the edits are, each by its drill. Without gradients."""
+    with torch.no_grad(), frozen(model):
+        return _Trial(model, place, drills).judged(changes)
+
+
+def descend(
+    model: Model,
+    network: Network,
+    place: Place,
+    drills: Sequence[Drill],
+    c_edit: float,
+    c_loc: float,
+) -> Judged:
+    """Leave the gradient of the drills' mean objective on the network's weights.
+
+    Texts go through the edited model batch by batch, each backward pass ending at the changes; from there the sum goes
+    through the network once.
+    """
+    with torch.enable_grad():
+        made = changes_of(model, network, place, [d.edit for d in drills], [d.words for d in drills])
+        whole = padded(made, len(drills))
+        ends = {name: (w.detach().requires_grad_(), r.detach().requires_grad_()) for name, (w, r) in whole.items()}
+        with frozen(model):
+            found = _Trial(model, place, drills).judged(ends, c_edit / len(drills), c_loc / len(drills))
+        inner = [(value, end.grad) for n in whole for value, end in zip(whole[n], ends[n], strict=True)]
+        there = [(value, gradient) for value, gradient in inner if gradient is not None]
+        torch.autograd.backward([value for value, _ in there], [gradient for _, gradient in there])
+    return found
+
+
+class _Trial:
+    """The texts of some drills, ready to be run from the lowest edited block on."""
+
+    def __init__(self, model: Model, place: Place, drills: Sequence[Drill]):
+        self.model, self.place, self.count = model, place, len(drills)
+        self.equivalents = [drill.equivalent for drill in drills]
+        self.others = {i: drill.other for i, drill in enumerate(drills) if drill.other is not None}
+
+    def judged(self, changes: Padded, edit: float = 0.0, locality: float = 0.0) -> Judged:
+        """What these changes come to; with factors, gradients of the sums times these are left on the changes."""
+        model = self.model
+        losses, moved = torch.zeros(self.count), torch.zeros(self.count)
+        success = torch.zeros(self.count, dtype=torch.bool)
+        tails = recorded(model, self.place.first, self.equivalents)
+        for chunk in chunks(model, tails, range(self.count)):
+            said = self._said(chunk, self.equivalents, [*chunk.rows], changes)
+            each = said.losses()
+            if edit:
+                (edit * each.sum()).backward()
+            hits = (said.logits.argmax(-1) == said.targets).to(each.dtype)
+            rows = torch.tensor(chunk.rows)
+            losses[rows], success[rows] = each.detach().float().cpu(), (said.mean(hits) == 1).cpu()
+        if not self.others:
+            return Judged(losses, moved, success)
+        owners, texts = [*self.others], [*self.others.values()]
+        for chunk in chunks(model, recorded(model, self.place.first, texts), range(len(texts))):
+            own = [owners[label] for label in chunk.rows]
+            with torch.no_grad():
+                before = self._said(chunk, texts, own, None).logits.log_softmax(-1)
+            after = self._said(chunk, texts, own, changes)
+            apart = (before.exp() * (before - after.logits.log_softmax(-1))).sum(-1)
+            each = after.mean(apart)
+            if locality:
+                (locality * each.sum()).backward()
+            moved[torch.tensor(own)] = each.detach().float().cpu()
+        return Judged(losses, moved, success)
+
+    def _said(self, chunk: Chunk, texts: Sequence[Text], owners: Sequence[int], changes: Padded | None) -> Predictions:
+        """What is said of a chunk's texts, each under the change of its owner."""
+        some = [texts[label] for label in chunk.rows]
+        rows = torch.tensor(owners, device=self.model.device)
+        here = {} if changes is None else {f"{n}.weight": (w[rows], r[rows]) for n, (w, r) in changes.items()}
+        with rowwise(self.model, RowChanges(here)):
+            states = chunk.resume(self.place.first, chunk.states, self.model.n_layers, keep=kept(some))
+        return predictions(self.model, some, states)

@@ -1,0 +1,390 @@
+"""Training an editor: steps that depend on the seed and their number alone, so that a stopped training goes on exactly.
+
+A folder holds `training.safetensors`, all that it takes to go on, and `editor.safetensors`, the best network so far by
+the loss on lessons that it does not learn from. Both are written aside and renamed: a kill at any moment loses the
+steps since the last checkpoint.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from errata.base.config import Config
+from errata.base.errors import ConfigError, Diverged, ResultFileError
+from errata.base.interrupt import deferred_interrupt
+from errata.base.seeds import derive
+from errata.base.tensor_files import read_tensors, write_tensors
+from errata.editors.hypernetworks.factors import padded
+from errata.editors.hypernetworks.files import Trained, new_network
+from errata.editors.hypernetworks.lessons import Lesson, digest, keys
+from errata.editors.hypernetworks.network import Network
+from errata.editors.hypernetworks.objective import Drill, Place, changes_of, descend, judged
+from errata.models.fingerprint import weights_digest
+from errata.models.model import Model
+
+KIND, VERSION = "training", 1
+STATE, EDITOR = "training.safetensors", "editor.safetensors"
+
+LEARNING_RATE = {"mend": 1e-6, "ke": 3e-4}
+
+
+class TrainingConfig(Config):
+    """Settings of `train`, all checked, none to be changed afterwards.
+
+    Attributes:
+        steps: so many at most.
+        learning_rate: of Adam; None: MEND 1e-6, KE 3e-4, as published.
+        batch: lessons a step (10).
+        c_edit: factor of the loss on the edit (0.1).
+        c_loc: factor of the divergence of other texts (1).
+        clip: the gradient's norm is kept below this (100).
+        validate_every: steps between validations, at each of which a checkpoint is written.
+        validation: so many lessons are kept apart for it.
+        patience: stop after so many validations in a row without a better loss.
+        max_minutes: stop after so much time, over all runs; None: no limit.
+        seed: of the first weights, and of which lessons a step has.
+    """
+
+    steps: int = Field(100_000, ge=1)
+    learning_rate: float | None = Field(None, gt=0)
+    batch: int = Field(10, ge=1)
+    c_edit: float = Field(0.1, ge=0)
+    c_loc: float = Field(1.0, ge=0)
+    clip: float = Field(100.0, gt=0)
+    validate_every: int = Field(500, ge=1)
+    validation: int = Field(100, ge=1)
+    patience: int = Field(10, ge=1)
+    max_minutes: float | None = Field(None, gt=0)
+    seed: int = Field(0, ge=0)
+
+
+@dataclass(frozen=True)
+class Validation:
+    """How good the network is on lessons that it does not learn from.
+
+    Attributes:
+        step: after so many steps.
+        loss: c_edit · edit + c_loc · locality.
+        edit, locality: as in `objective.Judged`, means.
+        success: share of lessons whose new object is said after the equivalent prompt.
+    """
+
+    step: int
+    loss: float
+    edit: float
+    locality: float
+    success: float
+
+
+@dataclass(frozen=True)
+class Curve:
+    """How a training went.
+
+    Attributes:
+        edit, locality: of each step, means over its lessons, before the step.
+        validations: in order, the first before any step.
+        ended: why: "steps", "patience", "minutes", "diverged"; None while it goes on.
+    """
+
+    edit: tuple[float, ...] = ()
+    locality: tuple[float, ...] = ()
+    validations: tuple[Validation, ...] = ()
+    ended: str | None = None
+
+    @property
+    def best(self) -> Validation:
+        """The validation of the lowest loss."""
+        return min(self.validations, key=lambda each: each.loss)
+
+
+Progress = Callable[[int, int, Curve], None]
+
+
+def train(
+    model: Model,
+    method: str,
+    lessons: Sequence[Lesson],
+    folder: str | Path,
+    config: TrainingConfig | None = None,
+    settings: dict[str, Any] | None = None,
+    progress: Progress | None = None,
+) -> Trained:
+    """Train an editor for a model, or go on where it was stopped.
+
+    Args:
+        model: left as it is.
+        method: "mend" or "ke".
+        lessons: some of them, drawn by the seed, are kept apart for validation.
+        folder: for checkpoints and the result.
+        config: of the training.
+        settings: of the method's network.
+        progress: called after each step with (step, of, curve so far).
+
+    Returns:
+        The best network by validation, which is also the folder's `editor.safetensors`.
+
+    Raises:
+        ConfigError: if a setting does not do, or lessons are too few.
+        FactError: if a lesson's text is too long for the model, or nothing is left of a target.
+        ResultFileError: if the folder holds another training.
+        Diverged: if a loss is no finite number; the best network so far is kept.
+        KeyboardInterrupt: at Ctrl-C, once the steps so far are kept.
+    """
+    config = config or TrainingConfig.model_validate({})
+    run = _Run.begun(model, method, lessons, Path(folder), config, settings or {})
+    with deferred_interrupt() as stop_here:
+        while run.curve.ended is None:
+            try:
+                run.step()
+                if progress is not None:
+                    progress(run.done, config.steps, run.curve)
+                stop_here()
+            except KeyboardInterrupt:
+                run.save()
+                raise
+    if run.curve.ended == "diverged":
+        best = run.curve.best
+        raise Diverged(
+            f"training {method} met a loss that is no finite number after {run.done} steps. The network of step "
+            f"{best.step}, with a validation loss of {best.loss:.3g}, is kept in {run.folder / EDITOR}; a lower "
+            "learning_rate may go on longer"
+        )
+    return Trained.load(run.folder / EDITOR)
+
+
+def curve_of(folder: str | Path) -> Curve:
+    """How the training in a folder went, as far as it has come.
+
+    Raises:
+        ResultFileError: if there is none.
+    """
+    header, tensors = read_tensors(Path(folder) / STATE, KIND, VERSION, ResultFileError)
+    return _curve(header, tensors)
+
+
+def _curve(header: dict[str, Any], tensors: dict[str, Tensor]) -> Curve:
+    validations = tuple(Validation(**each) for each in header["validations"])
+    return Curve(
+        tuple(tensors["log.edit"].tolist()), tuple(tensors["log.locality"].tolist()), validations, header["ended"]
+    )
+
+
+@dataclass
+class _Run:
+    """A training under way."""
+
+    model: Model
+    folder: Path
+    config: TrainingConfig
+    about: dict[str, Any]  # all that must be the same to go on
+    network: Network
+    place: Place
+    learnt: Sequence[Lesson]
+    apart: Sequence[Drill]
+    adam: torch.optim.Adam
+    curve: Curve = field(default_factory=Curve)
+    seconds: float = 0.0
+    edit: list[float] = field(default_factory=list)
+    locality: list[float] = field(default_factory=list)
+    begun_at: float = field(default_factory=time.monotonic)
+
+    @classmethod
+    def begun(
+        cls,
+        model: Model,
+        method: str,
+        lessons: Sequence[Lesson],
+        folder: Path,
+        config: TrainingConfig,
+        settings: dict[str, Any],
+    ) -> _Run:
+        if len(lessons) <= config.validation:
+            raise ConfigError(
+                f"there are {len(lessons)} lessons, and {config.validation} are kept apart for validation: give more, "
+                "or keep fewer apart"
+            )
+        order = torch.randperm(len(lessons), generator=torch.Generator().manual_seed(derive(config.seed, "apart")))
+        apart = [lessons[i] for i in order[: config.validation].tolist()]
+        learnt = [lessons[i] for i in order[config.validation :].tolist()]
+        network, place = _network(model, method, settings, config.seed)
+        rate = config.learning_rate or LEARNING_RATE[method]
+        adam = torch.optim.Adam(network.groups(rate))
+        about = {
+            "method": method,
+            "network": network.config.model_dump(),
+            "training": config.model_dump(exclude={"steps", "patience", "max_minutes"}),
+            "model": model.name,
+            "fingerprint": weights_digest(model.hf),
+            "lessons": digest(lessons),
+        }
+        drills = [Drill.of(model, lesson) for lesson in apart]
+        run = cls(model, folder, config, about, network, place, learnt, drills, adam)
+        if (folder / STATE).is_file():
+            run._go_on()
+        else:
+            if folder.is_dir() and any(folder.iterdir()):
+                raise ResultFileError(f"{folder} holds other files: name an empty folder, or none, for a new training")
+            run._validate()
+        return run
+
+    @property
+    def done(self) -> int:
+        """Steps so far."""
+        return len(self.edit)
+
+    def step(self) -> None:
+        """One step, with a validation behind it where one is due; or the end."""
+        if self.curve.ended is None and (why := self._over()):
+            self._end(why)
+            return
+        self.network.train()
+        self.adam.zero_grad(set_to_none=True)
+        drills = self._drawn(self.done)
+        found = descend(self.model, self.network, self.place, drills, self.config.c_edit, self.config.c_loc)
+        edit, locality = float(found.edit.mean()), float(found.locality.mean())
+        norm = torch.nn.utils.clip_grad_norm_(self.network.parameters(), self.config.clip)
+        if not math.isfinite(edit + locality) or not torch.isfinite(norm):
+            self._end("diverged")
+            return
+        self.adam.step()
+        self.edit.append(edit)
+        self.locality.append(locality)
+        self.curve = Curve(tuple(self.edit), tuple(self.locality), self.curve.validations)
+        if self.done % self.config.validate_every == 0:
+            self._validate()
+
+    def _over(self) -> str | None:
+        """Why there is no further step, if there is none."""
+        if self.done >= self.config.steps:
+            return "steps"
+        since = [each.loss for each in self.curve.validations]
+        if len(since) > self.config.patience and min(since[-self.config.patience :]) > min(since):
+            return "patience"
+        limit = self.config.max_minutes
+        return "minutes" if limit is not None and self._elapsed() > 60 * limit else None
+
+    def _end(self, why: str) -> None:
+        if why != "diverged" and (not self.curve.validations or self.curve.validations[-1].step < self.done):
+            self._validate()
+        self.curve = Curve(self.curve.edit, self.curve.locality, self.curve.validations, why)
+        if why != "diverged":
+            self.save()
+
+    def _drawn(self, step: int) -> list[Drill]:
+        """The lessons of a step, with which of their prompts and texts."""
+        generator = torch.Generator().manual_seed(derive(self.config.seed, "step", step))
+        count = min(self.config.batch, len(self.learnt))
+        chosen = torch.randperm(len(self.learnt), generator=generator)[:count].tolist()
+        which = torch.randint(2**31, (count, 2), generator=generator).tolist()
+        return [Drill.of(self.model, self.learnt[i], *places) for i, places in zip(chosen, which, strict=True)]
+
+    def _validate(self) -> None:
+        """Measure, keep the network if it is the best so far, and write a checkpoint."""
+        self.network.eval()
+        parts = [self.apart[i : i + self.config.batch] for i in range(0, len(self.apart), self.config.batch)]
+        found = []
+        with torch.no_grad():
+            for drills in parts:
+                made = changes_of(
+                    self.model, self.network, self.place, [d.edit for d in drills], [d.words for d in drills]
+                )
+                found.append(judged(self.model, self.place, padded(made, len(drills)), drills))
+        edit = float(torch.cat([each.edit for each in found]).mean())
+        locality = float(torch.cat([each.locality for each in found]).mean())
+        success = float(torch.cat([each.success for each in found]).float().mean())
+        loss = self.config.c_edit * edit + self.config.c_loc * locality
+        if not math.isfinite(loss):
+            if self.curve.validations:
+                self._end("diverged")
+                return
+            raise Diverged(
+                f"{self.about['method']} begins at a loss that is no finite number: the model's own numbers overflow "
+                "on these lessons. Try a wider dtype"
+            )
+        new = Validation(self.done, loss, edit, locality, success)
+        best = not self.curve.validations or loss < self.curve.best.loss
+        self.curve = Curve(tuple(self.edit), tuple(self.locality), (*self.curve.validations, new), self.curve.ended)
+        if best:
+            self._trained().save(self.folder / EDITOR)
+        self.save()
+
+    # ---- checkpoints ----
+
+    def save(self) -> None:
+        """Write all that it takes to go on."""
+        tensors = {f"network.{name}": each for name, each in self.network.state_dict().items()}
+        for i, state in self.adam.state_dict()["state"].items():
+            tensors |= {f"adam.{i}.{name}": torch.as_tensor(value) for name, value in state.items()}
+        tensors["log.edit"] = torch.tensor(self.edit, dtype=torch.float64)
+        tensors["log.locality"] = torch.tensor(self.locality, dtype=torch.float64)
+        header = {
+            "about": self.about,
+            "validations": [asdict(each) for each in self.curve.validations],
+            "ended": self.curve.ended,
+            "seconds": self._elapsed(),
+        }
+        write_tensors(self.folder / STATE, KIND, VERSION, header, tensors)
+
+    def _go_on(self) -> None:
+        path = self.folder / STATE
+        header, tensors = read_tensors(path, KIND, VERSION, ResultFileError)
+        try:
+            there, here = dict(header["about"]), self.about
+            differing = [key for key in here if there.get(key) != here[key]]
+            if differing:
+                raise ResultFileError(
+                    f"{self.folder} holds another training, with other {' and '.join(differing)}: name another folder"
+                )
+            self.curve = _curve(header, tensors)
+            self.network.load_state_dict(_under("network.", tensors))
+            state: dict[int, dict[str, Tensor]] = {}
+            for name, value in _under("adam.", tensors).items():
+                number, _, part = name.partition(".")
+                state.setdefault(int(number), {})[part] = value
+            self.adam.load_state_dict({**self.adam.state_dict(), "state": state})
+            self.edit, self.locality = list(self.curve.edit), list(self.curve.locality)
+            self.seconds = float(header["seconds"])
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            if isinstance(error, ResultFileError):
+                raise
+            raise ResultFileError(f"{path} is broken: {error}. Begin again in another folder") from error
+        if self.curve.ended in ("steps", "patience", "minutes"):  # more may be allowed now
+            self.curve = Curve(self.curve.edit, self.curve.locality, self.curve.validations)
+
+    def _elapsed(self) -> float:
+        """Seconds over all runs."""
+        return self.seconds + time.monotonic() - self.begun_at
+
+    def _trained(self) -> Trained:
+        best = self.curve.validations[-1]
+        card = {
+            "validation": asdict(best),
+            "training": self.config.model_dump(),
+            "lessons": {"digest": self.about["lessons"], "learnt": len(self.learnt), "apart": len(self.apart)},
+            "minutes": round(self._elapsed() / 60, 2),
+        }
+        return Trained(self.network, self.model.name, self.about["fingerprint"], card, frozenset(keys(self.learnt)))
+
+
+def _network(model: Model, method: str, settings: dict[str, Any], seed: int) -> tuple[Network, Place]:
+    """A new network on the model's device, and where its edits go."""
+    from errata.editors.hypernetworks.files import config_of
+
+    place = Place.of(model, config_of(method, settings).blocks)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(derive(seed, "network"))
+        network = new_network(method, place.shapes(model), model.d_model, settings)
+    return network.to(model.device), place
+
+
+def _under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}

@@ -1,0 +1,141 @@
+"""MEND's network: an edit's gradient factors in, better ones out (Mitchell et al., 2022, section 3).
+
+Each row x = (u, δ) of a map's factors is normalised and goes through two residual layers of low rank,
+
+    x ← x + σ(s ⊙ (U V x + b) + t),
+
+σ being ReLU in the first and nothing in the last, and is cut into ũ and δ̃. The change is ΔW = −α Σ δ̃ ⊗ ũ: as low
+in rank as the edit has tokens. Maps of one shape share a network, and have s, t and α of their own. U is zero at first,
+so that training begins at the normalised gradient.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, cast
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from errata.editors.hypernetworks.factors import Factors
+from errata.editors.hypernetworks.network import Network, NetworkConfig, Shapes
+
+_TINY = 1e-7  # under a standard deviation
+
+
+class MendConfig(NetworkConfig):
+    """Settings of MEND's network.
+
+    Attributes:
+        blocks: of so many highest blocks the MLPs' linear maps are edited (3).
+        rank: of U and V, if the row is not shorter (1920).
+        hidden: layers before the last (1).
+        edit_lr: α of every map at first (1e-4).
+        edit_lr_lr: the rate at which α is learned (1e-4).
+    """
+
+    rank: int = Field(1920, ge=1)
+    hidden: int = Field(1, ge=0)
+    edit_lr: float = Field(1e-4, gt=0)
+    edit_lr_lr: float = Field(1e-4, ge=0)
+
+
+class MendNetwork(Network):
+    """MEND's network for maps of these shapes."""
+
+    method: ClassVar[str] = "mend"
+    config: MendConfig
+
+    def __init__(self, shapes: Shapes, d_model: int, config: MendConfig):
+        super().__init__()
+        self.config, self.shapes, self.d_model = config, dict(shapes), d_model
+        alike: dict[tuple[int, int], list[str]] = {}
+        for name, shape in self.shapes.items():
+            alike.setdefault(shape, []).append(name)
+        self._alike = list(alike.values())
+        self.shared = nn.ModuleList(
+            [_Residual(sum(shape), len(names), config.rank, config.hidden) for shape, names in alike.items()]
+        )
+        self.alpha = nn.Parameter(torch.full((len(self.shapes),), config.edit_lr))
+        self.moments = nn.ModuleList([_Moments(sum(shape)) for shape in self.shapes.values()])
+
+    def forward(self, factors: Mapping[str, Factors], texts: Sequence[Tensor]) -> dict[str, Factors]:
+        """As `Network.forward`; while it is trained, the moments of what goes in are gathered."""
+        found: dict[str, Factors] = {}
+        order = list(self.shapes)
+        for names, shared in zip(self._alike, self.shared, strict=True):
+            rows, modes = [], []
+            for mode, name in enumerate(names):
+                each, moments = factors[name], cast(_Moments, self.moments[order.index(name)])
+                row = torch.cat([each.entering, each.leaving], 1)
+                if self.training:
+                    moments.gather(row)
+                rows.append(moments.normalised(row))
+                modes.append(torch.full((len(row),), mode, device=row.device))
+            out = shared(torch.cat(rows), torch.cat(modes)).split([len(row) for row in rows])
+            for name, row in zip(names, out, strict=True):
+                each = factors[name]
+                entering, leaving = row.split([each.entering.shape[1], each.leaving.shape[1]], 1)
+                found[name] = Factors(entering, -self.alpha[order.index(name)] * leaving, each.owner)
+        return {name: found[name] for name in order}
+
+    def groups(self, learning_rate: float) -> list[dict[str, Any]]:
+        """α has a rate of its own."""
+        others = [each for name, each in self.named_parameters() if name != "alpha"]
+        return [{"params": others, "lr": learning_rate}, {"params": [self.alpha], "lr": self.config.edit_lr_lr}]
+
+
+class _Residual(nn.Module):
+    """The layers, with scales and shifts for so many maps."""
+
+    def __init__(self, width: int, maps: int, rank: int, hidden: int):
+        super().__init__()
+        rank = min(rank, width)
+        layers = hidden + 1
+        self.U = nn.ParameterList([torch.zeros(width, rank) for _ in range(layers)])
+        self.V = nn.ParameterList([torch.randn(rank, width) for _ in range(layers)])
+        self.bias = nn.ParameterList([torch.zeros(width) for _ in range(layers)])
+        self.scale = nn.ParameterList([torch.ones(maps, width) for _ in range(layers)])
+        self.shift = nn.ParameterList([torch.zeros(maps, width) for _ in range(layers)])
+
+    def forward(self, x: Tensor, maps: Tensor) -> Tensor:
+        """Rows `[n, width]`, each of one of the maps, `[n]`."""
+        last = len(self.U) - 1
+        for i in range(last + 1):
+            inner = self.scale[i][maps] * ((x @ self.V[i].T) @ self.U[i].T + self.bias[i]) + self.shift[i][maps]
+            x = x + (inner if i == last else inner.relu())
+        return x
+
+
+class _Moments(nn.Module):
+    """Mean and variance of all rows so far, gathered in float64 without keeping them."""
+
+    count: Tensor
+    mean: Tensor
+    squares: Tensor
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.register_buffer("count", torch.zeros((), dtype=torch.float64))
+        self.register_buffer("mean", torch.zeros(width, dtype=torch.float64))
+        self.register_buffer("squares", torch.zeros(width, dtype=torch.float64))
+
+    @torch.no_grad()
+    def gather(self, rows: Tensor) -> None:
+        """Take `[n, width]` in (Chan, Golub and LeVeque, 1979)."""
+        if not len(rows):
+            return
+        wide = rows.double()
+        mean, count = wide.mean(0), self.count + len(rows)
+        apart = mean - self.mean
+        self.squares += (wide - mean).square().sum(0) + apart.square() * self.count * len(rows) / count
+        self.mean += apart * len(rows) / count
+        self.count.copy_(count)
+
+    def normalised(self, rows: Tensor) -> Tensor:
+        """Of mean 0 and deviation 1, as far as is known."""
+        if self.count < 2:
+            return rows
+        deviation = (self.squares / (self.count - 1)).sqrt()
+        return ((rows.double() - self.mean) / (deviation + _TINY)).to(rows.dtype)

@@ -1,0 +1,117 @@
+"""Prompts and targets as tokens, and the part of a model that runs them again and again.
+
+Editors that search for a change of high blocks run the same texts many times. All below those blocks is recorded once;
+from there on texts of all lengths go in few batches, and predictions are made only where a target needs one.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from errata.models.model import Model
+from errata.models.scoring import target_ids
+from errata.passes.replay import record
+from errata.passes.tails import Chunk, Tails, cut, join
+
+# Tokens that run at once: gradients keep what every block made on its way.
+_TOKENS_AT_ONCE = {"cpu": 512, "cuda": 4096}
+
+
+@dataclass(frozen=True)
+class Text:
+    """A prompt, with as much of its target as is read.
+
+    Attributes:
+        ids: its tokens.
+        targets: the target's tokens.
+        from_end: for each of them the token after which it is predicted, counted from the text's end: 1 is the last.
+    """
+
+    ids: tuple[int, ...]
+    targets: tuple[int, ...]
+    from_end: tuple[int, ...]
+
+
+def text_of(model: Model, prompt: str, target: str, forced: bool = True) -> Text:
+    """The text of a prompt and its target.
+
+    Args:
+        forced: teacher forcing: each token of the target is predicted after those before it; or else all of them
+            after the prompt alone.
+
+    Raises:
+        FactError: if it is too long for the model, or nothing is left of the target.
+    """
+    whole, n_prompt = target_ids(model.tokenizer, prompt, target)
+    targets = tuple(whole[n_prompt:])
+    count = len(targets)
+    ids = tuple(whole[:-1] if forced else whole[:n_prompt])
+    model.require_room(ids, f"{prompt} {target}")
+    return Text(ids, targets, tuple(range(count, 0, -1)) if forced else (1,) * count)
+
+
+def recorded(model: Model, layer: int, texts: Sequence[Text]) -> Tails:
+    """All tokens of the texts, labelled by their index, to be run from block `layer` on.
+
+    Raises:
+        UnsupportedModel: if the model's blocks cannot be resumed.
+    """
+    cuts = []
+    ordered = sorted(range(len(texts)), key=lambda i: len(texts[i].ids))
+    for length, group in itertools.groupby(ordered, key=lambda i: len(texts[i].ids)):
+        rows = {label: row for row, label in enumerate(group)}
+        recording = record(model, model.batch([texts[i].ids for i in rows]), first=layer, check=False)
+        cuts.append(cut(recording, rows, (0, length), (layer, model.n_layers)))
+    return join(model, cuts)
+
+
+def chunks(model: Model, tails: Tails, labels: Iterable[int]) -> Iterator[Chunk]:
+    """The texts of these labels, as many at once as suits the device."""
+    yield from tails.chunks(set(labels), _TOKENS_AT_ONCE.get(model.device.type, 512))
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """What is said where targets are predicted, p places in all.
+
+    Attributes:
+        logits: `[p, v]`, in float32 at least.
+        rows: which row each is of, `[p]`.
+        targets: the tokens, `[p]`.
+        count: how many rows there are.
+    """
+
+    logits: Tensor
+    rows: Tensor
+    targets: Tensor
+    count: int
+
+    def mean(self, values: Tensor) -> Tensor:
+        """Of a number a place, `[p]`, the mean over each row's places, `[count]`."""
+        places = torch.bincount(self.rows, minlength=self.count)
+        return values.new_zeros(self.count).index_add(0, self.rows, values) / places
+
+    def losses(self) -> Tensor:
+        """−log P of the targets in nats, mean over each row's tokens, `[count]`."""
+        return self.mean(functional.cross_entropy(self.logits, self.targets, reduction="none"))
+
+
+def kept(texts: Sequence[Text]) -> int:
+    """How many tokens at the end of the last block's output the predictions are read off."""
+    return max(max(text.from_end) for text in texts)
+
+
+def predictions(model: Model, texts: Sequence[Text], states: Tensor) -> Predictions:
+    """What the model says at the places of these texts, one a row of the last block's states `[r, n, d_model]`."""
+    device = states.device
+    rows = torch.tensor([row for row, text in enumerate(texts) for _ in text.targets], device=device)
+    from_end = torch.tensor([place for text in texts for place in text.from_end], device=device)
+    targets = torch.tensor([target for text in texts for target in text.targets], device=device)
+    logits = model.unembed(states[rows, states.shape[1] - from_end])
+    return Predictions(logits.to(torch.promote_types(model.dtype, torch.float32)), rows, targets, len(texts))

@@ -1,0 +1,549 @@
+"""Trained editors: factors, changes and gradients against what is written out; files; training, killed and not."""
+
+from __future__ import annotations
+
+import functools
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch.func import functional_call
+
+from errata.base.errors import ConfigError, Diverged, EditMismatch, FactError, ResultFileError
+from errata.base.facts import Fact
+from errata.base.fingerprint import tensor_digest
+from errata.editors.hypernetworks import training
+from errata.editors.hypernetworks.editor import prepare_ke, prepare_mend, trained_edit
+from errata.editors.hypernetworks.factors import edited_maps, gradient_factors
+from errata.editors.hypernetworks.files import Trained, new_network
+from errata.editors.hypernetworks.lessons import Lesson, keys, text_lessons
+from errata.editors.hypernetworks.network import condition
+from errata.editors.hypernetworks.objective import Drill, Place, changes_of, descend, words_of
+from errata.editors.hypernetworks.training import EDITOR, STATE, TrainingConfig, curve_of, train
+from errata.editors.texts import text_of
+from errata.edits.edit import Edit
+from errata.models.fingerprint import weights_digest
+from errata.models.loading import load_pretrained
+from errata.models.model import Model
+from errata.models.scoring import score
+from errata.models.weights import matrix
+from tiny import ALL_FAMILIES, byte_tokenizer, llama_tokenizer, tiny
+
+LAYERS = 4
+TRAINED_FAMILIES = ("gpt2", "gpt_neox", "llama", "opt", "gptj", "phi3")
+FACTS = [
+    Fact("The Space Needle", "{} is located in the city of", "Seattle").rewrite("Paris"),
+    Fact("Danielle Darrieux", "The mother tongue of {} is", "French").rewrite("English now"),
+    Fact("Roy", "{} plays", "trumpet").rewrite("harp"),
+]
+LESSONS = [
+    Lesson(each, (each.text, f"Of late. {each.text}"), (("Berlin lies in", "Germany"), ("A cat is an", "animal too")))
+    for each in FACTS
+]
+NETWORKS = {"mend": {"blocks": 2, "rank": 5, "edit_lr": 0.01}, "ke": {"blocks": 2, "hidden": 4}}
+CONFIG = TrainingConfig(
+    steps=6, learning_rate=1e-2, batch=2, validate_every=2, validation=1, patience=50, max_minutes=None
+)
+
+
+@functools.cache
+def model_of(family: str = "gpt2", dtype: torch.dtype = torch.float64) -> Model:
+    tokenizer = llama_tokenizer if family == "llama" else byte_tokenizer
+    return load_pretrained((tiny(family, LAYERS, dtype), tokenizer()), name=family)
+
+
+def state(model: Model) -> tuple:
+    """All that must be as before: bytes, what is trainable, gradients, hooks."""
+    hooks = sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.hf.modules())
+    parameters = {name: (each.requires_grad, each.grad) for name, each in model.hf.named_parameters()}
+    return {name: tensor_digest(each) for name, each in model.hf.state_dict().items()}, parameters, hooks
+
+
+def network_of(model: Model, method: str, seed: int = 0):
+    """One whose weights are all random, so that nothing of it is the identity."""
+    place = Place.of(model, 2)
+    torch.manual_seed(seed)
+    network = new_network(method, place.shapes(model), model.d_model, NETWORKS[method]).to(model.dtype)
+    for parameter in network.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    return network, place
+
+
+def plain_loss(hf, tokenizer, prompt: str, target: str) -> torch.Tensor:
+    """Mean over the target's tokens of −log P, from one whole forward pass."""
+    start, ids = len(tokenizer(prompt)["input_ids"]), tokenizer(f"{prompt} {target}")["input_ids"]
+    logits = hf(input_ids=torch.tensor([ids]), use_cache=False).logits[0].log_softmax(-1)
+    return -torch.stack([logits[at - 1, ids[at]] for at in range(start, len(ids))]).mean()
+
+
+# ---- factors ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", ALL_FAMILIES)
+def test_factors_are_the_gradient_of_the_weights(family):
+    model = model_of(family)
+    before = state(model)
+    place = Place.of(model, 2)
+    texts = [text_of(model, each.text, each.new_object) for each in FACTS]
+    found = gradient_factors(model, texts, place.maps, place.first)
+    assert state(model) == before
+    weights = [model.weight(f"{name}.weight") for name in place.maps]
+    for number, rewrite in enumerate(FACTS):
+        loss = plain_loss(model.hf, model.tokenizer, rewrite.text, rewrite.new_object)
+        for name, weight, gradient in zip(place.maps, weights, torch.autograd.grad(loss, weights), strict=True):
+            write, read = found[name].of(number)
+            shown = gradient if matrix(model, f"{name}.weight").stride() == weight.stride() else gradient.T
+            close = 1e-5 * float(gradient.abs().max())  # norms in float32 inside some families
+            torch.testing.assert_close(write @ read, shown, rtol=1e-5, atol=close)
+
+
+def test_the_maps_are_those_of_the_highest_mlps():
+    assert edited_maps(model_of("gpt2"), 1) == ("transformer.h.3.mlp.c_fc", "transformer.h.3.mlp.c_proj")
+    assert [name.rpartition(".")[2] for name in edited_maps(model_of("llama"), 1)] == [
+        "gate_proj",
+        "up_proj",
+        "down_proj",
+    ]
+    assert edited_maps(model_of("opt"), 1) == ("model.decoder.layers.3.fc1", "model.decoder.layers.3.fc2")
+    with pytest.raises(ConfigError, match="blocks = 5, and gpt2 has 4"):
+        edited_maps(model_of("gpt2"), 5)
+
+
+# ---- formulas, written out ----------------------------------------------------------------------------
+
+
+def given(model: Model, place: Place):
+    """Factors of the first fact, as numpy has them."""
+    texts = [text_of(model, FACTS[0].text, FACTS[0].new_object)]
+    factors = gradient_factors(model, texts, place.maps, place.first)
+    return factors, {name: (each.entering.numpy(), each.leaving.numpy()) for name, each in factors.items()}
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_mends_update_written_out(family):
+    model = model_of(family)
+    network, place = network_of(model, "mend")
+    factors, plain = given(model, place)
+    rng = np.random.default_rng(1)
+    for moments, (entering, leaving) in zip(network.moments, plain.values(), strict=True):
+        width = entering.shape[1] + leaving.shape[1]
+        moments.count.fill_(10.0)
+        moments.mean.copy_(torch.from_numpy(rng.normal(size=width)))
+        moments.squares.copy_(torch.from_numpy(rng.uniform(1, 2, width)))
+    changes = network.eval()(factors, [])
+    shapes = list(dict.fromkeys(network.shapes.values()))
+    seen = dict.fromkeys(shapes, 0)
+    for place_, (name, shape) in enumerate(network.shapes.items()):
+        shared, mode = network.shared[shapes.index(shape)], seen[shape]
+        seen[shape] += 1
+        moments = network.moments[place_]
+        x = np.concatenate(plain[name], 1)
+        x = (x - moments.mean.numpy()) / (np.sqrt(moments.squares.numpy() / 9) + 1e-7)
+        for i in range(2):
+            U, V, b = (each[i].detach().numpy() for each in (shared.U, shared.V, shared.bias))
+            s, t = (each[i].detach().numpy()[mode] for each in (shared.scale, shared.shift))
+            inner = s * (x @ V.T @ U.T + b) + t
+            x = x + (np.maximum(inner, 0) if i == 0 else inner)
+        u, delta = x[:, : shape[1]], x[:, shape[1] :]
+        want = -network.alpha[place_].item() * sum(np.outer(d, r) for d, r in zip(delta, u, strict=True))
+        write, read = changes[name].of(0)
+        np.testing.assert_allclose((write @ read).detach().numpy(), want, rtol=1e-9, atol=1e-12)
+
+
+def test_mend_begins_at_the_normalised_gradient():
+    model = model_of()
+    place = Place.of(model, 2)
+    network = new_network("mend", place.shapes(model), model.d_model, NETWORKS["mend"]).to(model.dtype).train()
+    factors, plain = given(model, place)
+    changes = network(factors, [])
+    for name, (entering, leaving) in plain.items():
+        x = np.concatenate([entering, leaving], 1)
+        if len(x) > 1:  # of one row no deviation is known
+            x = (x - x.mean(0)) / (x.std(0, ddof=1) + 1e-7)
+        want = -0.01 * x[:, entering.shape[1] :].T @ x[:, : entering.shape[1]]
+        write, read = changes[name].of(0)
+        np.testing.assert_allclose((write @ read).detach().numpy(), want, rtol=1e-6, atol=1e-9)
+
+
+def test_moments_of_parts_are_those_of_the_whole():
+    network = new_network("mend", {"m": (2, 3)}, 4, {}).train()
+    rows = torch.randn(50, 5, dtype=torch.float64)
+    for part in rows.split([1, 0, 30, 19]):
+        network.moments[0].gather(part)
+    torch.testing.assert_close(network.moments[0].mean, rows.mean(0))
+    torch.testing.assert_close(network.moments[0].squares / 49, rows.var(0))
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_kes_update_written_out(family):
+    model = model_of(family)
+    network, place = network_of(model, "ke")
+    factors, plain = given(model, place)
+    words = model.weight(f"{model.path(('embedding', 0))}.weight").detach()[list(words_of(model, condition(FACTS[0])))]
+    changes = network.eval()(factors, [words])
+    lstm = {name: each.detach().numpy() for name, each in network.lstm.named_parameters()}
+
+    def sigmoid(x):
+        return 1 / (1 + np.exp(-x))
+
+    def end(sequence, way: str) -> np.ndarray:
+        h = c = np.zeros(4)
+        for x in sequence:
+            gates = lstm[f"weight_ih_l0{way}"] @ x + lstm[f"bias_ih_l0{way}"]
+            gates = gates + lstm[f"weight_hh_l0{way}"] @ h + lstm[f"bias_hh_l0{way}"]
+            i, f, g, o = np.split(gates, 4)
+            c = sigmoid(f) * c + sigmoid(i) * np.tanh(g)
+            h = sigmoid(o) * np.tanh(c)
+        return h
+
+    h = np.concatenate([end(words.numpy(), ""), end(words.numpy()[::-1], "_reverse")])
+    for conditioner, (name, (d_out, d_in)) in zip(network.conditioners, network.shapes.items(), strict=True):
+        first, last = (conditioner[i] for i in (0, 2))
+        z = np.tanh(first.weight.detach().numpy() @ h + first.bias.detach().numpy())
+        z = last.weight.detach().numpy() @ z + last.bias.detach().numpy()
+        alpha, beta, gamma, delta, eta = np.split(z, np.cumsum([d_out, d_out, d_in, d_in]))
+        alpha, beta = (np.exp(each) / np.exp(each).sum() for each in (alpha, beta))
+        gradient = plain[name][1].T @ plain[name][0]
+        want = -sigmoid(eta) * (np.outer(alpha, gamma) * gradient + np.outer(beta, delta))
+        write, read = changes[name].of(0)
+        np.testing.assert_allclose((write @ read).detach().numpy(), want, rtol=1e-9, atol=1e-14)
+
+
+@pytest.mark.parametrize("method", NETWORKS)
+def test_edits_together_are_each_alone(method):
+    model = model_of()
+    network, place = network_of(model, method)
+    network.eval()
+    texts = [text_of(model, each.text, each.new_object) for each in FACTS]
+    words = [words_of(model, condition(each)) for each in FACTS]
+    together = changes_of(model, network, place, texts, words)
+    for number in range(len(FACTS)):
+        alone = changes_of(model, network, place, texts[number : number + 1], words[number : number + 1])
+        for name in place.maps:
+            one, other = together[name].of(number), alone[name].of(0)
+            torch.testing.assert_close(one[0] @ one[1], other[0] @ other[1], rtol=1e-9, atol=1e-12)
+
+
+# ---- the objective ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", NETWORKS)
+@pytest.mark.parametrize("family", TRAINED_FAMILIES)
+def test_the_gradient_is_that_of_whole_edited_models(family, method):
+    """Against weights changed outright, whole forward passes, and autograd from the loss to the network."""
+    model = model_of(family)
+    before = state(model)
+    network, place = network_of(model, method)
+    network.eval()
+    drills = [Drill.of(model, lesson, equivalent=i, other=i) for i, lesson in enumerate(LESSONS)]
+    network.zero_grad()
+    found = descend(model, network, place, drills, 0.7, 1.3)
+    ours = {name: each.grad.clone() for name, each in network.named_parameters() if each.grad is not None}
+    assert state(model) == before
+
+    network.zero_grad()
+    texts = [text_of(model, each.text, each.new_object) for each in FACTS]
+    changes = changes_of(model, network, place, texts, [words_of(model, condition(each)) for each in FACTS])
+    total = torch.zeros((), dtype=model.dtype)
+    weights = {name: each.detach() for name, each in model.hf.named_parameters()}
+    for i, lesson in enumerate(LESSONS):
+        edited = dict(weights)
+        for name in place.maps:
+            write, read = changes[name].of(i)
+            change, weight = write @ read, weights[f"{name}.weight"]
+            stored = matrix(model, f"{name}.weight").stride() == weight.stride()
+            edited[f"{name}.weight"] = weight + (change if stored else change.T)
+
+        def hf(edited=edited, **given):
+            return functional_call(model.hf, edited, kwargs=given)
+
+        edit = plain_loss(hf, model.tokenizer, lesson.equivalents[i % 2], lesson.rewrite.new_object)
+        prompt, target = lesson.others[i % 2]
+        start, ids = len(model.tokenizer(prompt)["input_ids"]), model.tokenizer(f"{prompt} {target}")["input_ids"]
+        asked = torch.tensor([ids])
+        with torch.no_grad():
+            was = model.hf(input_ids=asked).logits[0, start - 1 : -1].log_softmax(-1)
+        now = hf(input_ids=asked, use_cache=False).logits[0, start - 1 : -1].log_softmax(-1)
+        apart = (was.exp() * (was - now)).sum(-1).mean()
+        assert float(found.edit[i]) == pytest.approx(edit.item(), rel=1e-5)
+        assert float(found.locality[i]) == pytest.approx(apart.item(), rel=1e-3, abs=1e-9)
+        total = total + (0.7 * edit + 1.3 * apart) / len(LESSONS)
+    total.backward()
+    for name, parameter in network.named_parameters():
+        if name in ours:
+            scale = float(parameter.grad.abs().max())
+            torch.testing.assert_close(ours[name], parameter.grad, rtol=1e-4, atol=1e-4 * scale + 1e-12)
+    assert ours
+
+
+# ---- edits --------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def trained(method: str, family: str = "gpt2") -> Trained:
+    model = model_of(family)
+    network, _ = network_of(model, method)
+    return Trained(network.eval(), model.name, weights_digest(model.hf), {"steps": 3}, frozenset(keys(LESSONS)))
+
+
+@pytest.mark.parametrize("method", NETWORKS)
+@pytest.mark.parametrize("family", ["gpt2", "gpt_neox", "llama"])
+def test_an_edit_is_of_low_rank_and_leaves_the_model_alone(family, method):
+    model = model_of(family)
+    before = state(model)
+    one, other = trained_edit(model, FACTS[:2], trained(method, family))
+    assert state(model) == before
+    tokens = len(text_of(model, FACTS[0].text, FACTS[0].new_object).ids)
+    assert all(1 <= delta.rank <= tokens + 1 for delta in one.deltas)
+    said = score(model, [FACTS[0].text], ["Paris"])[0].total
+    with one.applied(model):
+        assert score(model, [FACTS[0].text], ["Paris"])[0].total != said
+    assert state(model) == before
+    assert one != other
+    assert trained_edit(model, FACTS[0], trained(method, family), scale=0.5).deltas[0].norm() == pytest.approx(
+        0.5 * one.deltas[0].norm()
+    )
+
+
+def test_an_edit_is_written_as_an_adapter(tmp_path):
+    edit = trained_edit(model_of(), FACTS[0], trained("mend"))
+    edit.to_lora(tmp_path / "adapter")
+    assert (tmp_path / "adapter" / "adapter_config.json").is_file()
+
+
+def test_one_that_cannot_be_made_stays_in_its_place():
+    too_long = Fact("The Space Needle " * 999, "{} is in", "Seattle").rewrite("Paris")
+    found = trained_edit(model_of(), [too_long, FACTS[0]], trained("mend"), errors="keep")
+    assert [type(each) for each in found] == [FactError, Edit]
+    with pytest.raises(FactError, match="tokens"):
+        trained_edit(model_of(), [too_long], trained("mend"))
+
+
+def test_the_model_is_left_alone_when_interrupted(monkeypatch):
+    model = model_of()
+    before = state(model)
+
+    def interrupted(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(torch.autograd, "grad", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        trained_edit(model, FACTS[0], trained("mend"))
+    assert state(model) == before
+
+
+# ---- files --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", NETWORKS)
+def test_a_trained_editor_is_read_back_as_it_was(method, tmp_path):
+    model = load_pretrained((tiny("gpt2", LAYERS), byte_tokenizer()), name="gpt2")
+    network, _ = network_of(model, method)
+    kept = Trained(network.eval(), model.name, weights_digest(model.hf), {"steps": 3}, frozenset({"0" * 12}))
+    kept.save(tmp_path / "x.safetensors")
+    again = Trained.load(tmp_path / "x.safetensors")
+    assert (again.header(), again.seen) == (kept.header(), kept.seen)
+    assert trained_edit(model, FACTS[0], again) == trained_edit(model, FACTS[0], kept)
+    prepare = {"mend": prepare_mend, "ke": prepare_ke}
+    editor = prepare[method](model, {"trained": str(tmp_path / "x.safetensors"), "scale": 2.0}, None, 0)
+    assert editor.seen == {"0" * 12}
+    (edit,) = editor.make(model, FACTS[:1])
+    assert edit.deltas[0].norm() == pytest.approx(2 * trained_edit(model, FACTS[0], kept).deltas[0].norm(), rel=1e-5)
+    with pytest.raises(ConfigError, match=f"holds a trained '{method}'"):
+        prepare["ke" if method == "mend" else "mend"](model, {"trained": str(tmp_path / "x.safetensors")}, None, 0)
+
+
+def test_another_model_is_refused(tmp_path):
+    other = load_pretrained((tiny("gpt2", LAYERS, torch.float64, seed=5), byte_tokenizer()), name="other")
+    with pytest.raises(EditMismatch, match="was trained for gpt2, and other has other weights"):
+        trained_edit(other, FACTS[0], trained("mend"))
+    model = model_of()
+    edit = trained_edit(model, FACTS[0], trained("mend"))
+    with edit.applied(model), pytest.raises(EditMismatch, match="without edits on it"):
+        trained_edit(model, FACTS[0], trained("mend"))
+
+
+def test_files_that_do_not_do(tmp_path):
+    with pytest.raises(ConfigError, match="train one for gpt2 by errata train-editor mend"):
+        prepare_mend(model_of(), {}, None, 0)
+    with pytest.raises(ResultFileError, match="there is no file"):
+        prepare_mend(model_of(), {"trained": str(tmp_path / "none")}, None, 0)
+    (tmp_path / "bad.safetensors").write_bytes(b"hello")
+    with pytest.raises(ResultFileError, match="no whole safetensors file"):
+        Trained.load(tmp_path / "bad.safetensors")
+    broken = Trained(new_network("mend", {"m": (2, 3)}, 4, {}), "m", "00", {})
+    with torch.no_grad():
+        broken.network.alpha.fill_(float("nan"))
+    broken.save(tmp_path / "nan.safetensors")
+    with pytest.raises(ResultFileError, match="alpha is no finite number"):
+        Trained.load(tmp_path / "nan.safetensors")
+
+
+# ---- training -----------------------------------------------------------------------------------------
+
+
+@functools.cache
+def small() -> Model:
+    return load_pretrained((tiny("gpt2", LAYERS), byte_tokenizer()), name="gpt2")
+
+
+def same(one: Path, other: Path) -> None:
+    """Two trainings came to the same, bit for bit."""
+    a, b = (curve_of(folder) for folder in (one, other))
+    assert (a.edit, a.locality, a.validations) == (b.edit, b.locality, b.validations)
+    left, right = (Trained.load(folder / EDITOR).network.state_dict() for folder in (one, other))
+    assert all(torch.equal(left[name], right[name]) for name in left)
+
+
+@pytest.mark.parametrize("method", NETWORKS)
+def test_training_lowers_the_loss_and_keeps_the_best(method, tmp_path):
+    model = small()
+    before = state(model)
+    config = TrainingConfig(**{**CONFIG.model_dump(), "steps": 30, "validate_every": 10})
+    found = train(model, method, LESSONS * 2, tmp_path / "t", config, NETWORKS[method])
+    assert state(model) == before
+    curve = curve_of(tmp_path / "t")
+    assert (curve.ended, len(curve.edit)) == ("steps", 30)
+    assert curve.best.loss < curve.validations[0].loss
+    assert found.card["validation"]["step"] == curve.best.step
+    assert sorted(path.name for path in (tmp_path / "t").iterdir()) == [EDITOR, STATE]
+
+
+@pytest.mark.parametrize("method", NETWORKS)
+def test_one_that_was_stopped_goes_on_as_if_it_had_not(method, tmp_path):
+    train(small(), method, LESSONS, tmp_path / "whole", CONFIG, NETWORKS[method])
+    for at in (1, 3, 4):
+
+        def stop(done, of, curve, at=at):
+            if done == at:
+                raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            train(small(), method, LESSONS, tmp_path / "parts", CONFIG, NETWORKS[method], stop)
+        assert len(curve_of(tmp_path / "parts").edit) == at
+    train(small(), method, LESSONS, tmp_path / "parts", CONFIG, NETWORKS[method])
+    same(tmp_path / "whole", tmp_path / "parts")
+
+
+def test_more_steps_go_on_from_the_end(tmp_path):
+    longer = TrainingConfig(**{**CONFIG.model_dump(), "steps": 8})
+    train(small(), "mend", LESSONS, tmp_path / "a", CONFIG, NETWORKS["mend"])
+    train(small(), "mend", LESSONS, tmp_path / "a", longer, NETWORKS["mend"])
+    train(small(), "mend", LESSONS, tmp_path / "b", longer, NETWORKS["mend"])
+    same(tmp_path / "a", tmp_path / "b")
+
+
+SCRIPT = """
+import sys
+sys.path.insert(0, {tests!r})
+import test_hypernetworks as t
+t.train(t.small(), "mend", t.LESSONS, {folder!r}, t.TrainingConfig(**{{**t.CONFIG.model_dump(), "steps": 400}}),
+        t.NETWORKS["mend"])
+"""
+
+
+def test_killed_at_any_moment_it_goes_on(tmp_path):
+    folder = tmp_path / "killed"
+    text = SCRIPT.format(tests=str(Path(__file__).parent), folder=str(folder))
+    process = subprocess.Popen([sys.executable, "-c", text], stderr=subprocess.PIPE)
+    while not (folder / STATE).is_file():
+        assert process.poll() is None, process.stderr.read().decode()
+        time.sleep(0.05)
+    time.sleep(0.3)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    config = TrainingConfig(**{**CONFIG.model_dump(), "steps": max(10, len(curve_of(folder).edit) + 2)})
+    train(small(), "mend", LESSONS, folder, config, NETWORKS["mend"])
+    train(small(), "mend", LESSONS, tmp_path / "whole", config, NETWORKS["mend"])
+    same(tmp_path / "whole", folder)
+
+
+def test_it_stops_when_validation_is_no_longer_better(tmp_path):
+    config = TrainingConfig(**{**CONFIG.model_dump(), "steps": 500, "patience": 2, "learning_rate": 1e-12})
+    settings = {**NETWORKS["mend"], "edit_lr_lr": 0.0}
+    train(small(), "mend", LESSONS, tmp_path / "t", config, settings)
+    assert curve_of(tmp_path / "t").ended == "patience"
+
+
+def test_time_may_be_limited(tmp_path):
+    config = TrainingConfig(**{**CONFIG.model_dump(), "steps": 10**6, "max_minutes": 0.01})
+    train(small(), "ke", LESSONS, tmp_path / "t", config, NETWORKS["ke"])
+    assert curve_of(tmp_path / "t").ended == "minutes"
+
+
+def test_one_that_diverges_is_stopped_and_the_best_kept(tmp_path, monkeypatch):
+    plain = training.descend
+
+    def broken(*args):
+        found = plain(*args)
+        if len(calls) >= 3:
+            found.edit.fill_(float("nan"))
+        calls.append(1)
+        return found
+
+    calls: list[int] = []
+    monkeypatch.setattr(training, "descend", broken)
+    with pytest.raises(Diverged, match=r"after 3 steps\. The network of step"):
+        train(small(), "mend", LESSONS, tmp_path / "t", CONFIG, NETWORKS["mend"])
+    kept = Trained.load(tmp_path / "t" / EDITOR)
+    assert all(torch.isfinite(each).all() for each in kept.network.state_dict().values())
+
+
+def test_another_training_is_refused(tmp_path):
+    train(small(), "mend", LESSONS, tmp_path / "t", CONFIG, NETWORKS["mend"])
+    other = TrainingConfig(**{**CONFIG.model_dump(), "seed": 1})
+    with pytest.raises(ResultFileError, match="another training, with other training"):
+        train(small(), "mend", LESSONS, tmp_path / "t", other, NETWORKS["mend"])
+    with pytest.raises(ResultFileError, match="other lessons"):
+        train(small(), "mend", LESSONS[::-1], tmp_path / "t", CONFIG, NETWORKS["mend"])
+    with pytest.raises(ResultFileError, match="other method and network"):
+        train(small(), "ke", LESSONS, tmp_path / "t", CONFIG, NETWORKS["ke"])
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "notes.txt").write_text("mine")
+    with pytest.raises(ResultFileError, match="holds other files"):
+        train(small(), "mend", LESSONS, tmp_path / "full", CONFIG, NETWORKS["mend"])
+
+
+def test_too_few_lessons(tmp_path):
+    with pytest.raises(ConfigError, match="there are 1 lessons, and 1 are kept apart"):
+        train(small(), "mend", LESSONS[:1], tmp_path / "t", CONFIG, NETWORKS["mend"])
+    with pytest.raises(FactError, match="has no prompt to be judged by"):
+        Lesson(FACTS[0], ())
+
+
+def test_lessons_of_plain_text():
+    texts = ["The quick brown fox jumps over the lazy dog and runs away.", "short", "Pack my box with five dozen jugs."]
+    texts += [
+        "How vexingly quick daft zebras jump over there today.",
+        "Sphinx of black quartz, judge my vow right now.",
+    ]
+    found = text_lessons(small(), texts, prompt_tokens=8, target_tokens=6)
+    assert 2 <= len(found) <= 4
+    for each in found:
+        assert each.equivalents == (each.rewrite.text,)
+        assert each.rewrite.new_object != each.rewrite.fact.object
+        assert any(each.rewrite.text in text for text in texts)
+    assert found == text_lessons(small(), texts, prompt_tokens=8, target_tokens=6)
+    with pytest.raises(FactError, match="a lesson takes three"):
+        text_lessons(small(), texts[:2])
+
+
+def test_training_off_the_main_thread(tmp_path):
+    errors: list[BaseException] = []
+
+    def work():
+        try:
+            train(small(), "ke", LESSONS, tmp_path / "t", CONFIG, NETWORKS["ke"])
+        except BaseException as error:  # told to the test
+            errors.append(error)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert not errors
