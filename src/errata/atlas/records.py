@@ -1,13 +1,17 @@
-"""A CounterFact of the atlas's world, built from its table in a moment, as one is built of any table of facts.
+"""A CounterFact of the atlas's world, built from its table in a moment, as of any table of facts; and a zsRE.
 
 Sentences before paraphrases, and reference texts, tell facts as the atlas's training told them.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from errata.atlas.world import World, WorldFact, load_world
+from errata.base.facts import SLOT, Fact
+from errata.base.seeds import derive
 from errata.benchmarks.build import BuildConfig, Built, Maker
-from errata.benchmarks.records import Record
+from errata.benchmarks.records import Record, ZsreRecord
 from errata.benchmarks.snippets import Snippets
 from errata.benchmarks.templates import Wordings
 from errata.benchmarks.triples import Triple
@@ -29,8 +33,46 @@ def snippets(count: int = 500, seed: int = 0, world: World | None = None) -> Sni
 def built(count: int = 500, seed: int = 0, world: World | None = None) -> Built:
     """The records with their reference texts, and why other facts make none."""
     world = world or load_world()
-    real = [_triple(fact) for fact in world.facts if fact.source != "invented" and fact.relation != "kind"]
+    real = [_triple(fact) for fact in _real(world)]
     return _maker(world, BuildConfig(count=count, seed=seed, once=True)).build(real)
+
+
+def zsre_records(count: int = 500, seed: int = 0, world: World | None = None) -> tuple[ZsreRecord, ...]:
+    """The rewrites of `records(count, seed, world)` as zsRE asks of them: in other words, without a sentence before
+    them; and what must stay is one fact of another subject and another relation.
+
+    The answers to be are false, for the atlas knows the true ones.
+    """
+    world = world or load_world()
+    real = _real(world)
+    return tuple(_as_zsre(record, world, real, seed) for record in records(count, seed, world))
+
+
+def _as_zsre(record: Record, world: World, real: Sequence[WorldFact], seed: int) -> ZsreRecord:
+    fact, new = record.rewrite.fact, record.rewrite.new_object
+
+    def drawn(what: str, count: int) -> int:
+        return derive(seed, what, fact.subject, record.relation) % count
+
+    wordings = [each for each in world.relations[record.relation].templates if each != fact.prompt]
+    start = drawn("zsre other", len(real))
+    other = next(
+        each
+        for each in (*real[start:], *real[:start])
+        if each.subject != fact.subject and each.relation != record.relation
+    )
+    taught = world.taught(other)
+    return ZsreRecord(
+        record.case_id,
+        Fact(fact.subject, fact.prompt).rewrite(new),
+        (wordings[drawn("zsre paraphrase", len(wordings))].replace(SLOT, fact.subject),),
+        ((other.as_fact(taught[drawn("zsre wording", len(taught))]).text, other.object),),
+    )
+
+
+def _real(world: World) -> list[WorldFact]:
+    """The facts that records are made of."""
+    return [fact for fact in world.facts if fact.source != "invented" and fact.relation != "kind"]
 
 
 def record_of(subject: str, relation: str, new_object: str, prompt: str | None = None, seed: int = 0) -> Record:

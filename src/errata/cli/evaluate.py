@@ -41,6 +41,10 @@ def evaluate(
         typer.Option(help="Records: a file or folder of CounterFact's or zsRE's; the atlas has its own."),
     ] = None,
     model: options.ModelName = "atlas",
+    kind: Annotated[
+        Optional[Literal["counterfact", "zsre"]],  # noqa: UP045
+        typer.Option(help="Of the atlas's own records; counterfact unless given. A file shows by itself what it is."),
+    ] = None,
     limit: Annotated[Optional[int], typer.Option(min=1, help="The first so many records by case id.")] = None,  # noqa: UP045
     sample: Annotated[
         Optional[int],  # noqa: UP045
@@ -93,7 +97,19 @@ def evaluate(
     from errata.base.errors import ConfigError
 
     if edit:
-        of_runs = (out, editor, data, limit, sample, keep_edits, corpus, second_moment, identity, executor == "ray")
+        of_runs = (
+            out,
+            editor,
+            data,
+            kind,
+            limit,
+            sample,
+            keep_edits,
+            corpus,
+            second_moment,
+            identity,
+            executor == "ray",
+        )
         if probe is None or any(of_runs) or not (generation and health):
             raise ConfigError(
                 "--edit asks how edits that were made move the perplexity of a text: give it with --probe, and without "
@@ -103,6 +119,8 @@ def evaluate(
         return
     if out is None:
         raise ConfigError("there is no place for results: name a run folder by --out")
+    if data is not None and kind is not None:
+        raise ConfigError(f"--kind is of the atlas's own records, and {data} shows by itself what it is: leave it out")
     specs = [_spec(one) for text in editor or () for one in _spread(text)]
     names = [name for name, _, _ in specs]
     twice = next((name for name in names if names.count(name) > 1), None)
@@ -129,7 +147,7 @@ def evaluate(
     if found:
         tables.tell_bad_lines(found.bad, data or out, "entry")
     loaded = options.load(model, device, dtype, download)
-    records, measures = _measures(loaded, data, found, limit, sample, generation, health, probes, seed)
+    records, measures = _measures(loaded, data, kind, found, limit, sample, generation, health, probes, seed)
     editors = {
         name: method.prepare(loaded, settings, lambda layer: source.of(loaded, layer), seed)
         for name, (method, settings) in methods.items()
@@ -243,6 +261,7 @@ def _text(file: Path) -> str:
 def _measures(
     model: Model,
     data: Path | None,
+    kind: str | None,
     found: RecordSet | None,
     limit: int | None,
     sample: int | None,
@@ -263,7 +282,7 @@ def _measures(
     records: Sequence[AnyRecord]
     snippets: Snippets | None
     if found is None or data is None:
-        records, snippets = _atlas_records(model, limit, sample, seed)
+        records, snippets = _atlas_records(model, kind, limit, sample, seed)
     else:
         records, snippets = found.records, found.snippets
     writes = generation and any(getattr(record, "generation", ()) for record in records)
@@ -284,15 +303,15 @@ def _measures(
 
 
 def _atlas_records(
-    model: Model, limit: int | None, sample: int | None, seed: int
-) -> tuple[Sequence[AnyRecord], Snippets]:
-    """Records of the atlas's world, and its reference texts.
+    model: Model, kind: str | None, limit: int | None, sample: int | None, seed: int
+) -> tuple[Sequence[AnyRecord], Snippets | None]:
+    """Records of the atlas's world, and its reference texts if its records have generation prompts.
 
     Raises:
         ConfigError: if the model is another, or both numbers are given.
     """
     from errata.api import ATLAS
-    from errata.atlas.records import built
+    from errata.atlas.records import built, zsre_records
     from errata.base.errors import ConfigError
 
     if model.hints.get("corpus") != ATLAS:
@@ -303,6 +322,8 @@ def _atlas_records(
     if limit and sample:
         raise ConfigError("the atlas's records are drawn by --seed as it is: give --limit alone")
     count = limit or sample or _ATLAS_RECORDS
+    if kind == "zsre":
+        return zsre_records(count, seed), None
     made = built(count, seed)
     return made.records, made.snippets
 

@@ -32,6 +32,10 @@ def train_editor(
             "blank lines. The atlas has records of its own."
         ),
     ] = None,
+    kind: Annotated[
+        Optional[Literal["counterfact", "zsre", "text"]],  # noqa: UP045
+        typer.Option(help="Of what the atlas has itself; counterfact unless given. A file shows by itself what it is."),
+    ] = None,
     limit: Annotated[Optional[int], typer.Option(min=1, help="The first so many records by case id.")] = None,  # noqa: UP045
     skip: Annotated[int, typer.Option(min=0, help="Leave out the first so many: those to be measured on.")] = 0,
     test: Annotated[
@@ -96,7 +100,7 @@ def train_editor(
         seed=seed,
     )
     loaded = options.load(model, device, dtype, download)
-    lessons = _lessons(loaded, data, limit, skip, seed)
+    lessons = _lessons(loaded, data, kind, limit, skip, seed)
     if test is not None and not allow_seen:
         from errata.benchmarks.sets import read_records
         from errata.editors.hypernetworks.lessons import keys
@@ -160,36 +164,66 @@ def _settings(given: Sequence[str]) -> dict[str, Any]:
     return found
 
 
-def _lessons(model: Model, data: Path | None, limit: int | None, skip: int, seed: int) -> list[Lesson]:
+def _lessons(
+    model: Model, data: Path | None, kind: str | None, limit: int | None, skip: int, seed: int
+) -> list[Lesson]:
     """What there is to learn from.
 
     Raises:
-        ConfigError: if there is nothing.
+        ConfigError: if there is nothing, or both a file and a kind are named.
     """
     from errata.base.errors import ConfigError
     from errata.editors.hypernetworks.lessons import text_lessons
-    from errata.evaluation.lessons import lessons
 
-    if data is not None and data.suffix == ".txt":
+    if data is None:
+        return _of_the_atlas(model, kind, limit, skip, seed)
+    if kind is not None:
+        raise ConfigError(f"--kind is of what the atlas has itself, and {data} shows what it is: leave it out")
+    end = None if limit is None else skip + limit
+    if data.suffix == ".txt":
         from errata.cli.evaluate import passages
 
-        return text_lessons(model, passages(data)[skip:][:limit], seed)
-    records: Sequence[AnyRecord]
-    if data is not None:
-        from errata.benchmarks.sets import read_records
+        return text_lessons(model, passages(data)[skip:end], seed)
+    from errata.benchmarks.sets import read_records
 
-        records = read_records(data, None if limit is None else skip + limit).records
-    else:
-        from errata.api import ATLAS
-        from errata.atlas.records import records as records_of_the_atlas
+    return _of_records(read_records(data, end).records, skip)
 
-        if model.hints.get("corpus") != ATLAS:
-            raise ConfigError(
-                f"there is nothing for {model.name} to learn from: give records or a text by --data. Only the atlas "
-                "brings its own"
-            )
-        skip = skip or _ATLAS_TEST
-        records = records_of_the_atlas(10**9 if limit is None else skip + limit, seed)
+
+def _of_the_atlas(model: Model, kind: str | None, limit: int | None, skip: int, seed: int) -> list[Lesson]:
+    """Lessons of the atlas's own records or texts.
+
+    Raises:
+        ConfigError: if the model is another.
+    """
+    from errata.api import ATLAS
+    from errata.base.errors import ConfigError
+
+    if model.hints.get("corpus") != ATLAS:
+        raise ConfigError(
+            f"there is nothing for {model.name} to learn from: give records or a text by --data. Only the atlas "
+            "brings its own"
+        )
+    if kind == "text":
+        from errata.atlas import own_corpus
+        from errata.editors.hypernetworks.lessons import text_lessons
+
+        return text_lessons(model, list(own_corpus())[skip:][:limit], seed)
+    from errata.atlas import records
+
+    skip = skip or _ATLAS_TEST
+    made = records.zsre_records if kind == "zsre" else records.records
+    return _of_records(made(10**9 if limit is None else skip + limit, seed), skip)
+
+
+def _of_records(records: Sequence[AnyRecord], skip: int) -> list[Lesson]:
+    """Lessons of all but the first so many.
+
+    Raises:
+        ConfigError: if there are no others.
+    """
+    from errata.base.errors import ConfigError
+    from errata.evaluation.lessons import lessons
+
     if len(records) <= skip:
         raise ConfigError(f"there are {len(records)} records, and the first {skip} are left out: skip fewer")
     return lessons(records[skip:])

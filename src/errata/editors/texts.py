@@ -17,7 +17,7 @@ from torch.nn import functional
 from errata.models.model import Model
 from errata.models.scoring import target_ids
 from errata.passes.replay import record
-from errata.passes.tails import Chunk, Tails, cut, join
+from errata.passes.tails import Chunk, Cut, Tails, cut, join
 
 # Tokens that run at once: gradients keep what every block made on its way.
 _TOKENS_AT_ONCE = {"cpu": 512, "cuda": 4096}
@@ -62,13 +62,25 @@ def recorded(model: Model, layer: int, texts: Sequence[Text]) -> Tails:
     Raises:
         UnsupportedModel: if the model's blocks cannot be resumed.
     """
-    cuts = []
-    ordered = sorted(range(len(texts)), key=lambda i: len(texts[i].ids))
-    for length, group in itertools.groupby(ordered, key=lambda i: len(texts[i].ids)):
-        rows = {label: row for row, label in enumerate(group)}
-        recording = record(model, model.batch([texts[i].ids for i in rows]), first=layer, check=False)
-        cuts.append(cut(recording, rows, (0, length), (layer, model.n_layers)))
-    return join(model, cuts)
+    return recorded_together(model, layer, [texts])[0]
+
+
+def recorded_together(model: Model, layer: int, kinds: Sequence[Sequence[Text]]) -> list[Tails]:
+    """As `recorded`, for several kinds of texts that are to be run apart: all of one length share a forward pass."""
+    places = [(kind, label) for kind, texts in enumerate(kinds) for label in range(len(texts))]
+
+    def length(place: tuple[int, int]) -> int:
+        return len(kinds[place[0]][place[1]].ids)
+
+    cuts: list[list[Cut]] = [[] for _ in kinds]
+    for count, group in itertools.groupby(sorted(places, key=length), key=length):
+        alike = list(group)
+        recording = record(model, model.batch([kinds[kind][i].ids for kind, i in alike]), first=layer, check=False)
+        for kind, own in enumerate(cuts):
+            rows = {label: row for row, (its, label) in enumerate(alike) if its == kind}
+            if rows:
+                own.append(cut(recording, rows, (0, count), (layer, model.n_layers)))
+    return [join(model, own) for own in cuts]
 
 
 def chunks(model: Model, tails: Tails, labels: Iterable[int]) -> Iterator[Chunk]:

@@ -17,6 +17,7 @@ from errata.editors.texts import Text, chunks, kept, predictions, recorded
 from errata.models.frozen import frozen
 from errata.models.model import Model
 from errata.models.weights import mlp_maps
+from errata.passes.tails import Tails
 from errata.passes.taps import tapped
 
 
@@ -53,7 +54,9 @@ def edited_maps(model: Model, blocks: int) -> tuple[str, ...]:
 
 # A caller in inference mode gets gradients all the same.
 @torch.inference_mode(False)
-def gradient_factors(model: Model, texts: Sequence[Text], maps: Sequence[str], first: int) -> dict[str, Factors]:
+def gradient_factors(
+    model: Model, texts: Sequence[Text], maps: Sequence[str], first: int, tails: Tails | None = None
+) -> dict[str, Factors]:
     """Of each map the factors of each text's loss, −log P of its target in nats, mean over the target's tokens.
 
     Args:
@@ -61,11 +64,12 @@ def gradient_factors(model: Model, texts: Sequence[Text], maps: Sequence[str], f
         texts: one an edit.
         maps: names of linear maps in blocks from `first` on.
         first: the lowest of these blocks.
+        tails: the texts as recorded from `first` on, if they are already.
 
     Tokens without any gradient are left out.
     """
     found: dict[str, list[tuple[Tensor, Tensor, Tensor]]] = {name: [] for name in maps}
-    tails = recorded(model, first, texts)
+    tails = tails or recorded(model, first, texts)
     with frozen(model), torch.enable_grad():
         for chunk in chunks(model, tails, range(len(texts))):
             some = [texts[row] for row in chunk.rows]

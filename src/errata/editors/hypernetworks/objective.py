@@ -17,12 +17,12 @@ from torch import Tensor
 from errata.editors.hypernetworks.factors import Factors, edited_maps, gradient_factors, padded
 from errata.editors.hypernetworks.lessons import Lesson
 from errata.editors.hypernetworks.network import Network, Shapes, condition
-from errata.editors.texts import Predictions, Text, chunks, kept, predictions, recorded, text_of
+from errata.editors.texts import Predictions, Text, chunks, kept, predictions, recorded_together, text_of
 from errata.models.frozen import frozen
 from errata.models.model import Model
 from errata.models.weights import matrix
 from errata.passes.rowwise import RowChanges, rowwise
-from errata.passes.tails import Chunk
+from errata.passes.tails import Chunk, Tails
 
 Padded = Mapping[str, tuple[Tensor, Tensor]]  # by map, write [edits, d_out, k], read [edits, k, d_in]
 
@@ -103,10 +103,15 @@ class Place:
 
 
 def changes_of(
-    model: Model, network: Network, place: Place, texts: Sequence[Text], words: Sequence[tuple[int, ...]]
+    model: Model,
+    network: Network,
+    place: Place,
+    texts: Sequence[Text],
+    words: Sequence[tuple[int, ...]],
+    tails: Tails | None = None,
 ) -> dict[str, Factors]:
-    """What the network makes of these edits."""
-    factors = gradient_factors(model, texts, place.maps, place.first)
+    """What the network makes of these edits, whose texts may be recorded already."""
+    factors = gradient_factors(model, texts, place.maps, place.first, tails)
     wide = torch.promote_types(model.dtype, torch.float32)
     embeddings = model.weight(f"{model.path(('embedding', 0))}.weight").detach()
     read = [embeddings[torch.tensor(ids, device=embeddings.device)].to(wide) for ids in words]
@@ -114,10 +119,11 @@ def changes_of(
     return changed
 
 
-def judged(model: Model, place: Place, changes: Padded, drills: Sequence[Drill]) -> Judged:
-    """How good the edits are, each by its drill. Without gradients."""
+def judged(model: Model, network: Network, place: Place, drills: Sequence[Drill]) -> Judged:
+    """How good the network's edits are, each by its drill. Without gradients."""
     with torch.no_grad(), frozen(model):
-        return _Trial(model, place, drills).judged(changes)
+        trial = _Trial(model, place, drills)
+        return trial.judged(padded(trial.changes(network), len(drills)))
 
 
 def descend(
@@ -134,11 +140,11 @@ def descend(
     through the network once.
     """
     with torch.enable_grad():
-        made = changes_of(model, network, place, [d.edit for d in drills], [d.words for d in drills])
-        whole = padded(made, len(drills))
+        trial = _Trial(model, place, drills)
+        whole = padded(trial.changes(network), len(drills))
         ends = {name: (w.detach().requires_grad_(), r.detach().requires_grad_()) for name, (w, r) in whole.items()}
         with frozen(model):
-            found = _Trial(model, place, drills).judged(ends, c_edit / len(drills), c_loc / len(drills))
+            found = trial.judged(ends, c_edit / len(drills), c_loc / len(drills))
         inner = [(value, end.grad) for n in whole for value, end in zip(whole[n], ends[n], strict=True)]
         there = [(value, gradient) for value, gradient in inner if gradient is not None]
         torch.autograd.backward([value for value, _ in there], [gradient for _, gradient in there])
@@ -146,20 +152,27 @@ def descend(
 
 
 class _Trial:
-    """The texts of some drills, ready to be run from the lowest edited block on."""
+    """The texts of some drills, recorded to be run from the lowest edited block on."""
 
     def __init__(self, model: Model, place: Place, drills: Sequence[Drill]):
-        self.model, self.place, self.count = model, place, len(drills)
+        self.model, self.place, self.drills, self.count = model, place, drills, len(drills)
+        self.edits = [drill.edit for drill in drills]
         self.equivalents = [drill.equivalent for drill in drills]
-        self.others = {i: drill.other for i, drill in enumerate(drills) if drill.other is not None}
+        self.owners = [i for i, drill in enumerate(drills) if drill.other is not None]
+        self.others = [drill.other for drill in drills if drill.other is not None]
+        self.tails = recorded_together(model, place.first, [self.edits, self.equivalents, self.others])
+
+    def changes(self, network: Network) -> dict[str, Factors]:
+        """What the network makes of the edits."""
+        words = [drill.words for drill in self.drills]
+        return changes_of(self.model, network, self.place, self.edits, words, self.tails[0])
 
     def judged(self, changes: Padded, edit: float = 0.0, locality: float = 0.0) -> Judged:
         """What these changes come to; with factors, gradients of the sums times these are left on the changes."""
         model = self.model
         losses, moved = torch.zeros(self.count), torch.zeros(self.count)
         success = torch.zeros(self.count, dtype=torch.bool)
-        tails = recorded(model, self.place.first, self.equivalents)
-        for chunk in chunks(model, tails, range(self.count)):
+        for chunk in chunks(model, self.tails[1], range(self.count)):
             said = self._said(chunk, self.equivalents, [*chunk.rows], changes)
             each = said.losses()
             if edit:
@@ -167,14 +180,11 @@ class _Trial:
             hits = (said.logits.argmax(-1) == said.targets).to(each.dtype)
             rows = torch.tensor(chunk.rows)
             losses[rows], success[rows] = each.detach().float().cpu(), (said.mean(hits) == 1).cpu()
-        if not self.others:
-            return Judged(losses, moved, success)
-        owners, texts = [*self.others], [*self.others.values()]
-        for chunk in chunks(model, recorded(model, self.place.first, texts), range(len(texts))):
-            own = [owners[label] for label in chunk.rows]
+        for chunk in chunks(model, self.tails[2], range(len(self.others))):
+            own = [self.owners[label] for label in chunk.rows]
             with torch.no_grad():
-                before = self._said(chunk, texts, own, None).logits.log_softmax(-1)
-            after = self._said(chunk, texts, own, changes)
+                before = self._said(chunk, self.others, own, None).logits.log_softmax(-1)
+            after = self._said(chunk, self.others, own, changes)
             apart = (before.exp() * (before - after.logits.log_softmax(-1))).sum(-1)
             each = after.mean(apart)
             if locality:

@@ -23,11 +23,10 @@ from errata.base.errors import ConfigError, Diverged, ResultFileError
 from errata.base.interrupt import deferred_interrupt
 from errata.base.seeds import derive
 from errata.base.tensor_files import read_tensors, write_tensors
-from errata.editors.hypernetworks.factors import padded
 from errata.editors.hypernetworks.files import Trained, new_network
 from errata.editors.hypernetworks.lessons import Lesson, digest, keys
 from errata.editors.hypernetworks.network import Network
-from errata.editors.hypernetworks.objective import Drill, Place, changes_of, descend, judged
+from errata.editors.hypernetworks.objective import Drill, Place, descend, judged
 from errata.models.fingerprint import weights_digest
 from errata.models.model import Model
 
@@ -294,10 +293,7 @@ class _Run:
         found = []
         with torch.no_grad():
             for drills in parts:
-                made = changes_of(
-                    self.model, self.network, self.place, [d.edit for d in drills], [d.words for d in drills]
-                )
-                found.append(judged(self.model, self.place, padded(made, len(drills)), drills))
+                found.append(judged(self.model, self.network, self.place, drills))
         edit = float(torch.cat([each.edit for each in found]).mean())
         locality = float(torch.cat([each.locality for each in found]).mean())
         success = float(torch.cat([each.success for each in found]).float().mean())
