@@ -2,7 +2,10 @@
 
 The plain way of fine-tuning is what the published code does: at every step a forward and a backward pass of the whole
 model, the head on every position, gradients to the trained weight; and the same with gradients to all weights, as
-where nobody has turned them off. Models have random weights: speed does not depend on what they know.
+where nobody has turned them off. The plain way of Knowledge Neurons is the library's: for each layer a full forward
+and backward pass of as many rows as the integral has points. A trained editor is set beside a full forward pass of
+its prompt and a backward pass to the weights that it edits. Models have random weights: speed does not depend on what
+they know.
 
     python benchmarks/editors.py                       # all of it
     python benchmarks/editors.py fine_tuning           # some of it, by name
@@ -11,11 +14,20 @@ where nobody has turned them off. Models have random weights: speed does not dep
 
 from __future__ import annotations
 
+import tempfile
+from pathlib import Path
+
 import torch
 from common import fact_of, gpt2, main, row, timed
 
-from errata.base.facts import Rewrite
+from errata.base.facts import Fact, Rewrite
 from errata.editors.fine_tuning import FineTuningConfig, fine_tune
+from errata.editors.hypernetworks.files import Trained, new_network
+from errata.editors.hypernetworks.objective import Place
+from errata.editors.knowledge_neurons import KnowledgeNeuronsConfig, knowledge_neurons
+from errata.editors.knowledge_neurons.attribution import attributions
+from errata.editors.registry import method_of
+from errata.models.fingerprint import weights_digest
 from errata.models.model import Model
 
 STEPS, LEARNING_RATE, EPSILON = 25, 5e-4, 5e-4
@@ -74,7 +86,87 @@ def fine_tuning() -> list[dict]:
     return rows
 
 
-WORKS = {"fine_tuning": fine_tuning}
+def plain_attributions(model: Model, rewrite: Rewrite, points: int) -> torch.Tensor:
+    """Of every neuron of every layer `[layers, d_mlp]`, of the old object's token."""
+    hf = model.hf
+    ids = torch.tensor([model.tokenizer(rewrite.text)["input_ids"]])
+    (target,) = model.tokenizer(rewrite.fact.object)["input_ids"]
+    fractions = torch.arange(1, points + 1)[:, None] / points
+    found = []
+    for block in hf.transformer.h:
+        own: list[torch.Tensor] = []
+        handle = block.mlp.c_proj.register_forward_pre_hook(lambda module, args, own=own: own.append(args[0][0, -1]))
+        with torch.no_grad():
+            hf(input_ids=ids)
+        handle.remove()
+        scaled = (fractions * own[0]).requires_grad_()
+
+        def scale(module: torch.nn.Module, args: tuple, scaled: torch.Tensor = scaled) -> tuple:
+            return (torch.cat([args[0][:, :-1], scaled[:, None]], 1),)
+
+        handle = block.mlp.c_proj.register_forward_pre_hook(scale)
+        said = hf(input_ids=ids.expand(points, -1)).logits[:, -1].softmax(-1)[:, target]
+        handle.remove()
+        (gradient,) = torch.autograd.grad(said.sum(), scaled)
+        found.append(own[0] * gradient.mean(0))
+    return torch.stack(found)
+
+
+def knowledge() -> list[dict]:
+    """Knowledge Neurons of one fact, 20 points, GPT-2 small's shape, one thread, float32."""
+    torch.set_num_threads(1)
+    model = gpt2(12, 768)
+    config = KnowledgeNeuronsConfig(steps=20)
+    asked = Fact(rewrite_of(0).subject, rewrite_of(0).fact.prompt, "w7")
+    rewrite = asked.rewrite("w1000")
+    knowledge_neurons(model, rewrite, KnowledgeNeuronsConfig(steps=2))  # warm
+    plain_attributions(model, rewrite, 2)
+    wanted, plain = timed(plain_attributions, model, rewrite, config.steps)
+    ids = model.tokenizer(rewrite.text)["input_ids"]
+    found = attributions(model, ids, model.tokenizer("w7")["input_ids"][0], config)
+    _, ours = timed(knowledge_neurons, model, rewrite, config)
+    off = float((found - wanted).norm() / wanted.norm())
+    shape = "12 x 768, 8 tokens, 20 points, 1 thread, float32"
+    return [row(f"KN, one edit; plain: its attributions alone ({shape})", plain, ours, relative_difference=off)]
+
+
+def trained() -> list[dict]:
+    """An edit of MEND's and KE's against a pass forward and backward to the weights that it edits, same shape."""
+    torch.set_num_threads(1)
+    model = gpt2(12, 768)
+    rewrites = [rewrite_of(i) for i in range(17)]
+
+    place = Place.of(model, 3)
+    ids = torch.tensor([model.tokenizer(rewrites[0].text)["input_ids"]])
+
+    def passes(count: int = 5) -> None:
+        for _ in range(count):
+            model.hf.zero_grad()
+            model.hf(input_ids=ids).logits[0, -1].log_softmax(-1)[1].backward()
+
+    model.hf.requires_grad_(False)
+    for name in place.maps:
+        model.weight(f"{name}.weight").requires_grad_(True)
+    passes(1)  # warm
+    plain = timed(passes)[1] / 5
+    model.hf.requires_grad_(False)
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        for method in ("mend", "ke"):
+            file = Path(folder) / f"{method}.safetensors"
+            network = new_network(method, place.shapes(model), model.d_model, {})
+            Trained(network.eval(), model.name, weights_digest(model.hf), {}).save(file)
+            editor = method_of(method).prepare(model, {"trained": str(file)}, None, 0)
+            editor.make(model, rewrites[:1])  # warm
+            _, one = timed(editor.make, model, rewrites[:1])
+            _, many = timed(editor.make, model, rewrites[1:])
+            shape = "12 x 768, 8 tokens, 1 thread, float32"
+            for what, ours in (("one edit", one), ("16 edits together, seconds an edit", many / 16)):
+                rows.append(row(f"{method}, {what}; plain: one pass ({shape})", plain, ours, passes=ours / plain))
+    return rows
+
+
+WORKS = {"fine_tuning": fine_tuning, "knowledge": knowledge, "trained": trained}
 
 if __name__ == "__main__":
     main(__doc__, WORKS)

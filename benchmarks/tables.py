@@ -24,7 +24,7 @@ from pathlib import Path
 ERRATA = [sys.executable, "-m", "errata.cli.app"]
 AT_ONCE = 2
 
-# Name of the row, method, kind of lessons; share of the time.
+# Name of the row, method, kind of lessons.
 TRAINED = [
     ("KE-CF", "ke", "counterfact"),
     ("MEND-CF", "mend", "counterfact"),
@@ -54,7 +54,7 @@ TABLES = {"zsre": "table1", "counterfact": "table2"}
 def run(*arguments: object) -> str:
     """An errata command; what it writes to standard output."""
     command = [*map(str, arguments)]
-    print("errata", shlex.join(command), flush=True)
+    print(f"errata {shlex.join(command)}\n", end="", flush=True)
     threads = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "160"}
     done = subprocess.run([*ERRATA, *command], env=threads, stdout=subprocess.PIPE, text=True, check=False)
     if done.returncode:

@@ -43,9 +43,10 @@ def zsre_records(count: int = 500, seed: int = 0, world: World | None = None) ->
 
     The answers to be are false, for the atlas knows the true ones.
     """
+    made = records(count, seed, world)
     world = world or load_world()
     real = _real(world)
-    return tuple(_as_zsre(record, world, real, seed) for record in records(count, seed, world))
+    return tuple(_as_zsre(record, world, real, seed) for record in made)
 
 
 def _as_zsre(record: Record, world: World, real: Sequence[WorldFact], seed: int) -> ZsreRecord:

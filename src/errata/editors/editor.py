@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, overload
 
 from errata.base.errors import ErrataError
 from errata.base.facts import Rewrite
@@ -29,3 +29,23 @@ class Editor:
     config: Mapping[str, Any]
     make: Make
     seen: frozenset[str] = frozenset()
+
+    @overload
+    def edit(self, model: Model, rewrites: Rewrite) -> Edit: ...
+
+    @overload
+    def edit(self, model: Model, rewrites: Sequence[Rewrite]) -> list[Edit]: ...
+
+    def edit(self, model: Model, rewrites: Rewrite | Sequence[Rewrite]) -> Edit | list[Edit]:
+        """The edit of a rewrite, or those of several, each as if it were alone; the model is left as it was.
+
+        Raises:
+            ErrataError: why there is no edit, of the first rewrite that has none.
+        """
+        wanted = [rewrites] if isinstance(rewrites, Rewrite) else list(rewrites)
+        found = []
+        for each in self.make(model, wanted):
+            if isinstance(each, ErrataError):
+                raise each
+            found.append(each)
+        return found[0] if isinstance(rewrites, Rewrite) else found
