@@ -3,8 +3,8 @@
     python benchmarks/tables.py --out tables                 # some two hours on two cores
     python benchmarks/tables.py --out tables --minutes 2 --records 20 --no-generation
 
-What was stopped goes on with the same command. Two processes run at a time, on one thread each. The commands are those
-of the command line, and are printed; everything stays in the folder:
+What was stopped goes on with the same command. Two trainings run at a time, then two workers of Ray, on one thread
+each. The commands are those of the command line, and are printed; everything stays in the folder:
 
     trained/NAME             an editor that was trained, and losses.png
     table1, table2           run folders of zsRE's and of CounterFact's kind; a page beside each
@@ -76,6 +76,7 @@ def measure(out: Path, kind: str, records: int, generation: bool) -> None:
     table = TABLES[kind]
     editors = [option for row in ROWS[kind] for option in ("--editor", row.format(out / "trained" / row.split("=")[0]))]
     options = [] if generation and kind == "counterfact" else ["--no-generation"]
+    options += ["--executor", "ray", "--workers", str(AT_ONCE)]
     run("evaluate", "--kind", kind, "--limit", records, *editors, *options, "--out", out / table, "--json")
     (out / f"{table}.md").write_text(run("report", out / table, "--format", "markdown"), encoding="utf-8")
     run("report", out / table, "--page", out / f"{table}.html")
@@ -93,8 +94,8 @@ def main() -> None:
     with ThreadPoolExecutor(AT_ONCE) as pool:
         for _ in pool.map(lambda each: train(given.out, *each, given.minutes), TRAINED):
             pass
-        for _ in pool.map(lambda kind: measure(given.out, kind, given.records, not given.no_generation), TABLES):
-            pass
+    for kind in TABLES:
+        measure(given.out, kind, given.records, not given.no_generation)
 
 
 if __name__ == "__main__":

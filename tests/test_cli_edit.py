@@ -159,3 +159,53 @@ def test_another_model_needs_a_corpus_and_finds_its_layer(errata, tmp_path):
 )
 def test_what_is_refused_in_one_line(errata, arguments, says):
     refused(errata("edit", *arguments), says)
+
+
+# ---- other editors ----------------------------------------------------------------------------------------
+
+
+def test_another_editor_is_shown_with_its_health(errata, tmp_path):
+    done = errata("edit", *FACT, "--to", "Italian", "--editor", "kn:steps=10", "--out", "d.safetensors")
+    assert done.returncode == 0, done.stderr
+    said = " ".join(done.stdout.split())
+    for words in ("English", "Italian", "by kn", "speaks differently by"):
+        assert words in said, said
+    assert "k*" not in said
+    kept = Edit.load(tmp_path / "d.safetensors")
+    assert (kept.method, kept.config["steps"]) == ("kn", 10)
+    assert kept.notes["health"]["probability_after"] > 10 * kept.notes["health"]["probability_before"]
+    assert kept.notes["health"]["disabling"] is False
+
+
+def test_a_table_by_another_editor(errata, tmp_path):
+    (tmp_path / "r.csv").write_text(TABLE)
+    done = errata("edit", "--requests", "r.csv", "--editor", "ft-l:steps=6", "--out", "edits", "--json")
+    assert done.returncode == 1
+    told = json.loads(done.stdout)
+    assert (told["editor"], len(told["edits"]), len(told["refused"])) == ("ft-l", 3, 1)
+    assert {each["health"]["disabling"] for each in told["edits"]} == {False}
+    assert {Edit.load(path).method for path in (tmp_path / "edits").iterdir()} == {"ft-l"}
+
+
+def test_one_that_disables_the_model_is_made_only_by_force(errata, tmp_path):
+    command = ["edit", *FACT, "--to", "Italian", "--editor", "kn:write=500,erase=500", "--out", "d.safetensors"]
+    refused(errata(*command), "by kn would disable the model")
+    assert not (tmp_path / "d.safetensors").exists()
+    done = errata(*command, "--force")
+    assert done.returncode == 0
+    assert "a disabling edit" in " ".join(done.stdout.split())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--editor", "ft", "--layer", "3"], "--layer is of ROME as it is without --editor"),
+        (["--editor", "ft", "--preset", "paper"], "--preset is of ROME"),
+        (["--editor", "ftt"], "did you mean 'ft'?"),
+        (["--editor", "ft:epsilon"], "is no setting"),
+        (["--editor", "mend"], "is an editor that is trained"),
+        (["--editor", "mend:trained=none"], "none"),
+    ],
+)
+def test_another_editor_that_does_not_do(errata, arguments, message):
+    refused(errata("edit", *FACT, "--to", "Italian", *arguments), message)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
 import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -15,6 +17,7 @@ from errata.cli import moments, options, tables
 from errata.cli.export import Lora, Merge
 
 if TYPE_CHECKING:
+    from errata.base.errors import ErrataError
     from errata.base.facts import Fact, Rewrite
     from errata.editors.rome import RomeConfig
     from errata.editors.rome.site import Site
@@ -47,6 +50,10 @@ def edit(
     ] = None,
     lora: Lora = None,
     merge: Merge = None,
+    editor: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="Another editor than ROME, with its settings, such as ft-l or mend:trained=FOLDER."),
+    ] = None,
     layer: Annotated[
         Optional[str],  # noqa: UP045
         typer.Option(help="The layer to edit, from 0; or auto, to find it by a trace. Unless given: what is known."),
@@ -71,7 +78,7 @@ def edit(
     download: options.Download = False,
     json: options.Json = False,
 ) -> None:
-    """Rewrite facts with ROME, show what the model says before and after and what else moved, and save the edits.
+    """Rewrite facts with ROME or another editor, show what the model says before and after, and save the edits.
 
     One fact by --subject, --prompt and --to; or a table by --requests, whose edits are computed together. Requests that
     cannot be met are named, and the others made; the exit code is 1 then.
@@ -81,6 +88,7 @@ def edit(
 
     source = moments.Source(corpus, field, revision, corpus_tokens, second_moment, identity, download)
     where = _layer(layer)
+    spec = None if editor is None else _spec(editor, layer=layer, preset=preset, key=key, sequential=sequential)
     table = None
     if requests is None:
         if sequential or strict:
@@ -96,32 +104,16 @@ def edit(
     _require_places(out, lora, merge, many=table is not None)
 
     # Torch comes only now: bad input is told at once.
-    from errata.api import rome
-    from errata.editors.rome.layer import resolve
     from errata.edits.edit import Edit
     from errata.edits.ledger import ContradictoryEdits
 
     loaded = options.load(model, device, dtype, download)
     if table is None and not old:
         rewrites = [_with_old_object(loaded, rewrites[0])]
-    config = _config(loaded, preset, key)
-    site = _site(loaded, [each.fact for each in rewrites], where, seed)
-    resolved, how = resolve(loaded, (), config, site)
-    assert isinstance(resolved.layer, int)  # resolve
-    moment = source.of(loaded, resolved.layer)
-    with show.progress("editing", "steps") as bar:
-        made = rome(
-            loaded,
-            rewrites,
-            config,
-            layer=site,
-            second_moment=moment,
-            seed=seed,
-            sequential=sequential,
-            force=force,
-            errors="keep",
-            progress=_counting(bar),
-        )
+    if spec is None:
+        made, how = _by_rome(loaded, rewrites, where, preset, key, source, seed, sequential, force)
+    else:
+        made, how = _by_another(loaded, rewrites, spec, source, seed, force)
     if table is None or requests is None:
         if isinstance(made[0], ErrataError):
             raise made[0]
@@ -135,7 +127,7 @@ def edit(
         tables.tell_bad_lines(refused, requests, table.unit, strict)
         names = [row.name for row, each in zip(table.rows, made, strict=True) if isinstance(each, Edit)]
     edits = [each for each in made if isinstance(each, Edit)]
-    told: dict[str, Any] = {"model": loaded.name, "layer": resolved.layer, "chosen": how}
+    told: dict[str, Any] = {"model": loaded.name, **how}
     if edits:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ContradictoryEdits)  # of the table, and told
@@ -207,6 +199,101 @@ def _named(out: Path | None, lora: Path | None, merge: Path | None) -> tuple[tup
     return ("saved", out), ("lora", lora), ("merged", merge)
 
 
+def _spec(text: str, **of_rome: object) -> tuple[str, dict[str, Any]]:
+    """The method and the settings of an editor that is named.
+
+    Raises:
+        ConfigError: if it is not written so, or an option is given that is ROME's own.
+    """
+    from errata.base.errors import ConfigError
+
+    used = next((name for name, value in of_rome.items() if value), None)
+    if used:
+        raise ConfigError(
+            f"--{used} is of ROME as it is without --editor: leave it out, or write a setting as in "
+            f"--editor {text.partition(':')[0]}:layer=3"
+        )
+    _, method, settings = options.editor_spec(text)
+    return method, settings
+
+
+Made = tuple["list[Edit | ErrataError]", dict[str, Any]]  # edits, and what is told of how they came about
+
+
+def _by_rome(
+    model: Model,
+    rewrites: Sequence[Rewrite],
+    where: int | Literal["auto"] | None,
+    preset: str | None,
+    key: str | None,
+    source: moments.Source,
+    seed: int,
+    sequential: bool,
+    force: bool,
+) -> Made:
+    from errata.api import rome
+    from errata.cli import show
+    from errata.editors.rome.layer import resolve
+
+    config = _config(model, preset, key)
+    site = _site(model, [each.fact for each in rewrites], where, seed)
+    resolved, how = resolve(model, (), config, site)
+    assert isinstance(resolved.layer, int)  # resolve
+    moment = source.of(model, resolved.layer)
+    with show.progress("editing", "steps") as bar:
+        made = rome(
+            model,
+            list(rewrites),
+            config,
+            layer=site,
+            second_moment=moment,
+            seed=seed,
+            sequential=sequential,
+            force=force,
+            errors="keep",
+            progress=_counting(bar),
+        )
+    return made, {"layer": resolved.layer, "chosen": how}
+
+
+def _by_another(
+    model: Model,
+    rewrites: Sequence[Rewrite],
+    spec: tuple[str, dict[str, Any]],
+    source: moments.Source,
+    seed: int,
+    force: bool,
+) -> Made:
+    """Edits of any editor, whose health is measured here; one that disables the model is none unless forced."""
+    from errata.base.errors import DisablingEdit
+    from errata.editors.registry import method_of
+    from errata.edits.edit import Edit
+    from errata.metrics import health
+
+    name, settings = spec
+    prepared = method_of(name).prepare(model, settings, lambda layer: source.of(model, layer), seed)
+    made = prepared.make(model, rewrites)
+    measured = iter(health.alone(model, [each for each in made if isinstance(each, Edit)], seed))
+    found: list[Edit | ErrataError] = []
+    for one in made:
+        if not isinstance(one, Edit):
+            found.append(one)
+            continue
+        its = next(measured)
+        if its.disabling and not force:
+            found.append(
+                DisablingEdit(
+                    f"the edit of {one.rewrites[0].text!r} by {name} would disable the model: what it says of texts "
+                    f"that have nothing to do with it moves by {its.drift:.3g} nats per token, beyond the bound of "
+                    f"{its.max_drift:g}. Try other settings or another editor, or make it all the same by --force"
+                )
+            )
+            continue
+        told = {"relative_norm": one.relative_norm(model), **its.as_dict()}
+        found.append(dataclasses.replace(one, notes={**one.notes, "health": told}))
+    return found, {"editor": name}
+
+
 def _config(model: Model, preset: str | None, key: str | None) -> RomeConfig:
     """What is known for the model, or the preset, with what was typed."""
     from errata.editors.rome import RomeConfig
@@ -269,7 +356,7 @@ def _tell_one(model: Model, made: Edit, also: Sequence[str], told: Mapping[str, 
     if after[0][1] < 0.5:
         typer.echo(
             f"warning: the edit is weak: P({to}) is {show.percent(after[0][1])} after it, {show.percent(before[0][1])} "
-            "before. Another layer may do (--layer auto, or errata trace shows where), or more text in --corpus",
+            f"before. {_ADVICE['layer' in told]}",
             err=True,
         )
     if json:
@@ -284,8 +371,8 @@ def _tell_one(model: Model, made: Edit, also: Sequence[str], told: Mapping[str, 
                     for p, b, a in zip(prompts, before, after, strict=True)
                 ],
                 "health": made.notes.get("health"),
-                "residual": made.notes["residual"],
-                "rounding": made.notes["rounding"],
+                "residual": made.notes.get("residual"),
+                "rounding": made.notes.get("rounding"),
                 "config": dict(made.config),
             }
         )
@@ -295,8 +382,19 @@ def _tell_one(model: Model, made: Edit, also: Sequence[str], told: Mapping[str, 
     ]
     show.table(("prompt", "before", f"P({to})", "after", f"P({to})"), rows)
     weights = ", ".join(delta.weight for delta in made.deltas)
-    show.line(f"{weights} changed by ‖ΔW‖/‖W‖ = {norm:.3f}; layer {told['layer']}: {told['chosen']}")
+    show.line(f"{weights} changed by ‖ΔW‖/‖W‖ = {norm:.3f}; {_by(told)}")
     show.line(show.health_summary(made))
+
+
+_ADVICE = {
+    True: "Another layer may do (--layer auto, or errata trace shows where), or more text in --corpus",
+    False: "Other settings may do (errata editors NAME lists them), or another editor",
+}
+
+
+def _by(told: Mapping[str, Any]) -> str:
+    """What made the edits."""
+    return f"layer {told['layer']}: {told['chosen']}" if "layer" in told else f"by {told['editor']}"
 
 
 def _whole(edits: Sequence[Edit], model: Model, sequential: bool) -> Edit:
@@ -309,8 +407,6 @@ def _whole(edits: Sequence[Edit], model: Model, sequential: bool) -> Edit:
 
 def _together(model: Model, edits: Sequence[Edit], sequential: bool) -> list[float]:
     """The probability of each new object with all of the edits on the model."""
-    import math
-
     from errata.edits.ledger import ContradictoryEdits
     from errata.models.scoring import score
 
@@ -347,8 +443,8 @@ def _tell_many(
                 "new_object": made.rewrites[0].new_object,
                 "health": made.notes.get("health"),
                 "p_new_with_all": with_all,
-                "residual": made.notes["residual"],
-                "rounding": made.notes["rounding"],
+                "residual": made.notes.get("residual"),
+                "rounding": made.notes.get("rounding"),
             }
             for made, name, with_all in zip(edits, names, together, strict=True)
         ]
@@ -368,13 +464,11 @@ def _tell_many(
         )
     if rows:
         show.table(("name", "edit", "P before", "after", "with all", "‖ΔW‖/‖W‖", "drift"), rows)
-        show.line(f"layer {told['layer']}: {told['chosen']}. Drift is in nats per token, on texts of the model's own.")
+        show.line(f"{_by(told)}. Drift is in nats per token, on texts of the model's own.")
 
 
 def _says(model: Model, prompts: Sequence[str], target: str) -> list[tuple[str, float]]:
     """For each prompt how the model goes on, and the probability of the target."""
-    import math
-
     from errata.models.scoring import score
 
     found = score(model, prompts, [target] * len(prompts))

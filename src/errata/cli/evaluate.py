@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import itertools
-import json as json_
 import re
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Optional
+from typing import TYPE_CHECKING, Annotated, Literal, Optional
 
 import typer
 
@@ -121,7 +120,7 @@ def evaluate(
         raise ConfigError("there is no place for results: name a run folder by --out")
     if data is not None and kind is not None:
         raise ConfigError(f"--kind is of the atlas's own records, and {data} shows by itself what it is: leave it out")
-    specs = [_spec(one) for text in editor or () for one in _spread(text)]
+    specs = [options.editor_spec(one) for text in editor or () for one in _spread(text)]
     names = [name for name, _, _ in specs]
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice:
@@ -194,34 +193,6 @@ def _choices(text: str) -> list[str]:
     first, last = map(int, numbers.groups())
     step = 1 if first <= last else -1
     return [str(each) for each in range(first, last + step, step)]
-
-
-def _spec(text: str) -> tuple[str, str, dict[str, Any]]:
-    """Name of the row, method and settings of NAME=METHOD:KEY=VALUE,...
-
-    Raises:
-        ConfigError: if it is not so.
-    """
-    from errata.base.errors import ConfigError
-
-    head, _, tail = text.partition(":")
-    name, named, method = head.rpartition("=")
-    settings: dict[str, Any] = {}
-    for part in re.split(r",(?![^\[{]*[\]}])", tail) if tail else ():  # not within brackets
-        key, given, value = part.partition("=")
-        if not given or not key.strip():
-            raise ConfigError(f"--editor {text!r}: {part!r} is no setting: write KEY=VALUE, as in rome:key=reference")
-        if key.strip() in settings:
-            raise ConfigError(f"--editor {text!r}: {key.strip()} is given twice: give it once")
-        try:
-            settings[key.strip()] = json_.loads(value)
-        except (ValueError, RecursionError):
-            settings[key.strip()] = {"None": None, "True": True, "False": False}.get(value, value)
-    told = ",".join(f"{key}={value}" for key, value in settings.items())
-    own = re.sub(r"[^\w.+=,-]", "", f"{method}-{told}" if told else method)
-    if not named and len(own.encode()) > 100:
-        raise ConfigError(f"--editor {text[:60]!r}… is too long to name a row: give a name, as in own={text[:20]}…")
-    return name if named else own, method, settings
 
 
 def _read(data: Path, limit: int | None, sample: int | None, seed: int, generation: bool) -> RecordSet:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Optional
@@ -193,3 +195,31 @@ def load(model: str, device: str | None, dtype: str, download: bool) -> Model:
         logging.disable_progress_bar()
     where: Any = {"device_map": "auto"} if device == "auto" else {"device": device}
     return load_model(model, dtype=dtype, download=download, **where)
+
+
+def editor_spec(text: str) -> tuple[str, str, dict[str, Any]]:
+    """Name of the row, method and settings of NAME=METHOD:KEY=VALUE,...
+
+    Raises:
+        ConfigError: if it is not so.
+    """
+    from errata.base.errors import ConfigError
+
+    head, _, tail = text.partition(":")
+    name, named, method = head.rpartition("=")
+    settings: dict[str, Any] = {}
+    for part in re.split(r",(?![^\[{]*[\]}])", tail) if tail else ():  # not within brackets
+        key, given, value = part.partition("=")
+        if not given or not key.strip():
+            raise ConfigError(f"--editor {text!r}: {part!r} is no setting: write KEY=VALUE, as in rome:key=reference")
+        if key.strip() in settings:
+            raise ConfigError(f"--editor {text!r}: {key.strip()} is given twice: give it once")
+        try:
+            settings[key.strip()] = json.loads(value)
+        except (ValueError, RecursionError):
+            settings[key.strip()] = {"None": None, "True": True, "False": False}.get(value, value)
+    told = ",".join(f"{key}={value}" for key, value in settings.items())
+    own = re.sub(r"[^\w.+=,-]", "", f"{method}-{told}" if told else method)
+    if not named and len(own.encode()) > 100:
+        raise ConfigError(f"--editor {text[:60]!r}… is too long to name a row: give a name, as in own={text[:20]}…")
+    return name if named else own, method, settings

@@ -150,20 +150,22 @@ def _best(trace: CausalTrace) -> tuple[int, int, float]:
 
 
 def health_summary(edit: Edit) -> str:
-    """How exactly an edit holds, and what else it moves, in two sentences."""
+    """How exactly an edit holds, where its editor tells, and what else it moves, in two sentences."""
     notes, health = edit.notes, edit.notes.get("health")
-    exact = f"Ŵk* = v* holds to {notes['residual']:.1e}"
-    if notes["rounding"] > 1e-4:
-        exact += f" (the weight's dtype rounds {percent(notes['rounding'])} of the change away)"
+    exact = ""
+    if "residual" in notes:
+        exact = f"Ŵk* = v* holds to {notes['residual']:.1e}"
+        if notes["rounding"] > 1e-4:
+            exact += f" (the weight's dtype rounds {percent(notes['rounding'])} of the change away)"
+        exact += ". "
     if health is None:
-        return f"{exact}."
+        return exact.rstrip()
     drift, ppl = health["drift"], (health["perplexity_before"], health["perplexity_after"])
     if drift is None:
-        return f"{exact}. What it says of its own texts is no number any more: a disabling edit."
+        return f"{exact}What it says of its own texts is no number any more: a disabling edit."
     return (
-        f"{exact}. Of texts of its own the model speaks differently by {drift:.2g} nats per token (perplexity "
-        f"{ppl[0]:.3g} "
-        f"before, {ppl[1]:.3g} after)" + (": a disabling edit." if health["disabling"] else ".")
+        f"{exact}Of texts of its own the model speaks differently by {drift:.2g} nats per token (perplexity "
+        f"{ppl[0]:.3g} before, {ppl[1]:.3g} after)" + (": a disabling edit." if health["disabling"] else ".")
     )
 
 

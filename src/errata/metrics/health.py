@@ -193,6 +193,33 @@ def healths(
     return found
 
 
+def alone(model: Model, edits: Sequence[Edit], seed: int = 0) -> list[Health]:
+    """The health of edits of one rewrite each, as `healths`, on texts of the model's own.
+
+    Args:
+        model: without the edits.
+        edits: each as if it were alone.
+        seed: of the texts.
+
+    Raises:
+        FactError: if a text is too long for the model.
+        ConfigError: if the model's tokenizer has no token to start texts from.
+    """
+    if not edits:
+        return []
+
+    def probability(rewrite: Rewrite) -> float:
+        return math.exp(score(model, [rewrite.text], [rewrite.new_object])[0].total)
+
+    rewrites, chances = [each.rewrites[0] for each in edits], []
+    for rewrite, edit in zip(rewrites, edits, strict=True):
+        before = probability(rewrite)
+        with edit.applied(model):
+            chances.append((before, probability(rewrite)))
+    probes = sampled_probes(model, seed)
+    return healths(model, rewrites, edits, chances, probes=probes, before=probe(model, probes))
+
+
 def _said(model: Model, states: Tensor) -> Tensor:
     """Log-probabilities of what follows states of the last block, in float32 at least."""
     with torch.no_grad():

@@ -186,7 +186,7 @@ class _Draw(LogitsProcessor):
         drawn = drawn.clamp(max=shares.shape[-1] - 1)
         self._step += 1
         chosen = drawn if tokens is None else tokens.gather(-1, drawn)
-        return torch.full_like(scores, -torch.inf).scatter_(-1, chosen, 0)
+        return scores.fill_(-torch.inf).scatter_(-1, chosen, 0)  # ours to change, and large
 
 
 def _continue(
