@@ -431,6 +431,20 @@ def test_one_that_was_stopped_goes_on_as_if_it_had_not(method, tmp_path):
     same(tmp_path / "whole", tmp_path / "parts")
 
 
+def test_validation_asks_through_every_kind_of_prompt(tmp_path, monkeypatch):
+    asked, judged = [], training.judged
+
+    def noted(model, network, place, drills):
+        asked.extend(drills)
+        return judged(model, network, place, drills)
+
+    monkeypatch.setattr(training, "judged", noted)
+    config = TrainingConfig(**{**CONFIG.model_dump(), "steps": 1, "validation": 4})
+    train(small(), "mend", LESSONS * 2, tmp_path / "t", config, NETWORKS["mend"])
+    prompts = [small().tokenizer.decode(drill.equivalent.ids) for drill in asked[:4]]
+    assert [prompt.startswith("Of late.") for prompt in prompts] == [False, True, False, True]
+
+
 def test_more_steps_go_on_from_the_end(tmp_path):
     longer = TrainingConfig(**{**CONFIG.model_dump(), "steps": 8})
     train(small(), "mend", LESSONS, tmp_path / "a", CONFIG, NETWORKS["mend"])

@@ -225,7 +225,7 @@ class _Run:
             "fingerprint": weights_digest(model.hf),
             "lessons": digest(lessons),
         }
-        drills = [Drill.of(model, lesson) for lesson in apart]
+        drills = [Drill.of(model, lesson, i, i) for i, lesson in enumerate(apart)]  # prompts of every kind in turn
         run = cls(model, folder, config, about, network, place, learnt, drills, adam)
         if (folder / STATE).is_file():
             run._go_on()
