@@ -78,7 +78,7 @@ def measure(out: Path, kind: str, records: int, generation: bool) -> None:
     table = TABLES[kind]
     editors = [option for row in ROWS[kind] for option in ("--editor", row.format(out / "trained" / row.split("=")[0]))]
     options = [] if generation and kind == "counterfact" else ["--no-generation"]
-    options += ["--executor", "ray", "--workers", str(AT_ONCE)]
+    options += ["--no-health", "--executor", "ray", "--workers", str(AT_ONCE)]
     run("evaluate", "--kind", kind, "--limit", records, *editors, *options, "--out", out / table, "--json")
     (out / f"{table}.md").write_text(run("report", out / table, "--format", "markdown"), encoding="utf-8")
     run("report", out / table, "--page", out / f"{table}.html")
