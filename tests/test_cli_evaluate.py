@@ -247,9 +247,9 @@ def test_bad_editors(errata, spec, message):
     ],
 )
 def test_what_an_editor_says(spec, name, settings):
-    from errata.cli.evaluate import _spec
+    from errata.cli.options import editor_spec
 
-    assert _spec(spec) == (name, "rome", settings)
+    assert editor_spec(spec) == (name, "rome", settings)
 
 
 @pytest.mark.parametrize(
