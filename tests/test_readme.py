@@ -116,6 +116,19 @@ def test_the_guide_to_evaluation(tmp_path):
     assert "foretold" in said[4]
 
 
+def test_the_guide_to_editors(tmp_path):
+    (text,) = blocks("docs/editors.md", "python")
+    assert "The mother tongue of Arthur Conan Doyle is Italian" in run([sys.executable, "-c", text], tmp_path).stdout
+    said = [
+        run([sys.executable, "-m", "errata.cli.app", *shlex.split(line, comments=True)[1:]], tmp_path).stdout
+        for line in commands("docs/editors.md")
+    ]
+    assert all(name in said[0] for name in ("rome", "ft-l", "attention", "kn", "mend", "ke"))
+    assert "epsilon" in said[1]
+    for name in ("doyle.safetensors", "losses.png", "layers.svg", "attention.svg", "mend-cf/editor.safetensors"):
+        assert (tmp_path / name).stat().st_size > 1000, name
+
+
 def test_the_guide_to_second_moments(tmp_path):
     (tmp_path / "texts").mkdir()
     (tmp_path / "texts" / "a.txt").write_text("\n\n".join(itertools.islice(corpus.texts(world.load_world(), 3), 60)))
