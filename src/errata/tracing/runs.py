@@ -304,5 +304,6 @@ def _shares(starts: Sequence[Start], lane: int, most: int) -> Iterator[list[Star
 
 
 def _kept_parts(config: TraceConfig) -> list[str]:
-    """The modules whose outputs are restored or held."""
-    return [name for name in ("mlp", "attention") if any(part.endswith(name) for part in config.parts)]
+    """The modules whose outputs a sweep puts in places."""
+    kept = {name for name in ("mlp", "attention") if any(part.endswith(name) for part in config.parts)}
+    return sorted(kept | ({"attention"} if "mlp" in config.parts else set()))

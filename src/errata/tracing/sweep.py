@@ -83,7 +83,8 @@ def sweep(
     """The restored runs of one token.
 
     Args:
-        recording: of clean and corrupted runs, with the streams that are restored or severed.
+        recording: of clean and corrupted runs, with the streams that are restored or severed; where MLPs are restored,
+            with both.
         starts: which restored runs.
         token: index of the restored token.
         corrupted: recorded rows `[g]` of corrupted runs.
@@ -137,6 +138,10 @@ def _restored(recording: Recording, part: str, layer: int, token: int, corrupted
         return recording.states[layer + 1][clean, token]
     entering = recording.states[layer][corrupted, token : token + 1]
     patches = _put(recording, [part], layer, token, clean)
+    if part == "mlp":
+        # Attention of this token alone is over fewer keys, and a softmax in float32, which many blocks take whatever
+        # their dtype, rounds otherwise over fewer.
+        patches |= _put(recording, ["attention"], layer, token, corrupted)
     return recording.step(layer, entering, token, corrupted, patches)[:, 0]
 
 
