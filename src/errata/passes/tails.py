@@ -201,15 +201,22 @@ def join(model: Model, cuts: Sequence[Cut]) -> Tails:
     return Tails(lanes)
 
 
-def _of_like_width(cuts: Sequence[Cut]) -> Iterator[list[Cut]]:
-    """Cuts of as many tokens together, for what is missing is run too; too few go with the next wider ones."""
+def _of_like_width(cuts: Sequence[Cut]) -> list[list[Cut]]:
+    """Cuts of as many tokens together, for what is missing is run too; too few go with the next wider ones, or with the
+    last before them."""
     widths = [each.states.shape[1] for each in cuts]
+    groups: list[list[int]] = []
     waiting: list[int] = []
     for width in sorted(set(widths)):
         waiting += [i for i, its in enumerate(widths) if its == width]
-        if sum(len(cuts[i].states) for i in waiting) * width >= _FULL or width == max(widths):
-            yield [cuts[i] for i in sorted(waiting)]
+        if sum(len(cuts[i].states) for i in waiting) * width >= _FULL:
+            groups.append(waiting)
             waiting = []
+    if groups:
+        groups[-1] += waiting
+    elif waiting:
+        groups.append(waiting)
+    return [[cuts[i] for i in sorted(group)] for group in groups]
 
 
 def _refusal(model: Model, first: int) -> UnsupportedModel:
