@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 
 import pytest
@@ -15,4 +16,24 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # tests that run beside each other have
 def _own_home(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("ERRATA_HOME", str(tmp_path_factory.mktemp("errata-home")))
+        yield
+
+
+@pytest.fixture
+def errata(monkeypatch, capsys, tmp_path):
+    """The command line in this process, in an empty folder."""
+    from test_cli import in_process
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "120")
+    return lambda *arguments: in_process(monkeypatch, capsys, *arguments)
+
+
+@pytest.fixture(scope="module")
+def worlds_built_once():
+    """The atlas's world is built once a number and a seed."""
+    from errata.atlas import records
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(records, "built", functools.cache(records.built))
         yield

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from errata.benchmarks.sets import read_records
-from test_cli import in_process, refused
+from test_cli import refused
 
 GUIDE = Path(__file__).parents[1] / "docs" / "data.md"
 FILES = ["attribute_snippets.json", "build.json", "counterfact.json"]
@@ -23,12 +23,10 @@ def guide(language: str) -> str:
 
 
 @pytest.fixture
-def run(monkeypatch, capsys, tmp_path):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("COLUMNS", "100")
+def run(errata, tmp_path):
     (tmp_path / "catalogue.csv").write_text(guide("csv"), encoding="utf-8")
     (tmp_path / "templates.json").write_text(guide("json"), encoding="utf-8")
-    return lambda *arguments: in_process(monkeypatch, capsys, *arguments)
+    return errata
 
 
 COMMAND = shlex.split(guide("sh"))[1:]

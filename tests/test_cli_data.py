@@ -8,17 +8,15 @@ import pytest
 
 import goldens
 from errata.benchmarks import sources
-from test_cli import in_process, refused
+from test_cli import refused
 from test_records import DATA, FLAT, NESTED, ZSRE, changed, write
 from test_sources import CONTENT, of, server  # noqa: F401
 
 
 @pytest.fixture
-def run(monkeypatch, capsys, tmp_path):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("COLUMNS", "120")
+def run(errata, monkeypatch, tmp_path):
     monkeypatch.setenv("ERRATA_HOME", str(tmp_path / "home"))
-    return lambda *arguments: in_process(monkeypatch, capsys, "data", *arguments)
+    return lambda *arguments: errata("data", *arguments)
 
 
 def test_describe(run, tmp_path):

@@ -8,7 +8,7 @@ import pytest
 
 from errata.edits.edit import Edit
 from errata.models.loading import load_pretrained
-from test_cli import FACT, in_process, refused
+from test_cli import FACT, refused
 from tiny import TEXT, byte_tokenizer, tiny
 
 TABLE = """subject,prompt,new_object,object
@@ -17,20 +17,6 @@ Nobody,this has no place,x,y
 Roy Hargrove,{} is known for playing the,violin,trumpet
 Arthur Conan Doyle,The native language of {} is,French,English
 """
-
-
-@pytest.fixture(scope="module", autouse=True)
-def home(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("ERRATA_HOME", str(tmp_path_factory.mktemp("home")))
-        yield
-
-
-@pytest.fixture
-def errata(monkeypatch, capsys, tmp_path):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("COLUMNS", "100")
-    return lambda *arguments: in_process(monkeypatch, capsys, *arguments)
 
 
 def test_one_fact_is_shown_with_its_layer_and_its_health(errata, tmp_path):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import shutil
 import signal
@@ -10,32 +9,23 @@ from pathlib import Path
 
 import pytest
 
-from errata.atlas import records
 from errata.edits.edit import Edit
 from errata.evaluation import executors, runner
 from errata.evaluation.results import Run
 from goldens import SHARED
-from test_cli import in_process, refused
+from test_cli import refused
 from tiny import TEXT, byte_tokenizer, tiny
 
 CHEAP = ["--identity", "--no-generation", "--no-health"]
 ROME = ["--editor", "r=rome:steps=2,prefixes=none"]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def home(tmp_path_factory):
-    """A home of its own, and a world that is built once a number and a seed."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("ERRATA_HOME", str(tmp_path_factory.mktemp("home")))
-        patch.setattr(records, "built", functools.cache(records.built))
-        yield
+pytestmark = pytest.mark.usefixtures("worlds_built_once")
 
 
 @pytest.fixture
-def errata(monkeypatch, capsys, tmp_path):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("COLUMNS", "120")
-    return lambda *arguments: in_process(monkeypatch, capsys, "evaluate", *arguments)
+def errata(errata):
+    return lambda *arguments: errata("evaluate", *arguments)
 
 
 def entry(case: int = 1, **changes) -> dict:

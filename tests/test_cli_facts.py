@@ -13,7 +13,7 @@ import pytest
 
 from errata.benchmarks.fact_table import read_facts
 from errata.metrics import knowledge
-from test_cli import in_process, refused
+from test_cli import refused
 
 WRONG = set(range(0, 30, 6))
 
@@ -36,10 +36,8 @@ def table(tmp_path_factory):
 
 
 @pytest.fixture
-def run(monkeypatch, capsys, tmp_path):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("COLUMNS", "100")
-    return lambda *arguments: in_process(monkeypatch, capsys, "facts", *arguments)
+def run(errata):
+    return lambda *arguments: errata("facts", *arguments)
 
 
 def written(folder):

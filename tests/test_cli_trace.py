@@ -17,7 +17,7 @@ from errata.tracing import many
 from errata.tracing.average import AverageEffects, average_effects
 from errata.tracing.config import TraceConfig
 from errata.tracing.result import load_traces
-from test_cli import FACT, in_process, refused
+from test_cli import FACT, refused
 
 DOYLE = {"subject": FACT[1], "prompt": FACT[3], "object": "English"}
 FACTS = [
@@ -34,11 +34,9 @@ KEPT = ["--unknown", "--min-effect", "-1"]
 
 
 @pytest.fixture
-def run(monkeypatch, capsys, tmp_path):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("COLUMNS", "120")
+def run(errata, tmp_path):
     (tmp_path / "facts.jsonl").write_text("\n".join(map(json.dumps, FACTS)) + "\n")
-    return lambda *arguments: in_process(monkeypatch, capsys, *arguments)
+    return errata
 
 
 @pytest.fixture(scope="module")

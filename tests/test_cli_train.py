@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 from pathlib import Path
 
@@ -13,25 +12,13 @@ from errata.benchmarks.counterfact import write_records
 from errata.editors.hypernetworks import training
 from errata.editors.hypernetworks.files import Trained
 from errata.evaluation.results import Run
-from test_cli import in_process, refused
+from test_cli import refused
 
 QUICK = ["--limit", "10", "--validation", "3", "--steps", "2", "--validate-every", "1", "--batch", "2"]
 SMALL = {"mend": ["--set", "rank=4", "--set", "blocks=1"], "ke": ["--set", "hidden=4", "--set", "blocks=1"]}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def home(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("ERRATA_HOME", str(tmp_path_factory.mktemp("home")))
-        patch.setattr(records, "built", functools.cache(records.built))
-        yield
-
-
-@pytest.fixture
-def errata(monkeypatch, capsys, tmp_path):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("COLUMNS", "120")
-    return lambda *arguments: in_process(monkeypatch, capsys, *arguments)
+pytestmark = pytest.mark.usefixtures("worlds_built_once")
 
 
 def written(path: str, made) -> str:
