@@ -431,6 +431,15 @@ def test_one_that_was_stopped_goes_on_as_if_it_had_not(method, tmp_path):
     same(tmp_path / "whole", tmp_path / "parts")
 
 
+def test_a_training_by_the_clock_tells_how_far_it_has_come(tmp_path, monkeypatch):
+    monkeypatch.setattr(training._Run, "_elapsed", lambda self: 20.0 * self.done)
+    config = TrainingConfig(**{**CONFIG.model_dump(), "steps": 1000, "max_minutes": 1})
+    told = []
+    train(small(), "mend", LESSONS, tmp_path / "t", config, NETWORKS["mend"], lambda *each: told.append(each[:2]))
+    assert told[:4] == [(1, 3), (2, 3), (3, 3), (4, 4)]
+    assert curve_of(tmp_path / "t").ended == "minutes"
+
+
 def test_validation_asks_through_every_kind_of_prompt(tmp_path, monkeypatch):
     asked, judged = [], training.judged
 

@@ -126,7 +126,8 @@ def train(
         folder: for checkpoints and the result.
         config: of the training.
         settings: of the method's network.
-        progress: called after each step with (step, of, curve so far).
+        progress: called after each step with (step, of, curve so far); of a training by the clock, as many as time seems
+            to leave.
 
     Returns:
         The best network by validation, which is also the folder's `editor.safetensors`.
@@ -145,7 +146,7 @@ def train(
             try:
                 run.step()
                 if progress is not None:
-                    progress(run.done, config.steps, run.curve)
+                    progress(run.done, run.expected, run.curve)
                 stop_here()
             except KeyboardInterrupt:
                 run.save()
@@ -239,6 +240,14 @@ class _Run:
     def done(self) -> int:
         """Steps so far."""
         return len(self.edit)
+
+    @property
+    def expected(self) -> int:
+        """Steps until the end, at the speed so far: as many as are allowed, or as time allows."""
+        limit = self.config.max_minutes
+        if limit is None or not self.done:
+            return self.config.steps
+        return min(self.config.steps, max(self.done, round(self.done * 60 * limit / self._elapsed())))
 
     def step(self) -> None:
         """One step, with a validation behind it where one is due; or the end."""
