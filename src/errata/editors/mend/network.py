@@ -104,7 +104,8 @@ class _Residual(nn.Module):
         last = len(self.U) - 1
         for i in range(last + 1):
             inner = self.scale[i][maps] * ((x @ self.V[i].T) @ self.U[i].T + self.bias[i]) + self.shift[i][maps]
-            x = x + (inner if i == last else inner.relu())
+            # Not relu(), whose gradient at 0 is 0: U is zero at first, and the layer would stay at nothing for ever.
+            x = x + (inner if i == last else inner.clamp(min=0))
         return x
 
 
