@@ -99,6 +99,7 @@ def test_what_was_published_for_which_model():
     assert told(FineTuningConfig.ft_l(stand_in("gpt2", 24, 1024))) == ("mlp", 0, 5e-4, 2e-3)
     assert told(FineTuningConfig.attention(xl)) == ("attention", 33, 1e-3, 1e-3)
     assert FineTuningConfig.ft(xl).stop_below == 0.03
+    assert FineTuningConfig.attention(gptj, layer=3, epsilon=1e-3).learning_rate == 1e-3  # any model's
     with pytest.raises(ConfigError, match="'attention' needs a setting 'layer'"):
         FineTuningConfig.attention(gptj)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import signal
 import subprocess
@@ -16,11 +17,11 @@ import torch
 from torch.func import functional_call
 
 from errata.base.errors import ConfigError, Diverged, EditMismatch, FactError, ResultFileError
-from errata.base.facts import Fact
+from errata.base.facts import Fact, fact_key
 from errata.base.fingerprint import tensor_digest
-from errata.editors.hypernetworks import training
+from errata.editors.hypernetworks import editor, training
 from errata.editors.hypernetworks.editor import prepare_ke, prepare_mend, trained_edit
-from errata.editors.hypernetworks.factors import edited_maps, gradient_factors
+from errata.editors.hypernetworks.factors import Factors, edited_maps, gradient_factors
 from errata.editors.hypernetworks.files import Trained, new_network
 from errata.editors.hypernetworks.lessons import Lesson, keys, text_lessons
 from errata.editors.hypernetworks.network import condition
@@ -169,6 +170,18 @@ def test_mend_begins_at_the_normalised_gradient():
         want = -0.01 * x[:, entering.shape[1] :].T @ x[:, : entering.shape[1]]
         write, read = changes[name].of(0)
         np.testing.assert_allclose((write @ read).detach().numpy(), want, rtol=1e-6, atol=1e-9)
+
+
+def test_every_layer_of_mend_learns():
+    """U is zero at first, and so is what the hidden layer cuts at zero: its gradient must come through all the same."""
+    model = model_of()
+    place = Place.of(model, 2)
+    network = new_network("mend", place.shapes(model), model.d_model, NETWORKS["mend"]).to(model.dtype).train()
+    drills = [Drill.of(model, lesson) for lesson in LESSONS]
+    descend(model, network, place, drills, 0.1, 1.0)
+    for shared in network.shared:
+        for layer, weights in enumerate(shared.U):
+            assert weights.grad.abs().max() > 0, layer
 
 
 def test_moments_of_parts_are_those_of_the_whole():
@@ -325,6 +338,25 @@ def test_one_that_cannot_be_made_stays_in_its_place():
         trained_edit(model_of(), [too_long], trained("mend"))
 
 
+@pytest.mark.parametrize("method", NETWORKS)
+def test_a_change_that_is_no_number_stays_in_its_place(method):
+    broken = copy.deepcopy(trained(method))
+    with torch.no_grad():
+        next(broken.network.parameters()).fill_(float("nan"))
+    [found] = trained_edit(model_of(), FACTS[:1], broken, errors="keep")
+    assert isinstance(found, Diverged)
+    with pytest.raises(Diverged, match="no finite number"):
+        trained_edit(model_of(), FACTS[0], broken)
+
+
+def test_a_loss_without_a_gradient_makes_no_edit(monkeypatch):
+    nothing = Factors(torch.zeros(0, 2), torch.zeros(0, 2), torch.zeros(0, dtype=torch.long))
+    monkeypatch.setattr(editor, "changes_of", lambda model, network, place, *rest: dict.fromkeys(place.maps, nothing))
+    [found] = trained_edit(model_of(), FACTS[:1], trained("mend"), errors="keep")
+    assert isinstance(found, FactError)
+    assert "has no gradient in torch.float64" in str(found)
+
+
 def test_the_model_is_left_alone_when_interrupted(monkeypatch):
     model = model_of()
     before = state(model)
@@ -369,7 +401,15 @@ def test_another_model_is_refused(tmp_path):
         trained_edit(model, FACTS[0], trained("mend"))
 
 
+def test_a_folder_may_have_a_number_for_its_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    trained("mend").save("2024/editor.safetensors")
+    assert prepare_mend(model_of(), {"trained": 2024}, None, 0).method == "mend"
+
+
 def test_files_that_do_not_do(tmp_path):
+    with pytest.raises(ConfigError, match="'mennd' is no editor that is trained: choose of mend, ke"):
+        new_network("mennd", {"m": (2, 3)}, 4, {})
     with pytest.raises(ConfigError, match="train one for gpt2 by errata train-editor mend"):
         prepare_mend(model_of(), {}, None, 0)
     with pytest.raises(ResultFileError, match="there is no file"):
@@ -429,6 +469,63 @@ def test_one_that_was_stopped_goes_on_as_if_it_had_not(method, tmp_path):
         assert len(curve_of(tmp_path / "parts").edit) == at
     train(small(), method, LESSONS, tmp_path / "parts", CONFIG, NETWORKS[method])
     same(tmp_path / "whole", tmp_path / "parts")
+
+
+def test_cut_short_within_a_step_it_goes_on_from_the_last_checkpoint(tmp_path, monkeypatch):
+    train(small(), "mend", LESSONS, tmp_path / "whole", CONFIG, NETWORKS["mend"])
+    steps, real = [], training.descend
+
+    def cut(*args):
+        found = real(*args)  # by now the network has gathered moments
+        steps.append(found)
+        if len(steps) == 4:
+            raise KeyboardInterrupt
+        return found
+
+    monkeypatch.setattr(training, "descend", cut)
+    with pytest.raises(KeyboardInterrupt):
+        train(small(), "mend", LESSONS, tmp_path / "parts", CONFIG, NETWORKS["mend"])
+    train(small(), "mend", LESSONS, tmp_path / "parts", CONFIG, NETWORKS["mend"])
+    same(tmp_path / "whole", tmp_path / "parts")
+
+
+def test_killed_before_the_first_checkpoint_it_begins_again(tmp_path, monkeypatch):
+    def killed(run):
+        raise SystemExit
+
+    real = training._Run.save
+    monkeypatch.setattr(training._Run, "save", killed)
+    with pytest.raises(SystemExit):
+        train(small(), "mend", LESSONS, tmp_path / "t", CONFIG, NETWORKS["mend"])
+    assert [path.name for path in (tmp_path / "t").iterdir()] == [EDITOR]
+    (tmp_path / "t" / f".{STATE}.x1.safetensors").write_bytes(b"half")
+    monkeypatch.setattr(training._Run, "save", real)
+    train(small(), "mend", LESSONS, tmp_path / "t", CONFIG, NETWORKS["mend"])
+    assert curve_of(tmp_path / "t").ended == "steps"
+
+
+@pytest.mark.parametrize("method", NETWORKS)
+def test_models_of_other_dtypes_train_too(method, tmp_path):
+    for dtype in (torch.float64, torch.bfloat16):
+        found = train(model_of(dtype=dtype), method, LESSONS, tmp_path / str(dtype), CONFIG, NETWORKS[method])
+        assert isinstance(trained_edit(model_of(dtype=dtype), FACTS[0], found), Edit)
+
+
+def test_what_cannot_be_learnt_is_told_before_the_first_step(tmp_path):
+    long = Lesson(FACTS[0], (FACTS[0].text, "word " * 999 + FACTS[0].text))
+    with pytest.raises(FactError, match=r"lesson 3, counted from 0, cannot be learnt: .* tokens"):
+        train(small(), "mend", [*LESSONS, long], tmp_path / "t", CONFIG, NETWORKS["mend"])
+    assert not (tmp_path / "t").exists()
+    with pytest.raises(ConfigError, match="c_edit is 0"):
+        TrainingConfig(c_edit=0)
+
+
+def test_all_lessons_count_as_seen_by_relation_and_by_prompt(tmp_path):
+    """Those that the network was chosen by, too; and a record whose relation has no name is known by its prompt."""
+    named = [Lesson(each.rewrite, each.equivalents, each.others, "P1") for each in LESSONS]
+    found = train(small(), "mend", named, tmp_path / "t", CONFIG, NETWORKS["mend"])
+    both = {fact_key(each.subject, name) for each in FACTS for name in ("P1", each.prompt)}
+    assert found.seen == both == set(keys(named))
 
 
 def test_a_training_by_the_clock_tells_how_far_it_has_come(tmp_path, monkeypatch):

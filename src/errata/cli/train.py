@@ -37,7 +37,10 @@ def train_editor(
         typer.Option(help="Of what the atlas has itself; counterfact unless given. A file shows by itself what it is."),
     ] = None,
     limit: Annotated[Optional[int], typer.Option(min=1, help="The first so many records by case id.")] = None,  # noqa: UP045
-    skip: Annotated[int, typer.Option(min=0, help="Leave out the first so many: those to be measured on.")] = 0,
+    skip: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(min=0, help="Leave out the first so many: those to be measured on. Of the atlas's records 500."),
+    ] = None,
     test: Annotated[
         Optional[Path],  # noqa: UP045
         typer.Option(help="Records that it will be measured on: lessons on the same facts are refused."),
@@ -165,7 +168,7 @@ def _settings(given: Sequence[str]) -> dict[str, Any]:
 
 
 def _lessons(
-    model: Model, data: Path | None, kind: str | None, limit: int | None, skip: int, seed: int
+    model: Model, data: Path | None, kind: str | None, limit: int | None, skip: int | None, seed: int
 ) -> list[Lesson]:
     """What there is to learn from.
 
@@ -179,6 +182,7 @@ def _lessons(
         return _of_the_atlas(model, kind, limit, skip, seed)
     if kind is not None:
         raise ConfigError(f"--kind is of what the atlas has itself, and {data} shows what it is: leave it out")
+    skip = skip or 0
     end = None if limit is None else skip + limit
     if data.suffix == ".txt":
         from errata.cli.evaluate import passages
@@ -189,7 +193,7 @@ def _lessons(
     return _of_records(read_records(data, end).records, skip)
 
 
-def _of_the_atlas(model: Model, kind: str | None, limit: int | None, skip: int, seed: int) -> list[Lesson]:
+def _of_the_atlas(model: Model, kind: str | None, limit: int | None, skip: int | None, seed: int) -> list[Lesson]:
     """Lessons of the atlas's own records or texts.
 
     Raises:
@@ -207,10 +211,10 @@ def _of_the_atlas(model: Model, kind: str | None, limit: int | None, skip: int, 
         from errata.atlas import own_corpus
         from errata.editors.hypernetworks.lessons import text_lessons
 
-        return text_lessons(model, list(own_corpus())[skip:][:limit], seed)
+        return text_lessons(model, list(own_corpus())[skip or 0 :][:limit], seed)
     from errata.atlas import records
 
-    skip = skip or _ATLAS_TEST
+    skip = _ATLAS_TEST if skip is None else skip
     made = records.zsre_records if kind == "zsre" else records.records
     return _of_records(made(10**9 if limit is None else skip + limit, seed), skip)
 

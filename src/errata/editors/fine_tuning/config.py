@@ -90,7 +90,7 @@ class FineTuningConfig(Config):
         Raises:
             ConfigError: as `ft_l`.
         """
-        return cls._known("attention", model, {"part": "attention", **changes})
+        return cls._known("attention", model, changes, {"part": "attention", "learning_rate": 1e-3})
 
     @classmethod
     def reference(cls, **changes: Any) -> FineTuningConfig:
@@ -105,13 +105,15 @@ class FineTuningConfig(Config):
         return "ft" if self.epsilon is None else "ft-l"
 
     @classmethod
-    def _known(cls, method: Method, model: Model, changes: dict[str, Any]) -> FineTuningConfig:
-        """The defaults; over them what was published, what the model's own config hints, and the changes."""
+    def _known(
+        cls, method: Method, model: Model, changes: dict[str, Any], own: dict[str, Any] | None = None
+    ) -> FineTuningConfig:
+        """The defaults; over them `own`, what was published, what the model's config hints, and the changes."""
         published = PUBLISHED[method].get(shape_of(model))
         hints = model.hints.get(method, {})
         if not isinstance(hints, dict):
             raise ConfigError(f"the config of {model.name} hints {hints!r} for {method!r}: it is an object of settings")
-        config = cls(**{**(published.settings if published else {}), **hints, **changes})
+        config = cls(**{**(own or {}), **(published.settings if published else {}), **hints, **changes})
         needed = {"layer": f"0 to {model.n_layers - 1}"}
         if method != "ft":
             needed["epsilon"] = "such as 5e-4, by which no entry of the weight is moved further"

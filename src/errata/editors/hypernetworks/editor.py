@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, overload
+from typing import Annotated, Any, Literal, overload
 
 import torch
+from pydantic import BeforeValidator
+from torch import Tensor
 
 from errata.base.config import Config
-from errata.base.errors import ConfigError, ErrataError, FactError
+from errata.base.errors import ConfigError, Diverged, ErrataError, FactError
 from errata.base.facts import Rewrite
 from errata.base.fingerprint import tensor_digest
 from errata.editors.editor import Editor
@@ -26,6 +28,11 @@ from errata.models.model import Model
 _AT_ONCE = 16
 
 
+def _name(value: object) -> object:
+    """A folder may have a number for its name."""
+    return str(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else value
+
+
 class TrainedConfig(Config):
     """Settings of an editor that was trained.
 
@@ -34,7 +41,7 @@ class TrainedConfig(Config):
         scale: the change is multiplied by this.
     """
 
-    trained: str
+    trained: Annotated[str, BeforeValidator(_name)]
     scale: float = 1.0
 
 
@@ -76,7 +83,8 @@ def trained_edit(  # type: ignore[misc]  # the other settings are spelt out here
 
     Raises:
         EditMismatch: if the network was trained for another model.
-        FactError: if a text is too long for the model, or nothing is left of the target.
+        FactError: if a text is too long for the model, nothing is left of the target, or its loss has no gradient.
+        Diverged: if a change is no finite number.
     """
     if errors not in ("raise", "keep"):
         raise ConfigError(f"errors is {errors!r}: it is 'raise' or 'keep'")
@@ -95,6 +103,7 @@ def trained_edit(  # type: ignore[misc]  # the other settings are spelt out here
 def _made(
     model: Model, wanted: Sequence[Rewrite], trained: Trained, place: Place, scale: float, errors: str
 ) -> list[Edit | ErrataError]:
+    network = trained.network.to(model.device)
     fingerprints = {f"{name}.weight": tensor_digest(model.weight(f"{name}.weight")) for name in place.maps}
     found: dict[int, Edit | ErrataError] = {}
     texts: dict[int, Text] = {}
@@ -109,11 +118,17 @@ def _made(
         share = [*texts][begin : begin + _AT_ONCE]
         words = [words_of(model, condition(wanted[number])) for number in share]
         with torch.no_grad():
-            changes = changes_of(model, trained.network, place, [texts[number] for number in share], words)
+            changes = changes_of(model, network, place, [texts[number] for number in share], words)
         for row, number in enumerate(share):
+            parts = {name: each.of(row) for name, each in changes.items()}
+            if problem := _no_edit(model, trained.method, wanted[number], list(parts.values())):
+                if errors == "raise":
+                    raise problem
+                found[number] = problem
+                continue
             deltas = [
                 LowRank(f"{name}.weight", scale * write, read)
-                for name, (write, read) in ((name, each.of(row)) for name, each in changes.items())
+                for name, (write, read) in parts.items()
                 if write.shape[1]
             ]
             found[number] = Edit.of(
@@ -126,6 +141,21 @@ def _made(
                 fingerprints={delta.weight: fingerprints[delta.weight] for delta in deltas},
             )
     return [found[number] for number in range(len(wanted))]
+
+
+def _no_edit(model: Model, method: str, rewrite: Rewrite, parts: Sequence[tuple[Tensor, Tensor]]) -> ErrataError | None:
+    """Why what the network made is no edit, if it is none."""
+    if not all(bool(each.isfinite().all()) for part in parts for each in part):
+        return Diverged(
+            f"the change that {method} makes for {rewrite.text!r} is no finite number: the numbers of {model.name} "
+            f"overflow in {model.dtype}. Load it with a wider dtype"
+        )
+    if not any(write.shape[1] for write, _ in parts):
+        return FactError(
+            f"the loss of {rewrite.new_object!r} after {rewrite.text!r} has no gradient in {model.dtype}, and {method} "
+            "makes its change of one: the model says it already, or wants a wider dtype"
+        )
+    return None
 
 
 def prepare_mend(model: Model, settings: Mapping[str, Any], second_moment: object, seed: int) -> Editor:
@@ -161,7 +191,6 @@ def _prepare(method: str, model: Model, settings: Mapping[str, Any]) -> Editor:
     trained = Trained.load(path / "editor.safetensors" if path.is_dir() else path)
     if trained.method != method:
         raise ConfigError(f"{path} holds a trained {trained.method!r}, not {method!r}: evaluate it by its name")
-    trained.network.to(model.device)
     place = trained.require(model)
     digests = {name: tensor_digest(each) for name, each in trained.network.state_dict().items()}
     told = {**trained.header(), "scale": config.scale, "weights": digests}

@@ -79,8 +79,8 @@ def gradient_factors(
             gradients = torch.autograd.grad(losses.sum(), [taps[name].added for name in maps])
             owner = torch.tensor(chunk.rows, device=losses.device)
             for name, gradient in zip(maps, gradients, strict=True):
-                delta = gradient.reshape(len(some), -1, gradient.shape[-1]).to(losses.dtype)
-                u = taps[name].entering.reshape(*delta.shape[:2], -1).to(losses.dtype)
+                delta = gradient.reshape(len(some), -1, gradient.shape[-1]).to(losses)
+                u = taps[name].entering.reshape(*delta.shape[:2], -1).to(losses)
                 there = (delta != 0).any(-1)
                 found[name].append((u[there], delta[there], owner[:, None].expand_as(there)[there]))
     return {name: _sorted(parts) for name, parts in found.items()}

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from errata.base.errors import EditMismatch, ErrataError, ResultFileError
+from errata.base.errors import ConfigError, EditMismatch, ErrataError, ResultFileError
 from errata.base.tensor_files import read_tensors, write_tensors
 from errata.base.versions import library_versions
 from errata.editors.hypernetworks.network import Network, NetworkConfig
@@ -122,8 +122,10 @@ def config_of(method: str, settings: Mapping[str, Any]) -> NetworkConfig:
     """A method's settings.
 
     Raises:
-        ConfigError: if one does not do.
+        ConfigError: if one does not do, or there is no such method.
     """
+    if method not in _NETWORKS:
+        raise ConfigError(f"{method!r} is no editor that is trained: choose of {', '.join(_NETWORKS)}")
     return _NETWORKS[method][0](**settings)
 
 
@@ -135,5 +137,6 @@ def new_network(
     Raises:
         ConfigError: if a setting does not do.
     """
-    network: Network = _NETWORKS[method][1](shapes, d_model, config_of(method, settings))
+    config = config_of(method, settings)
+    network: Network = _NETWORKS[method][1](shapes, d_model, config)
     return network

@@ -38,8 +38,9 @@ class Lesson:
 
 
 def keys(lessons: Sequence[Lesson]) -> list[str]:
-    """`fact_key` of each fact that is edited, sorted."""
-    return sorted({fact_key(each.rewrite.subject, each.relation or each.rewrite.prompt) for each in lessons})
+    """`fact_key` of each fact that is edited, sorted: by its relation's name, if it has one, and by its prompt."""
+    names = [(each.rewrite.subject, name) for each in lessons for name in (each.relation, each.rewrite.prompt) if name]
+    return sorted({fact_key(*each) for each in names})
 
 
 def digest(lessons: Sequence[Lesson]) -> str:

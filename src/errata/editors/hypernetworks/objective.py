@@ -112,10 +112,11 @@ def changes_of(
 ) -> dict[str, Factors]:
     """What the network makes of these edits, whose texts may be recorded already."""
     factors = gradient_factors(model, texts, place.maps, place.first, tails)
-    wide = torch.promote_types(model.dtype, torch.float32)
+    like = next(network.parameters())  # its device and dtype; the model's may be others
+    given = {n: Factors(f.entering.to(like), f.leaving.to(like), f.owner.to(like.device)) for n, f in factors.items()}
     embeddings = model.weight(f"{model.path(('embedding', 0))}.weight").detach()
-    read = [embeddings[torch.tensor(ids, device=embeddings.device)].to(wide) for ids in words]
-    changed: dict[str, Factors] = network(factors, read)
+    read = [embeddings[torch.tensor(ids, device=embeddings.device)].to(like) for ids in words]
+    changed: dict[str, Factors] = network(given, read)
     return changed
 
 
@@ -196,7 +197,10 @@ class _Trial:
         """What is said of a chunk's texts, each under the change of its owner."""
         some = [texts[label] for label in chunk.rows]
         rows = torch.tensor(owners, device=self.model.device)
-        here = {} if changes is None else {f"{n}.weight": (w[rows], r[rows]) for n, (w, r) in changes.items()}
+        here = {}
+        for name, (write, read) in (changes or {}).items():
+            device = self.model.weight(f"{name}.weight").device
+            here[f"{name}.weight"] = write[rows].to(device), read[rows].to(device)
         with rowwise(self.model, RowChanges(here)):
             states = chunk.resume(self.place.first, chunk.states, self.model.n_layers, keep=kept(some))
         return predictions(self.model, some, states)

@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from errata.base.config import Config
-from errata.base.errors import ConfigError, Diverged, ResultFileError
+from errata.base.errors import ConfigError, Diverged, FactError, ResultFileError
 from errata.base.interrupt import deferred_interrupt
 from errata.base.seeds import derive
 from errata.base.tensor_files import read_tensors, write_tensors
@@ -27,6 +27,7 @@ from errata.editors.hypernetworks.files import Trained, new_network
 from errata.editors.hypernetworks.lessons import Lesson, digest, keys
 from errata.editors.hypernetworks.network import Network
 from errata.editors.hypernetworks.objective import Drill, Place, descend, judged
+from errata.editors.texts import text_of
 from errata.models.fingerprint import weights_digest
 from errata.models.model import Model
 
@@ -64,6 +65,12 @@ class TrainingConfig(Config):
     patience: int = Field(10, ge=1)
     max_minutes: float | None = Field(None, gt=0)
     seed: int = Field(0, ge=0)
+
+    @model_validator(mode="after")
+    def _something_to_learn(self) -> TrainingConfig:
+        if not self.c_edit:
+            raise ValueError("c_edit is 0: then no edit is best, and nothing is learnt. Give it a weight")
+        return self
 
 
 @dataclass(frozen=True)
@@ -126,8 +133,8 @@ def train(
         folder: for checkpoints and the result.
         config: of the training.
         settings: of the method's network.
-        progress: called after each step with (step, of, curve so far); of a training by the clock, as many as time seems
-            to leave.
+        progress: called after each step with (step, of, curve so far); of a training by the clock, of as many as there
+            seems to be time for.
 
     Returns:
         The best network by validation, which is also the folder's `editor.safetensors`.
@@ -137,14 +144,14 @@ def train(
         FactError: if a lesson's text is too long for the model, or nothing is left of a target.
         ResultFileError: if the folder holds another training.
         Diverged: if a loss is no finite number; the best network so far is kept.
-        KeyboardInterrupt: at Ctrl-C, once the steps so far are kept.
+        KeyboardInterrupt: at Ctrl-C, once the steps so far are kept; at a second one, at once.
     """
     config = config or TrainingConfig.model_validate({})
     run = _Run.begun(model, method, lessons, Path(folder), config, settings or {})
     with deferred_interrupt() as stop_here:
         while run.curve.ended is None:
+            run.step()  # cut short in the middle it leaves nothing to keep but the last checkpoint
             try:
-                run.step()
                 if progress is not None:
                     progress(run.done, run.expected, run.curve)
                 stop_here()
@@ -190,6 +197,7 @@ class _Run:
     place: Place
     learnt: Sequence[Lesson]
     apart: Sequence[Drill]
+    seen: frozenset[str]  # of those apart too, which the network is chosen by
     adam: torch.optim.Adam
     curve: Curve = field(default_factory=Curve)
     seconds: float = 0.0
@@ -212,6 +220,7 @@ class _Run:
                 f"there are {len(lessons)} lessons, and {config.validation} are kept apart for validation: give more, "
                 "or keep fewer apart"
             )
+        _require_readable(model, lessons)
         order = torch.randperm(len(lessons), generator=torch.Generator().manual_seed(derive(config.seed, "apart")))
         apart = [lessons[i] for i in order[: config.validation].tolist()]
         learnt = [lessons[i] for i in order[config.validation :].tolist()]
@@ -227,11 +236,11 @@ class _Run:
             "lessons": digest(lessons),
         }
         drills = [Drill.of(model, lesson, i, i) for i, lesson in enumerate(apart)]  # prompts of every kind in turn
-        run = cls(model, folder, config, about, network, place, learnt, drills, adam)
+        run = cls(model, folder, config, about, network, place, learnt, drills, frozenset(keys(lessons)), adam)
         if (folder / STATE).is_file():
             run._go_on()
         else:
-            if folder.is_dir() and any(folder.iterdir()):
+            if folder.is_dir() and not all(_begun_here(path.name) for path in folder.iterdir()):
                 raise ResultFileError(f"{folder} holds other files: name an empty folder, or none, for a new training")
             run._validate()
         return run
@@ -377,7 +386,24 @@ class _Run:
             "lessons": {"digest": self.about["lessons"], "learnt": len(self.learnt), "apart": len(self.apart)},
             "minutes": round(self._elapsed() / 60, 2),
         }
-        return Trained(self.network, self.model.name, self.about["fingerprint"], card, frozenset(keys(self.learnt)))
+        return Trained(self.network, self.model.name, self.about["fingerprint"], card, self.seen)
+
+
+def _require_readable(model: Model, lessons: Sequence[Lesson]) -> None:
+    """Make sure that no step will meet a text that is too long, or has no target."""
+    for number, lesson in enumerate(lessons):
+        new = lesson.rewrite.new_object
+        texts = [lesson.rewrite.text, *lesson.equivalents]
+        try:
+            for prompt, target in [*((prompt, new) for prompt in texts), *lesson.others]:
+                text_of(model, prompt, target)
+        except FactError as problem:
+            raise FactError(f"lesson {number}, counted from 0, cannot be learnt: {problem}") from problem
+
+
+def _begun_here(name: str) -> bool:
+    """Whether a file may be what a kill left before the first checkpoint was whole."""
+    return name == EDITOR or name.startswith((f".{EDITOR}.", f".{STATE}."))
 
 
 def _network(model: Model, method: str, settings: dict[str, Any], seed: int) -> tuple[Network, Place]:

@@ -169,7 +169,7 @@ def _before(model: Model, layer: int, activation: Tensor, key: Tensor) -> _Neuro
     config = model.hf.config.get_text_config()
     name = next((n for n in ("activation_function", "hidden_act", "hidden_activation") if hasattr(config, n)), None)
     function = ACT2FN[getattr(config, name)] if name else None
-    if function is None or not torch.allclose(function(activation), key, rtol=1e-3, atol=1e-5):
+    if function is None or not torch.allclose(function(activation), key.to(activation.device), rtol=1e-3, atol=1e-5):
         raise UnsupportedModel(
             f"layer {layer} of {model.name}: its keys are not what the nonlinearity that its config names makes of "
             "the map before it, so neurons cannot be taken there. Say at = 'key'"
