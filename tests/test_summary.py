@@ -98,6 +98,8 @@ def test_too_few_have_no_interval(method):
     assert (nothing.count, one.count, one.missing, one.mean) == (0, 1, 1, 0.5)
     assert all(map(math.isnan, (nothing.mean, nothing.low, nothing.high, one.low, one.high)))
     assert (same.mean, same.low, same.high) == (0.5, 0.5, 0.5)
+    overflown = estimate([5.0, 7.0, 1e200], method)  # finite, and its variance is not
+    assert method != "normal" or (math.isnan(overflown.low) and math.isnan(overflown.high))
     infinite = estimate([1.0, math.inf, 2.0], method)
     assert infinite.mean == math.inf
     assert math.isnan(infinite.low)

@@ -283,5 +283,6 @@ def _all(table: Table) -> Iterator[Row]:
 
 def _nulled(found: Estimate) -> dict[str, Any]:
     return {
-        name: None if isinstance(value, float) and math.isnan(value) else value for name, value in vars(found).items()
+        name: None if isinstance(value, float) and not math.isfinite(value) else value
+        for name, value in vars(found).items()
     }

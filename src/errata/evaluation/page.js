@@ -159,7 +159,8 @@
       if (state.relation && one.relation !== state.relation) return;
       if (state.which === "failed" && !result.error) return;
       if (state.which === "disabling" && !(result.health && result.health.disabling)) return;
-      if (state.which === "missed" && !(valueAt(isCounterfact ? "es" : "efficacy", i) < 1)) return;
+      const held = valueAt(isCounterfact ? "es" : "efficacy", i);
+      if (state.which === "missed" && (held === null || !(held < 1))) return;  // null: it was never asked
       if (text && !haystack(one).includes(text)) return;
       kept.push(i);
     });

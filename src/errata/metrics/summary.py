@@ -206,7 +206,10 @@ def _summarised(table: Array, curve: Curve, slope: Curve, method: Method, seed: 
     if method == "normal":
         # What each record adds to the number; a column that few records have moves more with each of them.
         moved = np.where(there, table - means, 0.0) * (records / each) @ slope(means)
-        half = 1.96 * float(moved.std(ddof=1)) / records**0.5
+        with np.errstate(over="ignore", invalid="ignore"):  # a variance may overflow where the numbers do not
+            half = 1.96 * float(moved.std(ddof=1)) / records**0.5
+        if not math.isfinite(half):
+            return Estimate(mean, math.nan, math.nan, records, missing)
         return Estimate(mean, mean - half, mean + half, records, missing)
     drawn = curve(_resampled(filled, there, seed))
     low, high = np.nanpercentile(drawn, LEVELS)  # a column that few records have may be in none that were drawn
