@@ -1,8 +1,9 @@
 """A second device for machines that have none: tensors that are in the CPU's memory and say that they are not.
 
 An operation on tensors of both devices fails, as it does between a CPU and a GPU, except where torch allows it: copies,
-single numbers, and indexes on the CPU. Importing this registers the device with torch, before anything is
-differentiated and for the whole process: tests do it in a process of their own.
+single numbers, indexes on the CPU, and lengths of packed sequences, which are always there. Importing this registers
+the device with torch, before anything is differentiated and for the whole process: tests do it in a process of their
+own.
 """
 
 from __future__ import annotations
@@ -20,7 +21,19 @@ FAR = torch.device("far", 0)
 
 _aten = torch.ops.aten
 _COPIES = (_aten.copy_.default, _aten._to_copy.default)
+_PACKED = _aten._pack_padded_sequence.default
 _INDEXED = (_aten.index.Tensor, _aten.index_put.default, _aten.index_put_.default, _aten._index_put_impl_.default)
+
+
+def _lstm_cell(given: Tensor, hidden: Tensor, cell: Tensor, *biases: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """One step of an LSTM, which CPUs have in parts only and other devices are asked for in one."""
+    gates = given + hidden + sum(biases)
+    take, keep, new, give = gates.chunk(4, 1)
+    cell = take.sigmoid() * new.tanh() + keep.sigmoid() * cell
+    return give.sigmoid() * cell.tanh(), cell, gates
+
+
+_STAND_INS = {_aten._thnn_fused_lstm_cell.default: _lstm_cell}
 
 
 class Far(Tensor):
@@ -55,6 +68,8 @@ def _run(op: Any, args: tuple, kwargs: dict) -> Any:
     strict = tensors
     if op in _INDEXED and isinstance(args[0], Far):
         strict = [args[0], *(each for each in tree_leaves(args[1:]) if isinstance(each, Far))]
+    if op is _PACKED:
+        strict = []  # lengths are on the CPU, whatever the sequences are on
     places = {each.device for each in strict if each.dim()}
     if len(places) > 1 and op not in _COPIES:
         raise RuntimeError(f"{op} is given tensors on different devices: {places}")
@@ -62,9 +77,12 @@ def _run(op: Any, args: tuple, kwargs: dict) -> Any:
     wanted = torch.device(kwargs.get("device") or (FAR if any_far else "cpu"))
     if kwargs.get("device") is not None and wanted.type == FAR.type:
         kwargs = {**kwargs, "device": torch.device("cpu")}
-    output = op(*tree_map_only(Far, lambda far: far.near, args), **tree_map_only(Far, lambda far: far.near, kwargs))
+    near_args, near_kwargs = tree_map_only(Far, lambda far: far.near, (args, kwargs))
+    output = _STAND_INS.get(op, op)(*near_args, **near_kwargs)
     if op is _aten.copy_.default:
         return args[0]
+    if op is _PACKED and any_far:
+        return _far(output[0]), output[1]
     if wanted.type == FAR.type:
         output = tree_map_only(Tensor, _far, output)
     return return_and_correct_aliasing(op, args, kwargs, output) if any_far and op not in _COPIES else output

@@ -10,6 +10,7 @@ from errata.base.facts import Fact, Rewrite
 from errata.base.journal import write_journal
 from errata.benchmarks.records import Record, ZsreRecord
 from errata.evaluation.results import FORMAT, KIND, Result, written_out
+from errata.evaluation.run import digest
 from errata.metrics.counterfact import RecordAnswers
 from errata.metrics.zsre import ZsreAnswers
 from errata.models.scoring import Score
@@ -123,6 +124,7 @@ def write_run(
     folder: Path, records, results, model: str = "gpt2-xl", kind: str = "counterfact", editors=None, configs=None
 ) -> Path:
     """A run folder of `results`: by row name, "unedited" first; each row's editor and its settings, if they matter."""
+    told = {"kind": kind, "source": f"{kind}.json", "digest": digest(written_out(records)), "count": len(records)}
     header = {
         "model": model,
         "fingerprint": "00ff",
@@ -130,7 +132,7 @@ def write_run(
         "dtype": "float32",
         "device": "cpu",
         "attention": "eager",
-        "records": {"kind": kind, "source": f"{kind}.json", "digest": "00", "count": len(records)},
+        "records": told,
         "generation": {"length": 100, "top_k": 5},
         "health": True,
         "seed": 0,

@@ -209,3 +209,8 @@ def test_a_model_writes_the_sentences(run, tmp_path):
     first = contents(tmp_path / "catalogue")
     run(*COMMAND, "--model", "atlas", "--limit", "5")
     assert contents(tmp_path / "catalogue") == first
+    refused(run(*COMMAND, "--model", "atlas", "--limit", "5", "--dtype", "bfloat16"), "from other settings")
+    card = json.loads((tmp_path / "catalogue" / "build.json").read_text())
+    card["weights"]["atlas"] = "of another atlas"
+    (tmp_path / "catalogue" / "build.json").write_text(json.dumps(card))
+    refused(run(*COMMAND, "--model", "atlas", "--limit", "5"), "from other weights")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,9 @@ from torch import nn
 import errata
 from errata.base.errors import ConfigError, DeviceError, EditMismatch, UnsupportedModel
 from errata.base.facts import Fact
+from errata.editors.hypernetworks.files import Trained, new_network
+from errata.editors.hypernetworks.objective import Place
+from errata.editors.registry import method_of
 from errata.editors.rome import RomeConfig, rome
 from errata.edits.delta import Dense, LowRank
 from errata.edits.edit import Edit
@@ -128,6 +132,36 @@ def compare_edited(whole: Model, split: Model, made: list[list[Edit]]) -> None:
         assert other == pytest.approx(one)
 
 
+def compare_editors(whole: Model, split: Model, tmp_path: Path) -> None:
+    """Edits of every editor beside ROME, two facts at once, of blocks on either device."""
+    facts = [FACT.rewrite("Paris"), Fact("Steve Jobs", "They say that {} was the founder of", "Apple").rewrite("Rome")]
+    for layer in (1, 2):
+        settings = {"layer": layer, "steps": 3, "learning_rate": 0.01}
+        compare_edits("ft", settings, whole, split, facts)
+        compare_edits("attention", {**settings, "epsilon": 0.005}, whole, split, facts)
+    compare_edits("kn", {"steps": 3, "prefixes": ("", "It rains. ")}, whole, split, facts)
+    for method in ("ke", "mend"):
+        place = Place.of(whole, 2)
+        network = new_network(method, place.shapes(whole), whole.d_model, {"blocks": 2}).double()
+        for each in network.parameters():
+            torch.nn.init.normal_(each, std=0.1, generator=torch.Generator().manual_seed(each.numel()))
+        file = tmp_path / f"{method}.safetensors"
+        Trained(network.eval(), whole.name, weights_digest(whole.hf), {}).save(file)
+        compare_edits(method, {"trained": str(file)}, whole, split, facts)
+
+
+def compare_edits(method: str, settings: dict, whole: Model, split: Model, facts: list) -> None:
+    before = weights_digest(whole.hf)
+    made = [method_of(method).prepare(each, settings, None, 0).make(each, facts) for each in (whole, split)]
+    for one, other in zip(*made, strict=True):
+        assert [each.weight for each in other.deltas] == [each.weight for each in one.deltas]
+        for mine, theirs in zip(one.deltas, other.deltas, strict=True):
+            assert mine.matrix().abs().max() > 0
+            torch.testing.assert_close(theirs.matrix().cpu(), mine.matrix(), msg=f"{method} {settings}")
+    for each in (whole, split):
+        assert weights_digest(each.hf) == before
+
+
 def compare_far() -> None:
     """Run in a process of its own: half of the model on a device whose tensors mix with no others."""
     from far import FAR
@@ -139,6 +173,8 @@ def compare_far() -> None:
         assert split.devices == (FAR, near)
         assert {each.device for each in split.hf.parameters()} == {FAR, near}
         compare(whole, split)
+        with tempfile.TemporaryDirectory() as folder:
+            compare_editors(whole, split, Path(folder))
 
 
 def test_two_devices():

@@ -51,6 +51,14 @@ def test_quotes_and_newlines_in_fields(tmp_path):
     assert found.rows[0].fact.prompt == '{} said\n "no" to'
 
 
+def test_a_long_field_over_many_lines_is_one_field(tmp_path):
+    long = "\n".join(f"Oslo {i},{{}} is in,Norway" for i in range(8000))
+    assert len(long) > 131_072  # where the csv module gives up unless told
+    found = table(tmp_path, f'subject,prompt,notes\nRome,{{}} is in,"{long}"\nBern,{{}} is in,\n')
+    assert [(row.line, row.fact.subject) for row in found.rows] == [(2, "Rome"), (8002, "Bern")]
+    assert not found.bad
+
+
 def test_each_bad_line_is_told_and_the_others_are_read(tmp_path):
     lines = [
         b"subject,prompt,object,relation",

@@ -8,6 +8,7 @@ import functools
 
 import pytest
 import torch
+from transformers.cache_utils import Cache
 
 from errata.base.errors import ConfigError, FactError
 from errata.models import generation
@@ -77,6 +78,17 @@ def test_small_batches_and_large_ones_give_the_same(monkeypatch):
     texts = generate(model, PROMPTS, 12, top_k=5)
     monkeypatch.setattr(generation, "_CACHE_AT_ONCE", {"cpu": 1})
     assert generate(model, PROMPTS, 12, top_k=5) == texts
+
+
+def test_keys_and_values_take_no_more_memory_than_their_tokens(monkeypatch):
+    model, made = model_of("gpt2"), []
+    monkeypatch.setattr(generation, "Cache", lambda layers: made.append(Cache(layers)) or made[-1])
+    generate(model, PROMPTS, 7, greedy=True)
+    tokens = max(len(model.tokenizer(prompt)["input_ids"]) for prompt in PROMPTS) + 7
+    (cache,) = made
+    sizes = {each.untyped_storage().nbytes() for layer in cache.layers for each in (layer.keys, layer.values)}
+    assert len(cache.layers) == model.n_layers
+    assert sizes == {len(PROMPTS) * tokens * model.d_model * 4}
 
 
 def test_a_length_counts_the_prompt():

@@ -16,7 +16,8 @@ from errata.base.facts import Fact, Rewrite
 from errata.evaluation import page as pages
 from errata.evaluation.page import data, in_script, page, write_page
 from errata.evaluation.report import table
-from errata.evaluation.results import Run
+from errata.evaluation.results import Run, read_back, written_out
+from errata.evaluation.run import digest
 from made_runs import counterfact_records, counterfact_result, counterfact_run, failed, write_run, zsre_run
 
 pytest.importorskip("jinja2")
@@ -86,6 +87,11 @@ def test_half_a_character_can_be_written(tmp_path):
     folder = counterfact_run(tmp_path / "r", 2)
     file = folder / "records.json"
     file.write_text(file.read_text(encoding="utf-8").replace("lives in", "lives \\ud800 in"), encoding="utf-8")
+    for journal in (folder / "unedited.jsonl", folder / "editors" / "rome.jsonl"):
+        header, lines = journal.read_text(encoding="utf-8").split("\n", 1)
+        told = json.loads(header)
+        told["records"]["digest"] = digest(written_out(read_back(file)))
+        journal.write_text(json.dumps(told) + "\n" + lines, encoding="utf-8")
     run = Run.load(folder)
     write_page(tmp_path / "p.html", [run], table([run]))
     written = (tmp_path / "p.html").read_text(encoding="utf-8")

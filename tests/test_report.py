@@ -16,7 +16,7 @@ import pytest
 from errata.base.errors import ConfigError
 from errata.benchmarks.records import Record
 from errata.evaluation import formats
-from errata.evaluation.published import ROWS, published
+from errata.evaluation.published import ROWS, beside, published
 from errata.evaluation.report import COUNTERFACT, Row, Table, table
 from errata.evaluation.results import Result, Run
 from errata.metrics.counterfact import RecordAnswers
@@ -91,6 +91,15 @@ def test_an_incomplete_row_says_so(run):
     assert "2 of 4" in [cell.text for _, lines in formats.panels(found)[1].blocks for x in lines for cell in x.cells]
 
 
+def test_a_record_that_the_model_itself_cannot_be_asked_is_no_failure_of_an_editor(tmp_path):
+    records = counterfact_records(3)
+    results = {name: [said(each, 0.1, 0.4, 0.1) for each in records[:2]] for name in ("unedited", "rome")}
+    for each in results.values():
+        each.append(failed(records[2], "a prompt of 2000 tokens"))
+    found = rows(table([Run.load(write_run(tmp_path / "r", records, results))]))
+    assert (found["rome"].failures, found["rome"].measured, found["unedited"].measured) == (0, 2, 2)
+
+
 def test_probability_of_all_tokens(run):
     per_token, total = (rows(table([run], kind))["ft"].values["em"].mean for kind in ("per_token", "total"))
     assert per_token == pytest.approx(0.9 - 0.05)
@@ -157,32 +166,40 @@ def test_published_scores_are_the_harmonic_means_of_their_parts(block):
 
 
 @pytest.mark.parametrize(
-    ("kind", "model", "names", "editor", "number"),
+    ("kind", "model", "name", "editor", "number"),
     [
-        ("counterfact", "openai-community/gpt2-xl", (), "", ("s", 30.5)),
-        ("counterfact", "gpt2-xl", ("rome",), "ROME", ("s", 89.2)),
-        ("counterfact", "EleutherAI/gpt-j-6B", ("mine", "ft_l"), "FT+L", ("ns", 78.6)),
-        ("counterfact", "/models/gpt-j-6b", ("mend-cf", "mend"), "MEND", ("es", 97.4)),
-        ("zsre", "gpt2-xl", ("KE-zsre",), "KE-zsRE", ("paraphrase", 90.0)),
+        ("counterfact", "openai-community/gpt2-xl", "", "", ("s", 30.5)),
+        ("counterfact", "gpt2-xl", "rome", "ROME", ("s", 89.2)),
+        ("counterfact", "EleutherAI/gpt-j-6B", "ft_l", "FT+L", ("ns", 78.6)),
+        ("counterfact", "/models/gpt-j-6b/", "mend", "MEND", ("es", 97.4)),
+        ("zsre", "D:\\models\\gpt2-xl", "KE-zsre", "KE-zsRE", ("paraphrase", 90.0)),
     ],
 )
-def test_published_rows(kind, model, names, editor, number):
-    found = published(kind, model, *names)
+def test_published_rows(kind, model, name, editor, number):
+    found = published(kind, model, name)
     assert (found.editor, found.numbers[number[0]]) == (editor, number[1])
 
 
 @pytest.mark.parametrize(
-    ("kind", "model", "names"),
+    ("kind", "model", "name"),
     [
-        ("counterfact", "gpt2", ("rome",)),
-        ("zsre", "gpt-j-6b", ("rome",)),
-        ("counterfact", "gpt2-xl", ("mine", "other")),
-        ("counterfact", "gpt2-xl", ("",)),
-        ("counterfact", "gpt2-xl-mine", ()),
+        ("counterfact", "gpt2", "rome"),
+        ("zsre", "gpt-j-6b", "rome"),
+        ("counterfact", "gpt2-xl", "mine"),
+        ("counterfact", "gpt2-xl", "+"),
+        ("counterfact", "gpt2-xl-mine", ""),
+        ("counterfact", "someone/distilgpt2-xl", ""),
+        ("counterfact", "gpt2-xl/merged", ""),
     ],
 )
-def test_the_paper_has_no_such_row(kind, model, names):
-    assert published(kind, model, *names) is None
+def test_the_paper_has_no_such_row(kind, model, name):
+    assert published(kind, model, name) is None
+
+
+def test_each_of_the_papers_rows_stands_beside_one_and_the_one_called_so_first():
+    found = beside("counterfact", "gpt2-xl", {"deep": "rome", "rome": "rome", "mine": "ft", "other": "ft", "new": ""})
+    assert {row: paper.editor for row, paper in found.items()} == {"rome": "ROME", "mine": "FT"}
+    assert list(beside("counterfact", "gpt2-xl", {"ft_l": "ft", "FT+L": "ft-l", "kn": "kn"})) == ["ft_l", "kn"]
 
 
 def test_the_papers_row_stands_below(run):

@@ -90,7 +90,7 @@ def test_contradictions_are_kept_and_told(tmp_path):
         ("", ".csv", "no request in .* empty"),
         ("{}", ".jsonl", "no request in .* line 1"),
         ({"a": 1}, ".json", "no list of requests"),
-        (b"\xff\xfea", ".tsv", "tables of requests are UTF-8"),
+        (b"\xff\xfea", ".tsv", "files of requests are UTF-8"),
     ],
 )
 def test_files_that_are_no_such_table(tmp_path, content, ending, message):

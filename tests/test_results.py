@@ -179,6 +179,9 @@ def test_rows_are_in_the_order_in_which_they_were_begun(tmp_path):
             "of which kind",
         ),
         (lambda folder: (folder / "editors" / "x.jsonl").write_text("hello\n"), "not written by errata"),
+        (lambda folder: _of_another_run(folder, {"fingerprint": "ff00"}), "rome.jsonl is of another run .*fingerprint"),
+        (lambda folder: _of_another_run(folder, {"seed": 1, "extra": 2}), "other extra, seed"),
+        (lambda folder: _other_records(folder), "records.json holds other records"),
         (lambda folder: _cut_in_the_middle(folder / "editors" / "rome.jsonl"), "line 2 of .* is broken"),
     ],
 )
@@ -187,6 +190,17 @@ def test_folders_that_are_none_or_broken(tmp_path, spoil, message):
     spoil(folder)
     with pytest.raises(ResultFileError, match=message):
         Run.load(folder)
+
+
+def _of_another_run(folder, changes):
+    path = folder / "editors" / "rome.jsonl"
+    header, rest = path.read_text().split("\n", 1)
+    path.write_text(json.dumps(json.loads(header) | changes) + "\n" + rest)
+
+
+def _other_records(folder):
+    path = folder / "records.json"
+    path.write_text(path.read_text().replace("comes from", "came from"))
 
 
 def _cut_in_the_middle(path):

@@ -18,7 +18,7 @@ import pytest
 import torch
 from tokenizers import normalizers
 
-from errata.base.errors import ConfigError, FactError, OutputError, ResultFileError, StaleStatistics
+from errata.base.errors import ConfigError, FactError, MissingExtra, OutputError, ResultFileError, StaleStatistics
 from errata.base.facts import Fact
 from errata.benchmarks.records import Record, ZsreRecord
 from errata.benchmarks.snippets import Snippet, Snippets
@@ -31,6 +31,7 @@ from errata.evaluation.executors import Here
 from errata.evaluation.measure import Generation, Measures
 from errata.evaluation.results import UNEDITED, Run
 from errata.evaluation.runner import evaluate
+from errata.metrics import text as text_metrics
 from errata.metrics.counterfact import record_scores, score_record
 from errata.metrics.tfidf import TfIdf
 from errata.models.fingerprint import weights_digest
@@ -229,6 +230,24 @@ def test_edits_are_kept_where_they_are_asked_for_alone(whole, tmp_path):
     for name, found in lines(whole).items():
         assert [{**each, "edit": None} for each in found] == lines(tmp_path / "r")[name]
     assert {result.edit for result in run.edited["rome"].by_case.values()} == {None}
+
+
+def test_edits_that_were_not_kept_cannot_be_kept_later(whole, tmp_path):
+    live = model()
+    evaluate(live, RECORDS[:2], editors(live), tmp_path / "r", ALL)
+    before = lines(tmp_path / "r")
+    with pytest.raises(ConfigError, match=r"2 results of .* without their edits"):
+        evaluate(live, RECORDS[:2], editors(live), tmp_path / "r", ALL, keep_edits=True)
+    assert lines(tmp_path / "r") == before
+
+
+def test_what_splits_texts_is_missed_before_anything_is_written(tmp_path, monkeypatch):
+    live = model()
+    monkeypatch.setitem(sys.modules, "nltk.tokenize.punkt", None)
+    text_metrics._splitters.cache_clear()
+    with pytest.raises(MissingExtra, match="nltk"):
+        evaluate(live, RECORDS[:2], {}, tmp_path / "r", ALL)
+    assert not (tmp_path / "r").exists()
 
 
 def test_two_editors_at_once_are_each_alone_bit_for_bit(whole, tmp_path):

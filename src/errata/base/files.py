@@ -1,4 +1,4 @@
-"""Files that are whole or not there: written beside their place, then renamed."""
+"""Files: what is read fits into memory, and what is written is whole or not there."""
 
 from __future__ import annotations
 
@@ -8,7 +8,38 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from errata.base.errors import OutputError
+from errata.base.errors import OutputError, ResultFileError
+
+MAX_BYTES = 512 * 2**20  # ten times CounterFact; what is made of a file takes several times as much memory
+
+
+def content(path: str | Path, what: str, max_bytes: int = MAX_BYTES) -> bytes:
+    """What a file holds.
+
+    Args:
+        path: the file.
+        what: it should hold, for messages, such as "records".
+        max_bytes: a larger file is refused before it is read.
+
+    Raises:
+        ResultFileError: if there is no such file, or it cannot be read, is too large, or is UTF-16.
+    """
+    path = Path(path)
+    try:
+        if not path.is_file():
+            raise ResultFileError(f"there is no file {path}. Give the path of a file of {what}")
+        size = path.stat().st_size
+        if size > max_bytes:
+            raise ResultFileError(
+                f"{path} has {size / 1e6:,.0f} MB, and files of {what} are read up to {max_bytes / 1e6:,.0f} MB, for "
+                "they must fit into memory: split it"
+            )
+        found = path.read_bytes()
+    except OSError as error:
+        raise ResultFileError(f"cannot read {path}: {error.strerror}. Give a file that you may read") from error
+    if found[:2] in (b"\xff\xfe", b"\xfe\xff"):
+        raise ResultFileError(f"{path} is UTF-16, and files of {what} are UTF-8: save it again as UTF-8")
+    return found
 
 
 @contextlib.contextmanager

@@ -11,9 +11,9 @@ from typing import Any
 
 from errata.base.errors import FactError, ResultFileError
 from errata.base.facts import require_characters
+from errata.base.files import MAX_BYTES, content
 from errata.benchmarks.fact_table import is_torn
 
-MAX_BYTES = 512 * 2**20  # ten times CounterFact; reading takes several times as much memory
 MAX_LINE = 2**24  # characters of one entry of a .jsonl file
 
 
@@ -38,11 +38,13 @@ def read_json(path: Path, what: str, max_bytes: int = MAX_BYTES) -> tuple[Any, s
     Raises:
         ResultFileError: if there is no such file, it is empty, too large, or no JSON.
     """
-    content = _content(path, what, max_bytes)
-    text = content.decode("utf-8-sig", "surrogateescape")
+    if path.suffix.lower() not in (".json", ".jsonl"):
+        raise ResultFileError(f"{path} holds no {what} by its ending: give a file that ends in .json or .jsonl")
+    stored = content(path, what, max_bytes)
+    text = stored.decode("utf-8-sig", "surrogateescape")
     if not text.strip():
         raise ResultFileError(f"{path} is empty, so it holds no {what}: make or fetch it again")
-    digest = hashlib.sha256(content).hexdigest()
+    digest = hashlib.sha256(stored).hexdigest()
     if path.suffix.lower() == ".jsonl":
         return [_line(line) for line in text.split("\n") if line.strip()], digest
     try:
@@ -110,26 +112,6 @@ def whole_text(value: Any, name: str, may_be_blank: bool = False) -> str:
             raise FactError(f"there are bytes in its {name} that are no UTF-8: save the file as UTF-8")
         require_characters(name, value)
     return value
-
-
-def _content(path: Path, what: str, max_bytes: int) -> bytes:
-    if path.suffix.lower() not in (".json", ".jsonl"):
-        raise ResultFileError(f"{path} holds no {what} by its ending: give a file that ends in .json or .jsonl")
-    try:
-        if not path.is_file():
-            raise ResultFileError(f"there is no file {path}. Give the path of a file of {what}")
-        size = path.stat().st_size
-        if size > max_bytes:
-            raise ResultFileError(
-                f"{path} has {size / 1e6:,.0f} MB, and files of {what} are read up to {max_bytes / 1e6:,.0f} MB, for "
-                "they must fit into memory: split it"
-            )
-        content = path.read_bytes()
-    except OSError as error:
-        raise ResultFileError(f"cannot read {path}: {error.strerror}. Give a file that you may read") from error
-    if content[:2] in (b"\xff\xfe", b"\xfe\xff"):
-        raise ResultFileError(f"{path} is UTF-16, and files of {what} are UTF-8: save it again as UTF-8")
-    return content
 
 
 def _line(text: str) -> Any:

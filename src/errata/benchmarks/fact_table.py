@@ -27,9 +27,10 @@ from typing import Any, Generic, TypeVar
 
 from errata.base.errors import ConfigError, FactError, ResultFileError
 from errata.base.facts import SLOT, Fact, require_characters
-from errata.base.files import written_whole
+from errata.base.files import content, written_whole
 
 COLUMNS = ("subject", "prompt", "object", "relation", "name")
+MAX_FIELD = 2**24  # characters of one field of a .csv or .tsv file; it may go over several lines
 _DIALECTS = {".csv": "excel", ".tsv": "excel-tab"}  # comma or tab, quotes doubled
 
 Row = TypeVar("Row")
@@ -116,13 +117,13 @@ def read_rows(path: str | Path, kind: TableKind[Row]) -> tuple[tuple[Row, ...], 
     read = _READERS.get(path.suffix.lower())
     if read is None:
         raise ConfigError(f"{path} is no table of {kind.noun}s by its ending: it must be one of {', '.join(_READERS)}")
-    content = _content(path, kind)
+    stored = content(path, f"{kind.noun}s")
     unit = "entry" if path.suffix.lower() == ".json" else "line"
     rows: list[Row] = []
     bad: list[BadLine] = []
     first: dict[Hashable, int] = {}
     # A byte that is no UTF-8 becomes half a character, which is told of its own line alone.
-    for line, found in read(path, content.decode("utf-8-sig", "surrogateescape"), kind):
+    for line, found in read(path, stored.decode("utf-8-sig", "surrogateescape"), kind):
         try:
             row = kind.parse(line, _whole(found))
             identity = kind.identity(row)
@@ -136,7 +137,7 @@ def read_rows(path: str | Path, kind: TableKind[Row]) -> tuple[tuple[Row, ...], 
     if not rows:
         why = f": {unit} {bad[0].line}: {bad[0].reason}" if bad else ": it is empty"
         raise ResultFileError(f"there is no {kind.noun} in {path}{why}")
-    return tuple(rows), tuple(bad), unit, hashlib.sha256(content).hexdigest()
+    return tuple(rows), tuple(bad), unit, hashlib.sha256(stored).hexdigest()
 
 
 def write_facts(path: str | Path, rows: Iterable[FactRow]) -> None:
@@ -169,18 +170,6 @@ def require_table_ending(path: Path) -> None:
         raise ConfigError(f"cannot write a table of facts to {path}: its ending must be one of {', '.join(endings)}")
 
 
-def _content(path: Path, kind: TableKind[Any]) -> bytes:
-    if not path.is_file():
-        raise ResultFileError(f"there is no file {path}. Give the path of a table of {kind.noun}s")
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise ResultFileError(f"cannot read {path}: {error.strerror}. Give a file that you may read") from error
-    if content[:2] in (b"\xff\xfe", b"\xfe\xff"):
-        raise ResultFileError(f"{path} is UTF-16, and tables of {kind.noun}s are UTF-8: save it again as UTF-8")
-    return content
-
-
 Entry = tuple[int, "Mapping[str, Any] | str"]  # where it stands, and its fields, or why it has none
 
 
@@ -206,6 +195,7 @@ def _lines_of_columns(dialect: str, path: Path, text: str, kind: TableKind[Any])
 
 def _records(lines: list[str], dialect: str) -> Iterator[tuple[int, list[str] | str]]:
     """(first line, fields or why there are none) of each record that is not blank."""
+    csv.field_size_limit(max(csv.field_size_limit(), MAX_FIELD))
     begin = 0
     while begin < len(lines):
         reader = csv.reader(lines[begin:], dialect, strict=True)
@@ -223,11 +213,11 @@ def _records(lines: list[str], dialect: str) -> Iterator[tuple[int, list[str] | 
 
 def _lines_of_json(path: Path, text: str, kind: TableKind[Any]) -> Iterator[Entry]:
     """The objects of a .jsonl file."""
-    for line, content in enumerate(text.split("\n"), 1):
-        if not content.strip():
+    for line, entry in enumerate(text.split("\n"), 1):
+        if not entry.strip():
             continue
         try:
-            value = json.loads(content)
+            value = json.loads(entry)
         except (ValueError, RecursionError) as error:
             yield line, f"no JSON: {error}"
         else:

@@ -21,6 +21,7 @@ from typing import Any
 
 from errata.base.errors import FactError, ResultFileError
 from errata.base.facts import Fact, require_characters
+from errata.base.files import content
 from errata.benchmarks.fact_table import TableKind, field_text, read_rows
 
 KINDS = ("template", "generation", "prompt")
@@ -66,9 +67,9 @@ def read_templates(path: str | Path) -> tuple[dict[str, Wordings], str]:
     path = Path(path)
     if path.suffix.lower() != ".json" or not path.is_file():
         return _of_table(path)
-    content = path.read_bytes()
+    stored = content(path, "templates")
     try:
-        entries = json.loads(content, object_pairs_hook=lambda pairs: _once(path, pairs))
+        entries = json.loads(stored, object_pairs_hook=lambda pairs: _once(path, pairs))
     except (ValueError, RecursionError) as error:
         if isinstance(error, FactError):
             raise
@@ -77,7 +78,7 @@ def read_templates(path: str | Path) -> tuple[dict[str, Wordings], str]:
         raise ResultFileError(
             f'{path} has no templates: it is {{"made by": {{"templates": ["{{}} is made by", ...]}}}}'
         )
-    return {name: _checked(path, name, entry) for name, entry in entries.items()}, hashlib.sha256(content).hexdigest()
+    return {name: _checked(path, name, entry) for name, entry in entries.items()}, hashlib.sha256(stored).hexdigest()
 
 
 def _once(path: Path, pairs: list[tuple[str, Any]]) -> dict[str, Any]:

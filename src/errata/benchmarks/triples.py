@@ -24,6 +24,7 @@ from typing import Any
 from errata.base.errors import FactError, ResultFileError
 from errata.base.extras import needed
 from errata.base.facts import require_characters
+from errata.base.files import content
 from errata.benchmarks.fact_table import BadLine, Row, TableKind, field_text, read_rows
 
 
@@ -133,6 +134,7 @@ def _read(path: Path, kind: TableKind[Row]) -> tuple[tuple[Row, ...], tuple[BadL
     """As `read_rows`, which reads all but Parquet."""
     if path.suffix.lower() != ".parquet" or not path.is_file():
         return read_rows(path, kind)
+    digest = hashlib.sha256(content(path, f"{kind.noun}s")).hexdigest()
     rows: dict[Any, Row] = {}
     bad: list[BadLine] = []
     for number, found in enumerate(_parquet(path, kind), 1):
@@ -146,7 +148,7 @@ def _read(path: Path, kind: TableKind[Row]) -> tuple[tuple[Row, ...], tuple[BadL
             rows[kind.identity(row)] = row
     if not rows:
         raise ResultFileError(f"there is no {kind.noun} in {path}: {bad[0].reason if bad else 'it is empty'}")
-    return tuple(rows.values()), tuple(bad), "row", hashlib.sha256(path.read_bytes()).hexdigest()
+    return tuple(rows.values()), tuple(bad), "row", digest
 
 
 def _parquet(path: Path, kind: TableKind[Any]) -> Sequence[Mapping[str, Any]]:

@@ -92,6 +92,8 @@ def build(
         "settings": {**config.model_dump(), "model": model, "known_to": known_to, "less_likely": less_likely},
         "inputs": given.inputs,
     }
+    if model or known_to:
+        card["settings"]["dtype"] = dtype
     _require_place(out, card, force)
     maker = Maker(given.facts, given.wordings, config, sentences=given.sentences, texts=given.texts)
     _tell_unused(maker, given, templates, texts or facts)
@@ -104,6 +106,7 @@ def build(
         names = filter(None, dict.fromkeys((known_to, model)))
         loaded = {name: options.load(name, device, dtype, download) for name in names}
         card["weights"] = {name: weights_digest(each.hf) for name, each in loaded.items()}
+        _require_place(out, card, force)
         if model and not sentences:
             written = _written(loaded[model], seed)
             maker = Maker(given.facts, given.wordings, config, sentences=written, texts=given.texts)
@@ -193,11 +196,10 @@ def _tell_unused(maker: Maker, given: _Given, templates: Path, texts: Path) -> N
 
 def _lines(path: Path) -> tuple[list[str], str]:
     """The lines of a text file that are not blank, and the digest of its bytes."""
+    from errata.base import files
     from errata.base.errors import ResultFileError
 
-    if not path.is_file():
-        raise ResultFileError(f"there is no file {path}. Give a text file with a sentence a line")
-    content = path.read_bytes()
+    content = files.content(path, "sentences")
     try:
         lines = [line.strip() for line in content.decode("utf-8-sig").splitlines() if line.strip()]
     except UnicodeDecodeError as error:
@@ -270,7 +272,11 @@ def _require_place(out: Path, card: Mapping[str, Any], force: bool) -> None:
 
     require_free(out, _is_ours)
     stored = _card(out)
-    names = [name for name in ("settings", "inputs") if stored is not None and stored.get(name) != card[name]]
+    names = [
+        name
+        for name in ("settings", "inputs", "weights")
+        if name in card and stored is not None and stored.get(name) != card[name]
+    ]
     if names and not force:
         raise OutputError(
             f"{out} holds a build from other {' and '.join(names)}, which would be lost: name a new folder, or give "

@@ -219,10 +219,11 @@ def _text(file: Path) -> str:
         ResultFileError: if it is missing, empty or not UTF-8.
     """
     from errata.base.errors import ResultFileError
+    from errata.base.files import content
 
     try:
-        text = file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        text = content(file, "text").decode("utf-8-sig")
+    except UnicodeDecodeError as error:
         raise ResultFileError(f"cannot read {file} as a text: {error}. Give a file in UTF-8") from error
     if not text.strip():
         raise ResultFileError(f"{file} is empty: give a text, to see how well it is foretold")

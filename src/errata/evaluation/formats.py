@@ -148,7 +148,7 @@ def as_csv(table: Table) -> str:
         for column in table.columns:
             found = row.values.get(column.name)
             numbers = [getattr(found, field) if found else None for field in fields]
-            cells += [None if number is None or math.isnan(number) else number for number in numbers]
+            cells += [None if number is None or not math.isfinite(number) else number for number in numbers]
         writer.writerow(cells)
     return written.getvalue()
 

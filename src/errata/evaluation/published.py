@@ -63,24 +63,36 @@ class Published:
     numbers: Mapping[str, float]
 
 
-def published(kind: str, model: str, *editors: str) -> Published | None:
+def published(kind: str, model: str, editor: str = UNEDITED) -> Published | None:
     """The paper's row of a model and an editor; None if it has none.
 
     Args:
         kind: "counterfact" or "zsre".
-        model: a name that ends as the paper's models are called: gpt2-xl, gpt-j-6b.
-        editors: names to look for, the first that fits counts: of the row, of the editor. None: the unedited model.
-            Case and signs do not matter, so that "ft_l" is FT+L.
+        model: a name, hub id or folder whose last part is what the paper's models are called: gpt2-xl, gpt-j-6b.
+        editor: its name, or that of the row. Case and signs do not matter, so that "ft_l" is FT+L.
     """
-    block = next((block for block in ROWS if block[0] == kind and model.casefold().endswith(block[1])), None)
-    if block is None:
-        return None
-    rows = {_plain(editor): editor for editor in ROWS[block]}
-    found = next((rows[name] for name in map(_plain, editors or [UNEDITED]) if name in rows), None)
-    if found is None or bool(found) != bool(editors):
+    block = kind, re.split(r"[/\\]", model.rstrip("/\\"))[-1].casefold()
+    rows = {_plain(each): each for each in ROWS.get(block, ())}
+    found = rows.get(_plain(editor))
+    if found is None or bool(found) != bool(editor):
         return None
     numbers = zip(_TABLE_1 if kind == "zsre" else _TABLE_2, ROWS[block][found], strict=True)
     return Published(found, RECORDS[block], dict(numbers))
+
+
+def beside(kind: str, model: str, rows: Mapping[str, str]) -> dict[str, Published]:
+    """The paper's rows to stand beside one's own, each once: by the row's name, or else by its editor's.
+
+    Args:
+        kind, model: as of `published`.
+        rows: by the names of rows, in order, those of their editors; "" where it is not known.
+    """
+    found: dict[str, Published] = {}
+    for row, name in [*((row, row) for row in rows), *rows.items()]:
+        paper = published(kind, model, name) if name else None
+        if row not in found and paper and paper not in found.values():
+            found[row] = paper
+    return found
 
 
 def _plain(name: str) -> str:

@@ -26,7 +26,7 @@ from statistics import fmean
 from typing import Any, Literal
 
 from errata.base.errors import ConfigError
-from errata.evaluation.published import Published, published
+from errata.evaluation.published import Published, beside, published
 from errata.evaluation.results import UNEDITED, Results, Run
 from errata.metrics.counterfact import Probability
 from errata.metrics.summary import Estimate, Method, estimate, harmonic_score, paired, paired_harmonic
@@ -246,15 +246,17 @@ def _block(
 
     unedited = row(run.unedited)
     editors = _marked([row(results) for results in run.edited.values()], unedited)
-    kind, model = run.kind, unedited.model
-    rows = [unedited, *_paper(unedited, published(kind, model))]
-    for each, results in zip(editors, run.edited.values(), strict=True):
-        rows += [each, *_paper(each, published(kind, model, each.name, str(results.settings.get("editor", ""))))]
+    methods = {results.name: str(results.settings.get("editor", "")) for results in run.edited.values()}
+    papers = beside(run.kind, unedited.model, methods)
+    rows = [unedited, *_paper(unedited, published(run.kind, unedited.model))]
+    for each in editors:
+        rows += [each, *_paper(each, papers.get(each.name))]
     return tuple(rows)
 
 
 def _row(run: Run, results: Results, values: Mapping[str, Estimate]) -> Row:
-    found = results.by_case.values()
+    refused = {case for case, each in run.unedited.by_case.items() if each.answers is None}  # by the model itself
+    found = [each for each in results.by_case.values() if each.case not in refused]
     # An edit that failed before the unedited model was asked has no numbers yet.
     measured = sum(each.answers is not None or each.case in run.unedited.by_case for each in found)
     health = [each.health for each in found if each.health is not None]
@@ -287,7 +289,7 @@ def _there(found: Mapping[str, Estimate]) -> dict[str, Estimate]:
     return {name: each for name, each in found.items() if not math.isnan(each.mean)}
 
 
-def _paper(beside: Row, found: Published | None) -> list[Row]:
+def _paper(row: Row, found: Published | None) -> list[Row]:
     if found is None:
         return []
     values = {
@@ -295,7 +297,7 @@ def _paper(beside: Row, found: Published | None) -> list[Row]:
         for name, number in found.numbers.items()
     }
     name = found.editor or UNEDITED
-    return [Row(name, "paper", beside.model, beside.run, values, found.records, found.records)]
+    return [Row(name, "paper", row.model, row.run, values, found.records, found.records)]
 
 
 def _marked(rows: Sequence[Row], unedited: Row) -> list[Row]:

@@ -17,7 +17,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from errata.base.errors import ConfigError, ResultFileError
 from errata.base.facts import Fact, Rewrite
 from errata.base.journal import read_journal
 from errata.benchmarks.records import Record, ZsreRecord
+from errata.evaluation.run import digest
 from errata.metrics import counterfact, zsre
 from errata.metrics.counterfact import Probability, RecordAnswers
 from errata.metrics.zsre import ZsreAnswers
@@ -143,7 +144,8 @@ class Run:
             raise ResultFileError(
                 f"{folder} is no run folder: it has no unedited.jsonl. Give the folder that errata evaluate --out names"
             )
-        records = {record.case_id: record for record in read_back(folder / "records.json")}
+        stored = read_back(folder / "records.json")
+        records = {record.case_id: record for record in stored}
         unedited = _results(folder / "unedited.jsonl", UNEDITED, records)
         told = unedited.settings.get("records")
         if not isinstance(told, dict) or told.get("kind") not in ("counterfact", "zsre"):
@@ -154,6 +156,7 @@ class Run:
         files = [path for path in (folder / "editors").glob("*.jsonl") if _has_header(path)]
         files.sort(key=lambda path: (_begun(path), path.name))
         edited = {path.stem: _results(path, path.stem, records) for path in files}
+        _require_one_run(folder, unedited, list(edited.values()), digest(written_out(stored)))
         return cls(folder, unedited.settings, records, unedited, edited)
 
     @property
@@ -182,6 +185,31 @@ class Run:
                 value = values[name]
                 found[name][case] = None if value is None or value != value else value
         return found
+
+
+def _require_one_run(folder: Path, unedited: Results, edited: Sequence[Results], records: str) -> None:
+    """Make sure that the files of a folder belong together: numbers of two models or record sets do not compare.
+
+    Raises:
+        ResultFileError: if one does not.
+    """
+    if unedited.settings["records"].get("digest") != records:
+        raise ResultFileError(
+            f"{folder / 'records.json'} holds other records than {folder / 'unedited.jsonl'} is of: it was "
+            "changed by hand. Measure again into another folder"
+        )
+    own = {"editor", "config", "begun"}
+    for each in edited:
+        names = sorted(
+            name
+            for name in (unedited.settings.keys() | each.settings.keys()) - own
+            if unedited.settings.get(name) != each.settings.get(name)
+        )
+        if names:
+            raise ResultFileError(
+                f"{editor_file(folder, each.name)} is of another run than {folder / 'unedited.jsonl'} (other "
+                f"{', '.join(names)}), so their numbers do not compare: take it out of the folder"
+            )
 
 
 def _finite(value: float | None) -> float | None:
@@ -251,9 +279,7 @@ def _results(path: Path, name: str, records: Mapping[int, AnyRecord]) -> Results
     return Results(name, settings, by_case(lines, records, path))
 
 
-def by_case(
-    lines: Sequence[Mapping[str, Any]], records: Mapping[int, AnyRecord] | Sequence[int], path: Path
-) -> dict[int, Result]:
+def by_case(lines: Sequence[Mapping[str, Any]], records: Container[int], path: Path) -> dict[int, Result]:
     """Results by case id.
 
     Raises:

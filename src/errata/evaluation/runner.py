@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,7 @@ from errata.evaluation.results import (
 )
 from errata.evaluation.run import digest, standing
 from errata.metrics.health import probe
+from errata.metrics.text import words
 from errata.models.model import Model
 
 TOGETHER = 16  # records of a chunk: more fill batches better, and more is lost with a kill
@@ -75,8 +76,9 @@ def evaluate(
         progress: called with results there and results in all.
 
     Raises:
-        ConfigError: if there is nothing to do, records are of two kinds, a case id or name is no such, or an editor
-            was trained on one of the facts.
+        ConfigError: if there is nothing to do, records are of two kinds, a case id or name is no such, an editor was
+            trained on one of the facts, or edits are to be kept of results that are there without.
+        MissingExtra: if texts are to be written and what splits them is not installed.
         FactError: if probe texts are too long for the model, or too short.
         ResultFileError: if the folder is of another model, other records or settings, or broken.
         OutputError: if it cannot be written, or another run is writing to it.
@@ -94,7 +96,9 @@ def evaluate(
         **_told(measures),
         "together": TOGETHER,
     }
-    cases = [record.case_id for record in records]
+    cases = {record.case_id for record in records}
+    if measures.generation:
+        words("")  # what splits texts is there, or it is told before anything is written
     if measures.probes:
         probe(model, measures.probes)  # texts that do not do are refused before anything is written
     files = {name: editor_file(folder, name) for name in editors}
@@ -114,6 +118,8 @@ def evaluate(
         for name in sorted(editors, key=lambda name: not files[name].exists()):  # if one is refused, none is begun
             editor = editors[name]
             journals[name] = opened(files[name], editor=editor.method, config=dict(editor.config))
+            if keep_edits:
+                _require_kept(name, journals[name][1].values())
         _write_card(folder, settings, editors)
 
         def tell() -> None:
@@ -146,6 +152,20 @@ def evaluate(
                     tell()
             stop_here()
     return Run.load(folder)
+
+
+def _require_kept(name: str, there: Iterable[Result]) -> None:
+    """Make sure that edits of results that are there already were kept, where they are asked for.
+
+    Raises:
+        ConfigError: if they were not.
+    """
+    lost = sum(result.answers is not None and result.edit is None for result in there)
+    if lost:
+        raise ConfigError(
+            f"{lost} results of {name} are there already without their edits, which cannot be kept any more: name "
+            "another folder to keep edits, or go on without"
+        )
 
 
 def _tidy(folder: Path) -> None:

@@ -197,41 +197,41 @@ def _continue(
     ids = torch.tensor([[model.pad_id] * (width - len(row)) + list(row) for row in rows], device=model.device)
     mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=model.device)
     drawing = LogitsProcessorList([draw] if draw else [])
+    length = width + (settings.max_new_tokens or 0)
     with torch.no_grad():
         output = model.hf.generate(
             input_ids=ids,
             attention_mask=mask,
             generation_config=settings,
             logits_processor=drawing,
-            past_key_values=Cache(layer_class_to_replicate=_Roomy),
+            past_key_values=Cache([_Roomy(length) for _ in range(model.n_layers)]),
         )
     ends = settings.eos_token_id if isinstance(settings.eos_token_id, list) else [settings.eos_token_id]
     return [list(itertools.takewhile(lambda token: token not in ends, row)) for row in output[:, width:].tolist()]
 
 
 class _Roomy(DynamicLayer):
-    """Keys and values with room for more: most new tokens find a place, and the others are not copied for each."""
+    """Keys and values of one layer with room for a whole text from the start: no token is ever copied."""
 
     keys: Tensor
     values: Tensor
-    _room: tuple[Tensor, Tensor] | None = None
+
+    def __init__(self, length: int):
+        super().__init__()
+        self._length = length
+        self._room: tuple[Tensor, ...] = ()
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        new = (key_states, value_states)
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        new, before = (key_states, value_states), self.get_seq_length()
+            self._room = tuple(each.new_empty(*each.shape[:-2], self._length, each.shape[-1]) for each in new)
+        before = self.get_seq_length()
         end = before + key_states.shape[-2]
-        if self._room is None or end > self._room[0].shape[-2]:
-            room = tuple(each.new_empty(*each.shape[:-2], 2 * end, each.shape[-1]) for each in new)
-            for roomy, full in zip(room, (self.keys, self.values), strict=True):
-                if before:
-                    roomy[..., :before, :] = full
-            self._room = room[0], room[1]
         for roomy, each in zip(self._room, new, strict=True):
             roomy[..., before:end, :] = each
-        keys, values = (roomy[..., :end, :] for roomy in self._room)
-        self.keys, self.values = keys, values
-        return keys, values
+        self.keys, self.values = (roomy[..., :end, :] for roomy in self._room)
+        return self.keys, self.values
 
 
 def _text_after(model: Model, prompt: Sequence[int], new: Sequence[int]) -> str:
