@@ -13,11 +13,9 @@ import pytest
 FACT = ["--subject", "Arthur Conan Doyle", "--prompt", "The native language of {} is"]
 
 
-def errata(*arguments: str, cwd=None, home=None) -> subprocess.CompletedProcess:
+def errata(*arguments: str, cwd=None) -> subprocess.CompletedProcess:
 
     environment = {**os.environ, "COLUMNS": "100", "NO_COLOR": "1", "HF_HUB_OFFLINE": "1"}
-    if home:
-        environment["ERRATA_HOME"] = str(home)
     command = [sys.executable, "-m", "errata.cli.app", *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=environment, timeout=500, check=False)
 
@@ -38,14 +36,9 @@ def in_process(monkeypatch, capsys, *arguments: str) -> subprocess.CompletedProc
 
 
 @pytest.fixture(scope="module")
-def home(tmp_path_factory):
-    return tmp_path_factory.mktemp("home")
-
-
-@pytest.fixture(scope="module")
-def edit_file(home):
-    path = home / "doyle.safetensors"
-    done = errata("edit", *FACT, "--to", "Italian", "--out", path, "--json", home=home)
+def edit_file(tmp_path_factory):
+    path = tmp_path_factory.mktemp("edit") / "doyle.safetensors"
+    done = errata("edit", *FACT, "--to", "Italian", "--out", path, "--json")
     assert done.returncode == 0, done.stderr
     return path, json.loads(done.stdout)
 
@@ -88,11 +81,11 @@ def test_edit_changes_the_answer_and_saves(edit_file):
     assert said["saved"] == str(path)
 
 
-def test_generate_with_and_without_the_edit(edit_file, home):
+def test_generate_with_and_without_the_edit(edit_file):
     path, said = edit_file
     prompt = "The native language of Arthur Conan Doyle is"
     plain, edited = (
-        json.loads(errata("generate", prompt, "--max-new-tokens", "1", "--json", *more, home=home).stdout)
+        json.loads(errata("generate", prompt, "--max-new-tokens", "1", "--json", *more).stdout)
         for more in ((), ("--edit", path))
     )
     assert plain["text"] == f"{prompt} English"
@@ -100,17 +93,17 @@ def test_generate_with_and_without_the_edit(edit_file, home):
     assert edited["edits"] == [said["id"]]
 
 
-def test_sampling_is_seeded(home):
+def test_sampling_is_seeded():
     def sampled(seed):
-        return errata("generate", "Roy Hargrove", "--top-k", "5", "--seed", seed, home=home).stdout
+        return errata("generate", "Roy Hargrove", "--top-k", "5", "--seed", seed).stdout
 
     assert sampled(1) == sampled(1)
     assert sampled(1) != sampled(2)
 
 
-def test_trace_prints_draws_and_saves(tmp_path, home):
+def test_trace_prints_draws_and_saves(tmp_path):
     picture, saved = tmp_path / "t.png", tmp_path / "t.jsonl"
-    done = errata("trace", *FACT, "--samples", "2", "--out", picture, "--save", saved, "--json", home=home)
+    done = errata("trace", *FACT, "--samples", "2", "--out", picture, "--save", saved, "--json")
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     assert found["answer"].strip() == "English"
@@ -118,13 +111,13 @@ def test_trace_prints_draws_and_saves(tmp_path, home):
     assert set(found["restored"]) == {"state", "mlp", "attention"}
     assert picture.read_bytes().startswith(b"\x89PNG")
     assert saved.is_file()
-    shown = errata("trace", *FACT, "--samples", "2", home=home)
+    shown = errata("trace", *FACT, "--samples", "2")
     assert "oyle*" in shown.stdout
     assert "last subject" in shown.stdout
 
 
-def test_demo_leaves_its_picture_and_edit(tmp_path, home):
-    done = errata("demo", "--json", cwd=tmp_path, home=home)
+def test_demo_leaves_its_picture_and_edit(tmp_path):
+    done = errata("demo", "--json", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     said = json.loads(done.stdout)
     assert said["exact_undo"] is True
@@ -137,7 +130,7 @@ def test_demo_leaves_its_picture_and_edit(tmp_path, home):
     assert by_kind["free text"][0]["during"] != by_kind["free text"][0]["before"]
     assert (tmp_path / said["picture"]).is_file()
     assert (tmp_path / said["edit"]).is_file()
-    again = errata("demo", cwd=tmp_path, home=home)
+    again = errata("demo", cwd=tmp_path)
     assert again.returncode == 0
     assert "byte for byte" in again.stdout
 
@@ -170,44 +163,43 @@ def test_demo_leaves_its_picture_and_edit(tmp_path, home):
         (["demo", "--out", "/proc/none"], "cannot write"),
     ],
 )
-def test_bad_input_is_one_line_and_exit_code_2(arguments, message, tmp_path, home, monkeypatch, capsys):
+def test_bad_input_is_one_line_and_exit_code_2(arguments, message, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("ERRATA_HOME", str(home))
     refused(in_process(monkeypatch, capsys, *arguments), message)
     assert not list(tmp_path.iterdir())
 
 
-def test_broken_and_foreign_edit_files(edit_file, tmp_path, home):
+def test_broken_and_foreign_edit_files(edit_file, tmp_path):
     path, _ = edit_file
     whole = path.read_bytes()
     (tmp_path / "cut.safetensors").write_bytes(whole[: len(whole) // 2])
     (tmp_path / "text.safetensors").write_text("not an edit at all")
     for name in ("cut", "text"):
-        refused(errata("generate", "Rome", "--edit", tmp_path / f"{name}.safetensors", home=home), name)
+        refused(errata("generate", "Rome", "--edit", tmp_path / f"{name}.safetensors"), name)
 
 
-def test_an_edit_applied_twice_is_refused(edit_file, home):
+def test_an_edit_applied_twice_is_refused(edit_file):
     path, _ = edit_file
-    refused(errata("generate", "Rome", "--edit", path, "--edit", path, home=home), "applied")
+    refused(errata("generate", "Rome", "--edit", path, "--edit", path), "applied")
 
 
-def test_an_edit_for_other_weights_is_refused(edit_file, tmp_path, home):
+def test_an_edit_for_other_weights_is_refused(edit_file, tmp_path):
     from tiny import byte_tokenizer, tiny
 
     tiny("gpt2").save_pretrained(tmp_path)
     byte_tokenizer().save_pretrained(tmp_path)
-    refused(errata("generate", "Rome", "--model", tmp_path, "--edit", edit_file[0], home=home), "does not fit")
+    refused(errata("generate", "Rome", "--model", tmp_path, "--edit", edit_file[0]), "does not fit")
 
 
-def test_another_model_needs_a_corpus(tmp_path, home):
+def test_another_model_needs_a_corpus(tmp_path):
     from tiny import TEXT, byte_tokenizer, tiny
 
     tiny("llama").save_pretrained(tmp_path / "m")
     byte_tokenizer().save_pretrained(tmp_path / "m")
     (tmp_path / "corpus.txt").write_text(TEXT)
     common = ["edit", "--model", tmp_path / "m", "--subject", "Rome", "--prompt", "{} is in", "--to", "Paris"]
-    refused(errata(*common, "--layer", "1", home=home), "--corpus")
-    done = errata(*common, "--layer", "1", "--corpus", tmp_path / "corpus.txt", "--json", home=home)
+    refused(errata(*common, "--layer", "1"), "--corpus")
+    done = errata(*common, "--layer", "1", "--corpus", tmp_path / "corpus.txt", "--json")
     assert done.returncode == 0, done.stderr
     said = json.loads(done.stdout)
     assert said["weights"] == ["model.layers.1.mlp.down_proj.weight"]

@@ -258,7 +258,7 @@ def test_what_an_editor_says(spec, name, settings):
         (["--out", "run", "--dtype", "int8"], "'int8' is no dtype"),
         (["--out", "run", "--data", "nothing.json"], "there is no file nothing.json"),
         (["--out", "run", "--data", "."], "name the file of records itself"),
-        (["--out", "run", "--probe", "nothing"], "cannot read nothing"),
+        (["--out", "run", "--probe", "nothing"], "there is no file nothing"),
         (["--out", "run", "--probe", "empty"], "empty is empty"),
         (["--out", "run", "--probe", "latin"], "Give a file in UTF-8"),
         (["--out", "run", "--probe", "one", "--limit", "2"], "no probe text has two tokens"),
