@@ -140,6 +140,8 @@ def compare_editors(whole: Model, split: Model, tmp_path: Path) -> None:
         compare_edits("ft", settings, whole, split, facts)
         compare_edits("attention", {**settings, "epsilon": 0.005}, whole, split, facts)
     compare_edits("kn", {"steps": 3, "prefixes": ("", "It rains. ")}, whole, split, facts)
+    if "gpt2" in whole.hf.config.model_type:
+        compare_edits("kn", {"preset": "reference", "steps": 3}, whole, split, facts)
     for method in ("ke", "mend"):
         place = Place.of(whole, 2)
         network = new_network(method, place.shapes(whole), whole.d_model, {"blocks": 2}).double()

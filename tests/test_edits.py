@@ -91,6 +91,17 @@ def test_in_half_precision_the_sum_is_rounded_once(dtype):
         assert torch.equal(weights.matrix(model, down(model)), wanted)
 
 
+@pytest.mark.parametrize(("dtype", "least", "most"), [(torch.bfloat16, 1e-3, 0.9), (torch.float32, 0, 1e-4)])
+def test_what_the_dtype_makes_of_an_edit(dtype, least, most):
+    model = model_of(dtype=dtype)
+    edit = random_edit(model, scale=1e-2)
+    before, change = weights.matrix(model, down(model)).detach().double(), edit.deltas[0].matrix().double()
+    with edit.applied(model):
+        held = weights.matrix(model, down(model)).detach().double() - before
+    assert least <= edit.rounding(model) <= most
+    assert edit.rounding(model) == pytest.approx(float((held - change).norm() / change.norm()))
+
+
 def test_applied_takes_the_edit_off_after_an_error_too():
     model = model_of()
     before = digests(model)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers.cache_utils import Cache
 
-from errata.base.errors import ConfigError, FactError
+from errata.base.errors import ConfigError, Diverged, FactError
 from errata.models import generation
 from errata.models.generation import generate
 from errata.models.loading import load_pretrained
@@ -148,12 +148,26 @@ def test_the_models_own_generation_config_is_neither_obeyed_nor_changed():
         "no_repeat_ngram_size": 1,
         "num_beams": 2,
         "min_length": 30,
+        "suppress_tokens": [*range(40, 110)],
+        "encoder_repetition_penalty": 3.0,
+        "forced_eos_token_id": 20,
+        "stop_strings": ["e"],
+        "cache_implementation": "static",
     }
     own.hf.generation_config.update(**settings)
     before = copy.deepcopy(own.hf.generation_config.to_dict())
     for how in ({"greedy": True}, {"top_k": 50, "seed": 4}, {"seed": 5, "temperature": 2.0}):
         assert generate(own, PROMPTS, 8, **how) == generate(plain, PROMPTS, 8, **how)
     assert own.hf.generation_config.to_dict() == before
+
+
+@pytest.mark.parametrize("how", [{"greedy": True}, {"top_k": 5}])
+def test_a_model_of_no_numbers_says_nothing(how):
+    model = load_pretrained((tiny("gpt2"), byte_tokenizer()))
+    with torch.no_grad():
+        model.hf.transformer.ln_f.weight[0] = torch.nan
+    with pytest.raises(Diverged, match="no probabilities"):
+        generate(model, PROMPTS, 3, **how)
 
 
 def test_a_text_ends_at_the_end_token():

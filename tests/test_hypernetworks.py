@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -615,6 +616,22 @@ def test_one_that_diverges_is_stopped_and_the_best_kept(tmp_path, monkeypatch):
     assert all(torch.isfinite(each).all() for each in kept.network.state_dict().values())
 
 
+def test_one_whose_last_validation_diverges_is_no_success(tmp_path, monkeypatch):
+    plain = training.judged
+
+    def broken(model, network, place, drills):
+        found = plain(model, network, place, drills)
+        calls.append(1)
+        return replace(found, edit=found.edit * float("nan")) if len(calls) > 2 else found
+
+    calls: list[int] = []
+    monkeypatch.setattr(training, "judged", broken)
+    config = TrainingConfig(**{**CONFIG.model_dump(), "steps": 3, "validate_every": 2})
+    with pytest.raises(Diverged):
+        train(small(), "mend", LESSONS, tmp_path / "t", config, NETWORKS["mend"])
+    assert len(curve_of(tmp_path / "t").validations) == 2
+
+
 def test_another_training_is_refused(tmp_path):
     train(small(), "mend", LESSONS, tmp_path / "t", CONFIG, NETWORKS["mend"])
     other = TrainingConfig(**{**CONFIG.model_dump(), "seed": 1})
@@ -649,6 +666,7 @@ def test_lessons_of_plain_text():
         assert each.equivalents == (each.rewrite.text,)
         assert each.rewrite.new_object != each.rewrite.fact.object
         assert any(each.rewrite.text in text for text in texts)
+        assert any(" ".join([*each.others[0]]) in text for text in texts), "no text goes on so"
     assert found == text_lessons(small(), texts, prompt_tokens=8, target_tokens=6)
     with pytest.raises(FactError, match="a lesson takes three"):
         text_lessons(small(), texts[:2])

@@ -105,7 +105,7 @@ def test_layers_in_groups_are_layers_at_once(monkeypatch):
     ids = model.tokenizer(FACT.text)["input_ids"]
     whole = attributions(model, ids, 7, CONFIG)
     monkeypatch.setattr(attribution, "free_memory", lambda *devices: 0)
-    assert [*attribution._groups(model, 4)] == [range(1), range(1, LAYERS)]
+    assert [*attribution._groups(model, 4, 9)] == [range(1), range(1, LAYERS)]
     torch.testing.assert_close(attributions(model, ids, 7, CONFIG), whole, rtol=0, atol=1e-14)
 
 
@@ -232,6 +232,15 @@ def test_without_an_old_object_it_is_what_the_model_says():
     bare = knowledge_neurons(model, Fact(FACT.subject, FACT.prompt).rewrite("Paris"), CONFIG)
     assert bare.notes["erased"] == word
     assert knowledge_neurons(model, REWRITE, KnowledgeNeuronsConfig(erased="prediction")).notes["erased"] == word
+
+
+@pytest.mark.parametrize("settings", [{}, {"erased": "prediction"}])
+def test_a_space_at_a_prompts_end_belongs_to_the_object(settings):
+    model, spaced = model_of(), Fact(FACT.subject, f"{FACT.prompt} ", FACT.object).rewrite("Paris")
+    config = KnowledgeNeuronsConfig(**settings)
+    one, other = (knowledge_neurons(model, each, config) for each in (REWRITE, spaced))
+    assert one.notes == other.notes
+    assert torch.equal(one.deltas[0].matrix(), other.deltas[0].matrix())
 
 
 def test_many_are_each_alone_and_failures_stay_in_their_place():

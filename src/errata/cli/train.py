@@ -102,6 +102,7 @@ def train_editor(
         max_minutes=max_minutes,
         seed=seed,
     )
+    options.require_outputs(out / training.STATE)
     loaded = options.load(model, device, dtype, download)
     lessons = _lessons(loaded, data, kind, limit, skip, seed)
     if test is not None and not allow_seen:

@@ -435,6 +435,22 @@ class Edit:
         change = math.hypot(*(d[0].norm() if len(d) == 1 else float(_sum(d).norm()) for d in changes.values()))
         return change / size if size else math.inf
 
+    def rounding(self, model: Model) -> float:
+        """‖(Ŵ − W) − ΔW‖ / ‖ΔW‖ over all touched weights together: what their dtypes make of the change put on W as it
+        is now. 0 if nothing is changed.
+
+        Raises:
+            EditMismatch: if a weight is missing or has another shape.
+        """
+        lost, size = [], []
+        for name, deltas in self._changes(model).items():
+            stored = weights.matrix(model, name).detach()
+            change = _sum(deltas).to(stored.device)
+            held = (stored + change).to(stored.dtype)
+            lost.append(float((held.double() - stored.double() - change.double()).norm()))
+            size.append(float(change.double().norm()))
+        return math.hypot(*lost) / math.hypot(*size) if any(size) else 0.0
+
     def _changes(self, model: Model) -> dict[str, list[Delta]]:
         """The deltas of each weight that this model must have; two names of one tied weight count as one."""
         names: dict[int, str] = {}

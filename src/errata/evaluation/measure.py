@@ -298,6 +298,8 @@ def _healths(
     told: list[Mapping[str, Any] | None] = [None] * len(edits)
     for i, edit, each in zip(chosen, made, found, strict=True):
         exact = {name: edit.notes[name] for name in ("residual", "rounding") if name in edit.notes}
+        if "rounding" not in exact and any(model.weight(name).dtype.itemsize < 4 for name in edit.weights):
+            exact["rounding"] = edit.rounding(model)
         told[i] = {**each.as_dict(), "relative_norm": edit.relative_norm(model), **exact}
     return told
 

@@ -26,23 +26,6 @@ from errata.models.model import Model
 # Bytes that keys and values of one batch may take.
 _CACHE_AT_ONCE = {"cpu": 2**31, "cuda": 2**33}
 
-# What a model's own generation config may ask for, turned off.
-_NEUTRAL = {
-    "num_beams": 1,
-    "num_return_sequences": 1,
-    "temperature": 1.0,
-    "top_p": 1.0,
-    "typical_p": 1.0,
-    "epsilon_cutoff": 0.0,
-    "eta_cutoff": 0.0,
-    "repetition_penalty": 1.0,
-    "no_repeat_ngram_size": 0,
-    "min_length": 0,
-    "use_cache": True,
-    "output_scores": False,
-    "return_dict_in_generate": False,
-}
-
 
 def generate(
     model: Model,
@@ -154,14 +137,44 @@ def _batches(model: Model, lengths: Sequence[int], wanted: Sequence[int]) -> Ite
 
 
 def _settings(model: Model, new_tokens: int) -> GenerationConfig:
-    """A generation config that says all that matters: what it left open, the model's own would fill in."""
+    """A generation config that says all that matters."""
     end = model.hf.generation_config.eos_token_id
     return GenerationConfig(
-        **_NEUTRAL,
         max_new_tokens=new_tokens,
         do_sample=False,
+        use_cache=True,
         pad_token_id=model.pad_id,
         eos_token_id=model.tokenizer.eos_token_id if end is None else end,
+    )
+
+
+@contextlib.contextmanager
+def _no_settings_of_its_own(model: Model) -> Iterator[None]:
+    """Meanwhile the model's own generation config asks for nothing: what ours leaves open is filled in from it."""
+    own = model.hf.generation_config
+    model.hf.generation_config = GenerationConfig()
+    try:
+        yield
+    finally:
+        model.hf.generation_config = own
+
+
+class _Surest(LogitsProcessor):
+    """Leaves all tokens: the most probable one is taken, if there is one."""
+
+    def __init__(self, model: Model):
+        self._name = model.name
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        if scores.isnan().any():
+            raise _no_numbers(self._name)
+        return scores
+
+
+def _no_numbers(name: str) -> Diverged:
+    return Diverged(
+        f"what {name} says next has no probabilities: its numbers overflow. Load it in a wider dtype, or take the edit "
+        "off that did this"
     )
 
 
@@ -178,10 +191,7 @@ class _Draw(LogitsProcessor):
         heights, tokens = (scores, None) if self._top_k is None else scores.topk(min(self._top_k, scores.shape[-1]))
         shares = (heights.double() / self._temperature).softmax(-1).cumsum(-1)
         if not torch.isfinite(shares).all():
-            raise Diverged(
-                f"what {self._name} says next has no probabilities: its numbers overflow. Load it in a wider dtype, or "
-                "take the edit off that did this"
-            )
+            raise _no_numbers(self._name)
         drawn = torch.searchsorted(shares, self._numbers[:, self._step, None] * shares[:, -1:], right=True)
         drawn = drawn.clamp(max=shares.shape[-1] - 1)
         self._step += 1
@@ -196,9 +206,9 @@ def _continue(
     width = max(map(len, rows))
     ids = torch.tensor([[model.pad_id] * (width - len(row)) + list(row) for row in rows], device=model.device)
     mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=model.device)
-    drawing = LogitsProcessorList([draw] if draw else [])
+    drawing = LogitsProcessorList([draw or _Surest(model)])
     length = width + (settings.max_new_tokens or 0)
-    with torch.no_grad():
+    with torch.no_grad(), _no_settings_of_its_own(model):
         output = model.hf.generate(
             input_ids=ids,
             attention_mask=mask,

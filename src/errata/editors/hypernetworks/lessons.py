@@ -48,23 +48,33 @@ def digest(lessons: Sequence[Lesson]) -> str:
     return hashlib.sha256(json.dumps([asdict(each) for each in lessons], sort_keys=True).encode()).hexdigest()
 
 
+def _parted(model: Model, text: str, prompt_tokens: int, target_tokens: int) -> tuple[str, str] | None:
+    """A text's beginning of so many tokens, or more until a word ends, and how it goes on; None if it is too short."""
+    encoded = model.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    places = encoded["offset_mapping"]
+    for i in range(prompt_tokens, len(places) - target_tokens + 1):
+        begin = places[i][0]
+        if text[begin - 1 : begin + 1].strip() != text[begin - 1 : begin + 1]:
+            return text[:begin].rstrip(), text[begin : places[i + target_tokens - 1][1]].lstrip()
+    return None
+
+
 def text_lessons(
     model: Model, texts: Sequence[str], seed: int = 0, prompt_tokens: int = 16, target_tokens: int = 10
 ) -> list[Lesson]:
     """Lessons of plain text, as MEND's on Wikitext: the model is to go on as it would not have, ten tokens long.
 
-    The prompt is the beginning of a text, the target what the model samples after the beginning of another. What should
-    stay is how a third text goes on. Texts too short for that make no lesson.
+    The prompt is the beginning of a text up to the end of a word, the target what the model samples after the beginning
+    of another. What should stay is how a third text goes on. Texts too short for that make no lesson.
 
     Raises:
         FactError: if fewer than three texts are long enough.
     """
-    tokenize, decode = model.tokenizer, model.tokenizer.decode
-    long = []
-    for text in texts:
-        ids = tokenize(text, add_special_tokens=False, verbose=False)["input_ids"]
-        if len(ids) >= prompt_tokens + target_tokens and "{}" not in text:
-            long.append((decode(ids[:prompt_tokens]), decode(ids[prompt_tokens : prompt_tokens + target_tokens])))
+    long = [
+        parts
+        for text in texts
+        if "{}" not in text and (parts := _parted(model, " ".join(text.split()), prompt_tokens, target_tokens))
+    ]
     if len(long) < 3:
         raise FactError(
             f"{len(long)} of {len(texts)} texts have {prompt_tokens + target_tokens} tokens, and a lesson takes three: "

@@ -292,6 +292,8 @@ class _Run:
     def _end(self, why: str) -> None:
         if why != "diverged" and (not self.curve.validations or self.curve.validations[-1].step < self.done):
             self._validate()
+            if self.curve.ended:  # diverged, as was seen only now
+                return
         self.curve = Curve(self.curve.edit, self.curve.locality, self.curve.validations, why)
         if why != "diverged":
             self.save()

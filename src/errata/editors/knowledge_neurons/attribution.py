@@ -60,11 +60,13 @@ def attributions(model: Model, ids: Sequence[int], target: int, config: Knowledg
         if config.at == "key":
             neurons.append(_Neurons(key, lambda scaled: scaled))
         else:
-            neurons.append(_before(model, layer, taps[maps[layer]].leaving.reshape(-1, len(key))[-1], key))
+            neurons.append(
+                _before(model, layer, taps[maps[layer]].leaving.reshape(-1, len(key))[-1].to(model.device), key)
+            )
     fractions = torch.linspace(0, 1, config.steps) if config.points == "ends" else _right(config.steps)
     found = []
     with frozen(model), torch.enable_grad():
-        for some in _groups(model, config.steps):
+        for some in _groups(model, config.steps, len(ids)):
             found += _of_layers(recording, some, neurons, fractions, target)
     return torch.stack(found)
 
@@ -122,10 +124,11 @@ def _of_layers(
     ]
 
 
-def _groups(model: Model, steps: int) -> Iterator[range]:
+def _groups(model: Model, steps: int, length: int) -> Iterator[range]:
     """Layers whose rows climb together: as many as memory holds what backward passes need of them."""
-    # Of a token a block keeps about so much: its states, queries, keys and values, and the MLP's twice over.
-    per_block = 4 * (8 * model.d_model + 3 * model.d_mlp)
+    # Of a row a block keeps about so much: its states, queries, keys and values, the MLP's twice over, and the keys and
+    # values of all tokens, for attention to be followed backwards.
+    per_block = 4 * (8 * model.d_model + 3 * model.d_mlp + 2 * length * model.d_model)
     room = max(steps * model.n_layers, free_memory(*model.devices) // 4 // per_block)
     begin = 0
     while begin < model.n_layers:

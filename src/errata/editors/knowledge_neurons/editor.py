@@ -154,7 +154,7 @@ def _edit(
     model: Model, rewrite: Rewrite, config: KnowledgeNeuronsConfig, seed: int, fingerprints: dict[str, str]
 ) -> Edit:
     assert not isinstance(config.prefixes, int)  # settled
-    said = _prediction(model, rewrite)
+    said = _prediction(model, rewrite.text.rstrip() if config.leading_space else rewrite.text)
     old = _object_ids(model, rewrite, rewrite.fact.object, config) if rewrite.fact.object else [said]
     new = _object_ids(model, rewrite, rewrite.new_object, config)
     # New York and New Jersey differ in their second token.
@@ -191,6 +191,7 @@ def _edit(
 
 def _of_prompt(model: Model, text: str, old: Sequence[int], config: KnowledgeNeuronsConfig) -> Tensor:
     """Attributions `[layers, d_mlp]`, mean over the object's tokens, each after those before it."""
+    text = text.rstrip() if config.leading_space else text  # the space before an object belongs to its token
     ids = model.tokenizer(text, verbose=False)["input_ids"]
     found = [attributions(model, [*ids, *old[:place]], token, config) for place, token in enumerate(old)]
     return torch.stack(found).mean(0)
@@ -206,10 +207,10 @@ def _object_ids(model: Model, rewrite: Rewrite, text: str, config: KnowledgeNeur
     return list(ids)
 
 
-def _prediction(model: Model, rewrite: Rewrite) -> int:
-    """The token that the model says after the prompt."""
-    ids = model.tokenizer(rewrite.text, verbose=False)["input_ids"]
-    model.require_room(ids, rewrite.text)
+def _prediction(model: Model, text: str) -> int:
+    """The token that the model says after a prompt."""
+    ids = model.tokenizer(text, verbose=False)["input_ids"]
+    model.require_room(ids, text)
     last = ("state", model.n_layers - 1)
     with torch.no_grad():
         return int(model.unembed(read(model, model.batch([ids]), [last])[last][:, -1]).argmax())
