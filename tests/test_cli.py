@@ -169,6 +169,18 @@ def test_bad_input_is_one_line_and_exit_code_2(arguments, message, tmp_path, mon
     assert not list(tmp_path.iterdir())
 
 
+def test_a_full_gpu_is_one_line(monkeypatch, capsys):
+    import torch
+
+    from errata.cli import app
+
+    def full(**settings):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 1")
+
+    monkeypatch.setattr(app, "app", full)
+    refused(in_process(monkeypatch, capsys, "trace"), "CUDA out of memory: model and work do not fit")
+
+
 def test_broken_and_foreign_edit_files(edit_file, tmp_path):
     path, _ = edit_file
     whole = path.read_bytes()

@@ -90,6 +90,9 @@ def main() -> None:
     except OSError as error:  # a name too long, a disk that fails: the user's to mend
         _leave(2, f"error: {error.strerror or error}: {error.filename or ''}")
     except Exception as error:
+        if type(error).__name__ == "OutOfMemoryError":  # torch's, which may not be there yet
+            what = str(error).partition(". ")[0]
+            _leave(2, f"error: {what}: model and work do not fit there. Give --dtype bfloat16, or --device auto or cpu")
         if not hasattr(error, "format_message"):  # a bug of ours keeps its traceback
             raise
         _leave(2, f"error: {error.format_message()} See errata --help")

@@ -1,7 +1,8 @@
 """All that is measured of some records: what the model says to their prompts and writes, before and after an edit.
 
 Everything is a function of the model, the records and the settings alone: whichever other editors are measured, and
-whether it is done again, the numbers are the same. Texts before and after are sampled with the same random numbers.
+whether it is done again, the numbers are the same (but for rounding, where FT and KN find memory for fewer facts at
+once than before). Texts before and after are sampled with the same random numbers.
 """
 
 from __future__ import annotations
