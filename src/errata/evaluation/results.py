@@ -144,8 +144,7 @@ class Run:
             raise ResultFileError(
                 f"{folder} is no run folder: it has no unedited.jsonl. Give the folder that errata evaluate --out names"
             )
-        stored = read_back(folder / "records.json")
-        records = {record.case_id: record for record in stored}
+        records = {record.case_id: record for record in read_back(folder / "records.json")}
         unedited = _results(folder / "unedited.jsonl", UNEDITED, records)
         told = unedited.settings.get("records")
         if not isinstance(told, dict) or told.get("kind") not in ("counterfact", "zsre"):
@@ -156,7 +155,7 @@ class Run:
         files = [path for path in (folder / "editors").glob("*.jsonl") if _has_header(path)]
         files.sort(key=lambda path: (_begun(path), path.name))
         edited = {path.stem: _results(path, path.stem, records) for path in files}
-        _require_one_run(folder, unedited, list(edited.values()), digest(written_out(stored)))
+        _require_one_run(folder, unedited, list(edited.values()))
         return cls(folder, unedited.settings, records, unedited, edited)
 
     @property
@@ -187,13 +186,14 @@ class Run:
         return found
 
 
-def _require_one_run(folder: Path, unedited: Results, edited: Sequence[Results], records: str) -> None:
+def _require_one_run(folder: Path, unedited: Results, edited: Sequence[Results]) -> None:
     """Make sure that the files of a folder belong together: numbers of two models or record sets do not compare.
 
     Raises:
         ResultFileError: if one does not.
     """
-    if unedited.settings["records"].get("digest") != records:
+    records = (folder / "records.json").read_text(encoding="utf-8")  # `written_out`, by this errata or an earlier one
+    if unedited.settings["records"].get("digest") != digest(records):
         raise ResultFileError(
             f"{folder / 'records.json'} holds other records than {folder / 'unedited.jsonl'} is of: it was "
             "changed by hand. Measure again into another folder"
