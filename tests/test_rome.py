@@ -424,6 +424,22 @@ def test_what_no_prediction_can_hear_of_is_not_optimised():
     assert edit.notes["steps"][-1]["nll"] < edit.notes["steps"][0]["nll"]
 
 
+def test_nothing_is_collected_for_what_cannot_be_made():
+    model = load_pretrained((tiny("gpt2"), byte_tokenizer()))
+    asked: list[int] = []
+
+    def collected(layer: int) -> SecondMoment:
+        asked.append(layer)
+        return SecondMoment.identity(model.d_mlp)
+
+    config = RomeConfig(prefixes="none", steps=1, max_drift=None)
+    with pytest.raises(ConfigError, match="reaches no prediction"):
+        rome(model, REWRITE, config, layer=model.n_layers - 1, second_moment=collected)
+    assert asked == []
+    assert len(rome(model, [REWRITE, REWRITE], config, layer=1, second_moment=collected)) == 2
+    assert asked == [1]
+
+
 def test_hints_of_the_model_are_defaults():
     model = load_pretrained((tiny("gpt2"), byte_tokenizer()))
     model.hf.config.errata = {"rome_layer": 1, "rome": {"prefixes": ["", "Yes. "], "steps": 3}}

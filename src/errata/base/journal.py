@@ -10,12 +10,13 @@ import contextlib
 import errno
 import json
 import os
+import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from errata.base.errors import OutputError, ResultFileError
-from errata.base.files import written_whole
+from errata.base.files import content, written_whole
 
 try:
     import fcntl
@@ -59,11 +60,11 @@ class Journal:
         descriptor = _locked(path)
         try:
             with open(descriptor, "rb", closefd=False) as stored:
-                content = stored.read()
-            found, records, whole = _parsed(path, content, kind)
+                before = stored.read()
+            found, records, whole = _parsed(path, before, kind)
             if found is not None:
                 _require_same(path, found, version, json.loads(json.dumps(header, allow_nan=False)), set(ignore))
-            if whole < len(content):
+            if whole < len(before):
                 os.ftruncate(descriptor, whole)
             journal = cls(path, descriptor, records)
             if found is None:
@@ -119,13 +120,7 @@ def read_journal(path: str | Path, kind: str, version: int) -> tuple[dict[str, A
             `version`.
     """
     path = Path(path)
-    if not path.is_file():
-        raise ResultFileError(f"there is no file {path}. Give the path of a file of {kind}")
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise ResultFileError(f"cannot read {path}: {error.strerror}. Give a file that you may read") from error
-    header, records, _ = _parsed(path, content, kind)
+    header, records, _ = _parsed(path, content(path, kind, max_bytes=sys.maxsize), kind)
     if header is None:
         raise ResultFileError(f"{path} ends within its first line, so it holds no {kind}. Make or fetch it again")
     if header["version"] > version:
@@ -163,15 +158,15 @@ def _object(line: bytes) -> dict[str, Any] | None:
     return value if isinstance(value, dict) else None
 
 
-def _parsed(path: Path, content: bytes, kind: str) -> tuple[dict[str, Any] | None, list[dict[str, Any]], int]:
+def _parsed(path: Path, stored: bytes, kind: str) -> tuple[dict[str, Any] | None, list[dict[str, Any]], int]:
     """Header (None if the file is empty or ends within it), records, and how many bytes are whole."""
-    *lines, tail = content.split(b"\n")
+    *lines, tail = stored.split(b"\n")
     values = [_object(line) for line in lines]
     if values and values[-1] is None and not tail:  # cut short by the end of a machine, not of the process alone
         del values[-1]
     if not values:
         start = f'{{"kind": {json.dumps(kind, ensure_ascii=False)}, "version": '.encode()
-        if not start.startswith(content) and not content.startswith(start):
+        if not start.startswith(stored) and not stored.startswith(start):
             raise _foreign(path, kind)
         return None, [], 0
     header, *records = values

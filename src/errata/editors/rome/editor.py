@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -121,7 +122,9 @@ def rome(
     if not wanted:
         return []
     config, chosen_by = resolve(model, [each.fact for each in wanted], config, layer, seed)
-    moment = second_moment_of(model, second_moment, config)
+    moment = functools.cache(functools.partial(second_moment_of, model, second_moment, config))
+    if not callable(second_moment):  # what must first be collected waits until there is a rewrite that can be made
+        moment()
     work = _Work(model, config, moment, chosen_by, seed, force, len(wanted), progress)
     if sequential:
         found = _in_sequence(work, wanted, errors == "raise")
@@ -140,7 +143,7 @@ class _Work:
 
     model: Model
     config: RomeConfig
-    second_moment: SecondMoment
+    second_moment: Callable[[], SecondMoment]
     chosen_by: str
     seed: int
     force: bool
@@ -209,7 +212,7 @@ def _together(work: _Work, rewrites: Sequence[tuple[int, Rewrite]]) -> list[_Mad
 
 def _edits(work: _Work, rewrites: Mapping[int, Rewrite], recorded: Recorded, prefixes: Sequence[str]) -> list[_Made]:
     """Key, value and insertion of rewrites whose texts are recorded."""
-    model, config, moment = work.model, work.config, work.second_moment
+    model, config, moment = work.model, work.config, work.second_moment()
     numbers = list(rewrites)
     each = len(recorded.texts) // len(numbers)  # every rewrite has as many texts
     owners = [i // each for i in range(len(recorded.texts))]
