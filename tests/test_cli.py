@@ -35,6 +35,12 @@ def in_process(monkeypatch, capsys, *arguments: str) -> subprocess.CompletedProc
     return subprocess.CompletedProcess(arguments, code, said.out, said.err)
 
 
+@pytest.fixture(autouse=True)
+def _as_in_a_terminal(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "100")
+    monkeypatch.setenv("NO_COLOR", "1")
+
+
 @pytest.fixture(scope="module")
 def edit_file(tmp_path_factory):
     path = tmp_path_factory.mktemp("edit") / "doyle.safetensors"
@@ -81,11 +87,11 @@ def test_edit_changes_the_answer_and_saves(edit_file):
     assert said["saved"] == str(path)
 
 
-def test_generate_with_and_without_the_edit(edit_file):
+def test_generate_with_and_without_the_edit(edit_file, monkeypatch, capsys):
     path, said = edit_file
     prompt = "The native language of Arthur Conan Doyle is"
     plain, edited = (
-        json.loads(errata("generate", prompt, "--max-new-tokens", "1", "--json", *more).stdout)
+        json.loads(in_process(monkeypatch, capsys, "generate", prompt, "--max-new-tokens", "1", "--json", *more).stdout)
         for more in ((), ("--edit", path))
     )
     assert plain["text"] == f"{prompt} English"
@@ -93,15 +99,17 @@ def test_generate_with_and_without_the_edit(edit_file):
     assert edited["edits"] == [said["id"]]
 
 
-def test_sampling_is_seeded():
-    def sampled(seed):
-        return errata("generate", "Roy Hargrove", "--top-k", "5", "--seed", seed).stdout
+def test_sampling_is_seeded(monkeypatch, capsys):
+    asked = ("generate", "Roy Hargrove", "--top-k", "5", "--seed")
 
-    assert sampled(1) == sampled(1)
+    def sampled(seed):
+        return in_process(monkeypatch, capsys, *asked, seed).stdout
+
+    assert sampled(1) == errata(*asked, 1).stdout
     assert sampled(1) != sampled(2)
 
 
-def test_trace_prints_draws_and_saves(tmp_path):
+def test_trace_prints_draws_and_saves(tmp_path, monkeypatch, capsys):
     picture, saved = tmp_path / "t.png", tmp_path / "t.jsonl"
     done = errata("trace", *FACT, "--samples", "2", "--out", picture, "--save", saved, "--json")
     assert done.returncode == 0, done.stderr
@@ -111,12 +119,12 @@ def test_trace_prints_draws_and_saves(tmp_path):
     assert set(found["restored"]) == {"state", "mlp", "attention"}
     assert picture.read_bytes().startswith(b"\x89PNG")
     assert saved.is_file()
-    shown = errata("trace", *FACT, "--samples", "2")
+    shown = in_process(monkeypatch, capsys, "trace", *FACT, "--samples", "2")
     assert "oyle*" in shown.stdout
     assert "last subject" in shown.stdout
 
 
-def test_demo_leaves_its_picture_and_edit(tmp_path):
+def test_demo_leaves_its_picture_and_edit(tmp_path, monkeypatch, capsys):
     done = errata("demo", "--json", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     said = json.loads(done.stdout)
@@ -130,7 +138,8 @@ def test_demo_leaves_its_picture_and_edit(tmp_path):
     assert by_kind["free text"][0]["during"] != by_kind["free text"][0]["before"]
     assert (tmp_path / said["picture"]).is_file()
     assert (tmp_path / said["edit"]).is_file()
-    again = errata("demo", cwd=tmp_path)
+    monkeypatch.chdir(tmp_path)
+    again = in_process(monkeypatch, capsys, "demo")
     assert again.returncode == 0
     assert "byte for byte" in again.stdout
 

@@ -210,6 +210,16 @@ def test_some_rows_in_any_order():
         assert difference(row, whole[i]) < 1e-12
 
 
+def test_rows_that_share_a_change_share_its_memory():
+    model = model_of("llama")
+    name = down_weight_name(model, 1)
+    one, other = (change(model, [name], 1, seed) for seed in (0, 1))
+    changes = row_changes(model, [one, other, one, one]).of(torch.tensor([3, 1, 0]))
+    assert changes.factors[name][0].shape[0] == 2
+    write, _ = changes.by_row(name)
+    assert torch.equal(write, torch.stack([each[name][0] for each in (one, other, one)]).to(write))
+
+
 def test_what_is_within_a_block():
     model = model_of("llama")
     changes = row_changes(model, rows_of(model, "attention"))
@@ -222,7 +232,7 @@ def test_rows_of_lower_rank_are_filled_with_zeros():
     model = model_of("llama")
     name = down_weight_name(model, 1)
     one, three = (change(model, [name], rank, rank) for rank in (1, 3))
-    write, read = row_changes(model, [one, {}, three]).factors[name]
+    write, read = row_changes(model, [one, {}, three]).by_row(name)
     assert write.shape == (3, *one[name][0].shape[:1], 3)
     assert read.shape == (3, 3, *one[name][1].shape[1:])
     torch.testing.assert_close(write[0] @ read[0], one[name][0] @ one[name][1])
@@ -237,7 +247,7 @@ def test_what_is_added_is_rounded_once(dtype):
     name = down_weight_name(model, 1)
     factors = {name: tuple(part.float() for part in change(model_of("llama"), [name], 2, 0)[name])}
     changes = row_changes(model, [factors, {}])
-    assert {part.dtype for part in changes.factors[name]} == {torch.float32}
+    assert {part.dtype for part in changes.by_row(name)} == {torch.float32}
     module = model.hf.get_submodule(name.removesuffix(".weight"))
     entering = torch.randn(2, 5, model.d_mlp, generator=torch.Generator().manual_seed(0)).to(dtype)
     with torch.no_grad():

@@ -25,31 +25,34 @@ class RowChanges:
     """Changes of linear maps, others in every row. Made by `row_changes`.
 
     Attributes:
-        factors: by name of the weight, write `[r, d_out, k]` and read `[r, k, d_in]` of r rows; of rows with a change
-            of lower rank, or none, the rest is zero.
+        factors: by name of the weight, write `[e, d_out, k]` and read `[e, k, d_in]` of e changes; of those of lower
+            rank, or none, the rest is zero.
+        rows: `[r]`, which of the changes each row has.
     """
 
     factors: Mapping[str, Factors]
+    rows: Tensor
 
     def of(self, rows: Tensor | slice) -> RowChanges:
         """Those of some rows."""
-        return RowChanges({name: (write[rows], read[rows]) for name, (write, read) in self.factors.items()})
+        return RowChanges(self.factors, self.rows[rows])
 
     def within(self, prefix: str) -> RowChanges:
         """Those of weights whose names begin so."""
-        return RowChanges({name: each for name, each in self.factors.items() if name.startswith(prefix)})
+        return RowChanges({name: each for name, each in self.factors.items() if name.startswith(prefix)}, self.rows)
+
+    def by_row(self, name: str) -> Factors:
+        """Write `[r, d_out, k]` and read `[r, k, d_in]` of a weight, each row with a copy of its own."""
+        write, read = self.factors[name]
+        rows = self.rows.to(write.device)
+        return write[rows], read[rows]
 
 
 def row_changes(model: Model, changes: Sequence[Mapping[str, Factors]]) -> RowChanges:
-    """The changes of each row, by names of weights, ready for `rowwise`.
-
-    Those of rows that share one are the same object, as far as they are given as the same.
-    """
+    """The changes of each row, by names of weights, ready for `rowwise`; rows with the same object share it."""
     names = dict.fromkeys(name for each in changes for name in each)
-    # Of some rows with one edit, the factors go to the device once.
     distinct = {id(each): each for each in changes}
     place = {key: i for i, key in enumerate(distinct)}
-    index = [place[id(each)] for each in changes]
     factors: dict[str, Factors] = {}
     for name in names:
         weight = model.weight(name)
@@ -62,8 +65,8 @@ def row_changes(model: Model, changes: Sequence[Mapping[str, Factors]]) -> RowCh
             if name in each:
                 own = each[name][0].shape[1]
                 write[i, :, :own], read[i, :own] = each[name]
-        factors[name] = write.to(weight.device)[index], read.to(weight.device)[index]
-    return RowChanges(factors)
+        factors[name] = write.to(weight.device), read.to(weight.device)
+    return RowChanges(factors, torch.tensor([place[id(each)] for each in changes]))
 
 
 def can_be_rowwise(model: Model, name: str) -> bool:
@@ -81,9 +84,9 @@ def rowwise(model: Model, changes: RowChanges) -> Iterator[None]:
     Products with the factors are taken in float32 at least, and what they add is rounded once, to the model's dtype.
     """
     with contextlib.ExitStack() as stack:
-        for name, (write, read) in changes.factors.items():
+        for name in changes.factors:
             module = model.hf.get_submodule(name.rpartition(".")[0])
-            stack.callback(module.register_forward_hook(_adding(write, read)).remove)
+            stack.callback(module.register_forward_hook(_adding(*changes.by_row(name))).remove)
         yield
 
 

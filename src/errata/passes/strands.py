@@ -230,14 +230,15 @@ class Passes:
         """
         model, call = self.model, self._template.calls[layer]
         block = model.blocks[layer]
-        here = (changes or RowChanges({})).within(f"{model.anatomy.blocks}.{layer}.")
+        here = changes.within(f"{model.anatomy.blocks}.{layer}.") if changes else None
         rows, width = flow.trunk.shape[:2]
         device = flow.trunk.device
         before = self._template.past(layer, torch.zeros(rows, dtype=torch.long, device=device), 0)
         # Of tokens whose state nobody asks for, the last block's keys and values are enough.
         begin = min(self.strands[i].wanted for i in batch.rows) if layer == model.n_layers - 1 else 0
         with contextlib.ExitStack() as stack:
-            stack.enter_context(rowwise(model, here))
+            if here:
+                stack.enter_context(rowwise(model, here))
             if begin:
                 earlier, given = flow.trunk[:, :begin], call.at(0, rows, begin, device)
                 before = before.after(lambda cache: run(block, earlier, given, cache))
@@ -249,7 +250,8 @@ class Passes:
             owners = torch.tensor([row for row, _ in group.owners])
             before = Past(past.keys, past.values).of(owners, group.at)
             given = call.at(group.at, len(owners), states.shape[1], states.device)
-            with rowwise(model, here.of(owners)), hooked_block(model, patches or {}, len(owners)):
+            own = rowwise(model, here.of(owners)) if here else contextlib.nullcontext()
+            with own, hooked_block(model, patches or {}, len(owners)):
                 branches.append(run(block, states, given, before))
         return Flow(trunk, tuple(branches), begin)
 
@@ -269,7 +271,8 @@ class Passes:
     @torch.no_grad()
     def moved(self, batch: StrandBatch, layer: int, left: Flow, mlp: Mlp, changes: RowChanges) -> Flow:
         """What leaves block `layer` with changes of its down-projection alone, from what leaves it without."""
-        [(write, read)] = changes.factors.values()
+        [name] = changes.factors
+        write, read = changes.by_row(name)
 
         def move(states: Tensor, keys: Tensor, values: Tensor, rows: Tensor) -> Tensor:
             new = values + (keys @ read[rows].mT.to(keys)) @ write[rows].mT.to(keys)

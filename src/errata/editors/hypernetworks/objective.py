@@ -196,11 +196,10 @@ class _Trial:
     def _said(self, chunk: Chunk, texts: Sequence[Text], owners: Sequence[int], changes: Padded | None) -> Predictions:
         """What is said of a chunk's texts, each under the change of its owner."""
         some = [texts[label] for label in chunk.rows]
-        rows = torch.tensor(owners, device=self.model.device)
         here = {}
         for name, (write, read) in (changes or {}).items():
             device = self.model.weight(f"{name}.weight").device
-            here[f"{name}.weight"] = write[rows].to(device), read[rows].to(device)
-        with rowwise(self.model, RowChanges(here)):
+            here[f"{name}.weight"] = write.to(device), read.to(device)
+        with rowwise(self.model, RowChanges(here, torch.tensor(owners))):
             states = chunk.resume(self.place.first, chunk.states, self.model.n_layers, keep=kept(some))
         return predictions(self.model, some, states)
