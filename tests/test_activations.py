@@ -1,4 +1,4 @@
-"""The fused activation: the same numbers, only while errata's own passes run."""
+"""The fused activation: the same numbers, only while texts are written."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from transformers.activations import FastGELUActivation, NewGELUActivation
 from errata.models.activations import fused
 from errata.models.generation import generate
 from errata.models.loading import load_pretrained
-from errata.passes.replay import record
 from tiny import byte_tokenizer, tiny
 
 TEXT = "The Space Needle is in"
@@ -33,31 +32,40 @@ def test_the_numbers_are_the_same(kind, dtype, bound):
     torch.testing.assert_close(*slopes, rtol=0, atol=10 * bound)
 
 
-def test_a_pass_is_the_plain_one(hf):
-    model = load_pretrained((hf.double(), byte_tokenizer()))
-    batch = model.encode([TEXT])
-    plain = hf(batch.input_ids).logits
-    torch.testing.assert_close(model.forward(batch), plain, rtol=1e-12, atol=1e-12)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_in_few_bits_the_numbers_are_the_models_own(dtype):
+    module, inputs = NewGELUActivation(), torch.linspace(-4, 4, 1001, dtype=dtype)
+    plain = module(inputs)
+    with fused(module):
+        assert torch.equal(module(inputs), plain)
+    assert not torch.equal(torch.nn.functional.gelu(inputs, approximate="tanh"), plain)
 
 
-def test_every_pass_of_ours_uses_it_and_no_pass_of_others(hf, monkeypatch):
+def test_texts_are_drawn_with_it_and_no_number_is_told_by_it(hf, monkeypatch):
     model = load_pretrained((hf, byte_tokenizer()))
     batch = model.encode([TEXT])
     before = hf(batch.input_ids).logits
+    written = generate(model, [TEXT], 8, greedy=True)
 
-    def written_out(self, input):
+    def refuse(self, input):
         raise AssertionError("written out")
 
     with monkeypatch.context() as patched:
-        patched.setattr(NewGELUActivation, "forward", written_out)
-        model.forward(batch)
-        generate(model, [TEXT], 3)
-        recording = record(model, batch, first=0, check=False)
-        past = recording.past(0, torch.zeros(1, dtype=torch.long), 0)
-        recording.calls[0](model.blocks[0], recording.states[0], 0, past)
-        with pytest.raises(AssertionError, match="written out"):
-            hf(batch.input_ids)
+        patched.setattr(NewGELUActivation, "forward", refuse)
+        assert generate(model, [TEXT], 8, greedy=True) == written
+        for told in (lambda: model.forward(batch), lambda: hf(batch.input_ids)):
+            with pytest.raises(AssertionError, match="written out"):
+                told()
     assert torch.equal(hf(batch.input_ids).logits, before)
+    assert torch.equal(model.forward(batch), before)
+
+
+def test_what_is_written_is_what_the_plain_model_writes(hf):
+    model = load_pretrained((hf, byte_tokenizer()))
+    ids = model.encode([TEXT]).input_ids
+    for _ in range(8):
+        ids = torch.cat([ids, hf(ids).logits[:, -1:].argmax(-1)], 1)
+    assert generate(model, [TEXT], 8, greedy=True) == [TEXT + model.tokenizer.decode(ids[0, -8:])]
 
 
 def test_it_is_taken_off_again_also_after_an_error(hf):

@@ -279,7 +279,7 @@ def test_patches_see_the_rows_and_gradients_flow_through_them():
 @pytest.mark.parametrize("family", ["gpt2", "gemma3", "bloom"])
 @torch.no_grad()
 def test_rows_of_as_many_tokens_go_together_once_they_fill_a_batch(family, monkeypatch):
-    monkeypatch.setattr(tails, "_full", lambda model: 1)
+    monkeypatch.setattr(tails, "_FULL", 1)
     model = model_of(family)
     joined = Joined(model)
     widths = [{row.n for label, row in joined.rows.items() if label in lane.rows} for lane in joined.tails.lanes]

@@ -23,7 +23,6 @@ import torch
 from torch import Tensor, nn
 
 from errata.base.errors import ConfigError, FactError, UnsupportedModel
-from errata.models.activations import fused
 from errata.models.families import Anatomy, find_anatomy, softcapped, verify
 from errata.models.weights import linear_matrix, place
 
@@ -282,8 +281,7 @@ class Model:
         }
         if keep and "logits_to_keep" in inspect.signature(self.hf.forward).parameters:
             inputs["logits_to_keep"] = keep
-        with fused(self.hf):
-            logits = self.hf(**inputs, use_cache=cache is not None, past_key_values=cache).logits
+        logits = self.hf(**inputs, use_cache=cache is not None, past_key_values=cache).logits
         return logits[:, -keep:]
 
     def added(self, layer: int, mlp: Tensor) -> Tensor:

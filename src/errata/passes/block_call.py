@@ -14,8 +14,6 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from errata.models.activations import fused
-
 
 class _Enough(Exception):
     """The keys and values asked for are there."""
@@ -116,8 +114,7 @@ def run(block: nn.Module, states: Tensor, arguments: Mapping[str, Any], past: Pa
     which is there.
     """
     given = {name: past if value is PAST else value for name, value in arguments.items()}
-    with fused(block):
-        output = block(states.clone(), **given)  # a copy, for a block may go on to add into what it is given
+    output = block(states.clone(), **given)  # a copy, for a block may go on to add into what it is given
     return (output[0] if isinstance(output, tuple) else output).to(states.device)
 
 

@@ -25,6 +25,8 @@ from errata.passes.block_call import PAST, Past, is_mask, run, token_axis
 from errata.passes.hooks import hooked_block
 from errata.passes.replay import Recording, same_states
 
+# Tokens that fill a batch: with fewer, weights take longer to read than to multiply with.
+_FULL = 96
 # On how many rows a join is measured.
 _WITNESSES = 4
 
@@ -186,7 +188,7 @@ def join(model: Model, cuts: Sequence[Cut]) -> Tails:
         UnsupportedModel: if even a cut alone does not give what was recorded.
     """
     lanes = []
-    for some in _of_like_width(cuts, _full(model)):
+    for some in _of_like_width(cuts):
         lane = _Lane.of(model, some)
         if lane.holds(some):
             lanes.append(lane)
@@ -199,21 +201,15 @@ def join(model: Model, cuts: Sequence[Cut]) -> Tails:
     return Tails(lanes)
 
 
-def _full(model: Model) -> int:
-    """Tokens that fill a batch: with fewer, weights take longer to read than to multiply with; where these are small,
-    calls take longer than their products."""
-    return max(96, min(256, 2**16 // model.d_model))
-
-
-def _of_like_width(cuts: Sequence[Cut], full: int) -> list[list[Cut]]:
-    """Cuts of as many tokens together, for what is missing is run too; those that do not fill a batch go with the next
-    wider ones, or with the last before them."""
+def _of_like_width(cuts: Sequence[Cut]) -> list[list[Cut]]:
+    """Cuts of as many tokens together, for what is missing is run too; too few go with the next wider ones, or with the
+    last before them."""
     widths = [each.states.shape[1] for each in cuts]
     groups: list[list[int]] = []
     waiting: list[int] = []
     for width in sorted(set(widths)):
         waiting += [i for i, its in enumerate(widths) if its == width]
-        if sum(len(cuts[i].states) for i in waiting) * width >= full:
+        if sum(len(cuts[i].states) for i in waiting) * width >= _FULL:
             groups.append(waiting)
             waiting = []
     if groups:
