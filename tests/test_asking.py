@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 
 import pytest
 import torch
@@ -120,6 +121,20 @@ def test_no_variant_depends_on_the_others_by_a_single_bit():
     model = model_of("gpt_neox")
     variants = variants_of(model)
     assert ask_together(model, QUESTIONS, variants) == [ask_together(model, QUESTIONS, [one])[0] for one in variants]
+
+
+@pytest.mark.parametrize("kind", ["rank_one", "dense"])
+def test_an_edit_that_breaks_the_model_leaves_texts_beside_its_own_alone(kind):
+    model = model_of("gpt2")
+    broken = edit_of(model, kind, 0)
+    factor = broken.deltas[0].write if kind == "rank_one" else broken.deltas[0].change
+    factor.fill_(3e38)
+    fine = edit_of(model, "rank_one", 1)
+    edits = [broken, fine, None, broken, fine]
+    found, alone = ask_together(model, QUESTIONS, [edits])[0], one_by_one(model, edits)
+    for i in (1, 2, 4):
+        same(found[i : i + 1], alone[i : i + 1], 2e-5)
+    assert all(math.isnan(score.total) for i in (0, 3) for score in found[i])
 
 
 def test_an_edit_outside_the_blocks_is_put_on():

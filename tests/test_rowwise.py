@@ -210,14 +210,39 @@ def test_some_rows_in_any_order():
         assert difference(row, whole[i]) < 1e-12
 
 
+def test_each_token_with_a_change_of_its_own():
+    """Of some changes, as many tokens as may be, none too, and in any order."""
+    model = model_of("llama")
+    name = down_weight_name(model, 1)
+    each = [change(model, [name], rank, rank) for rank in (1, 3, 2)] + [{}]
+    changes = row_changes(model, each).of(torch.tensor([[0, 3, 1, 1], [1, 0, 1, 3]]))
+    entering = torch.randn(2, 4, model.d_mlp, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    found = changes.adder(name)(entering)
+    for row, owners in enumerate(changes.rows.tolist()):
+        for token, owner in enumerate(owners):
+            write, read = each[owner].get(name, (torch.zeros(model.d_model, 1), torch.zeros(1, model.d_mlp)))
+            wanted = write.double() @ (read.double() @ entering[row, token])
+            torch.testing.assert_close(found[row, token], wanted)
+    assert torch.equal(changes.adder(name)(entering.flatten(0, 1)), found.flatten(0, 1))
+
+
+def test_a_change_that_is_no_number_leaves_other_rows_alone():
+    model = model_of("llama")
+    name = down_weight_name(model, 1)
+    broken, fine = (change(model, [name], 1, seed) for seed in (0, 1))
+    broken[name][0].fill_(torch.inf)
+    found = by_rows(model, TEXTS[:3], row_changes(model, [broken, fine, broken]))
+    assert not found[0].isfinite().all()
+    assert torch.equal(found[1], by_rows(model, TEXTS[:3], row_changes(model, [{}, fine, {}]))[1])
+
+
 def test_rows_that_share_a_change_share_its_memory():
     model = model_of("llama")
     name = down_weight_name(model, 1)
     one, other = (change(model, [name], 1, seed) for seed in (0, 1))
     changes = row_changes(model, [one, other, one, one]).of(torch.tensor([3, 1, 0]))
     assert changes.factors[name][0].shape[0] == 2
-    write, _ = changes.by_row(name)
-    assert torch.equal(write, torch.stack([each[name][0] for each in (one, other, one)]).to(write))
+    assert changes.rows.tolist() == [0, 1, 0]
 
 
 def test_what_is_within_a_block():
@@ -232,7 +257,8 @@ def test_rows_of_lower_rank_are_filled_with_zeros():
     model = model_of("llama")
     name = down_weight_name(model, 1)
     one, three = (change(model, [name], rank, rank) for rank in (1, 3))
-    write, read = row_changes(model, [one, {}, three]).by_row(name)
+    changes = row_changes(model, [one, {}, three])
+    write, read = changes.factors[name]
     assert write.shape == (3, *one[name][0].shape[:1], 3)
     assert read.shape == (3, 3, *one[name][1].shape[1:])
     torch.testing.assert_close(write[0] @ read[0], one[name][0] @ one[name][1])
@@ -247,7 +273,7 @@ def test_what_is_added_is_rounded_once(dtype):
     name = down_weight_name(model, 1)
     factors = {name: tuple(part.float() for part in change(model_of("llama"), [name], 2, 0)[name])}
     changes = row_changes(model, [factors, {}])
-    assert {part.dtype for part in changes.by_row(name)} == {torch.float32}
+    assert {part.dtype for part in changes.factors[name]} == {torch.float32}
     module = model.hf.get_submodule(name.removesuffix(".weight"))
     entering = torch.randn(2, 5, model.d_mlp, generator=torch.Generator().manual_seed(0)).to(dtype)
     with torch.no_grad():

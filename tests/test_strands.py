@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import functools
+import math
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor, nn
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from errata.base.errors import FactError, UnsupportedModel
 from errata.models.model import Model
 from errata.models.weights import down_weight_name
-from errata.passes import strands
+from errata.passes import packing, replay, strands
+from errata.passes.packing import Pack, Strand
 from errata.passes.rowwise import row_changes
-from errata.passes.strands import Flow, Passes, Strand, StrandBatch
-from tiny import ALL_FAMILIES, POSITIONS, VOCAB, attentions, byte_tokenizer, short_windows, tiny
+from errata.passes.strands import Flow, Passes
+from tiny import ALL_FAMILIES, POSITIONS, VOCAB, attentions, byte_tokenizer, randomised, short_windows, tiny
 
 LAYERS = 4
 KINDS = [(family, attention) for family in ALL_FAMILIES for attention in attentions(family)]
@@ -94,23 +99,23 @@ def whole(model: Model, ids: tuple[int, ...]) -> list[Tensor]:
     return seen
 
 
-def worst(batch: StrandBatch, flow: Flow, layer: int, wanted: dict) -> float:
-    """The largest difference of any trunk or branch of a batch behind `layer` blocks."""
+def worst(pack: Pack, flow: Flow, layer: int, wanted: dict) -> float:
+    """The largest difference of any token that is asked for behind `layer` blocks."""
     found = []
-    for row, strand in enumerate(batch.rows):
-        own = wanted[strand][None][layer]
-        found.append(difference(flow.trunk[row, : len(own) - flow.begin], own[flow.begin :]))
-    for group, states in zip(batch.groups, flow.branches, strict=True):
-        for (row, branch), own in zip(group.owners, states, strict=True):
-            found.append(difference(own, wanted[batch.rows[row]][branch][layer]))
-    assert len(found) == sum(len(wanted[strand]) for strand in batch.rows)
+    for place, strand in enumerate(pack.rows):
+        for branch, states in wanted[strand].items():
+            first = wanted[strand]["wanted"] if branch is None else 0
+            if branch != "wanted":
+                tokens = [(place, branch, i) for i in range(first, len(states[layer]))]
+                found.append(difference(flow.of(pack, tokens), states[layer][first:]))
+    assert len(found) == sum(len(wanted[strand]) - 1 for strand in pack.rows)
     return max(found)
 
 
 def expected(model: Model, some: list[Strand]) -> dict:
-    """States behind so many blocks, by strand and branch (None: the trunk)."""
+    """States behind so many blocks, by strand and branch (None: the trunk), and the first that is wanted of it."""
     return {
-        i: {None: whole(model, strand.trunk)}
+        i: {"wanted": strand.wanted, None: whole(model, strand.trunk)}
         | {
             branch: [states[at:] for states in whole(model, strand.trunk[:at] + own)]
             for branch, (at, own) in enumerate(strand.branches)
@@ -119,19 +124,27 @@ def expected(model: Model, some: list[Strand]) -> dict:
     }
 
 
+def through(passes: Passes, pack: Pack, wanted: dict, bound: float, changes=None) -> Flow:
+    """All blocks, with a look behind each."""
+    flow = passes.enter(pack)
+    assert worst(pack, flow, 0, wanted) < bound
+    for layer in range(LAYERS):
+        flow = passes.step(pack, layer, flow, changes)
+        assert worst(pack, flow, layer + 1, wanted) < bound
+    return flow
+
+
 @pytest.mark.parametrize(("family", "attention"), KINDS)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-def test_trunks_and_branches_are_what_whole_passes_give(family, attention, dtype):
+@pytest.mark.parametrize("apart", [False, True])
+def test_trunks_and_branches_are_what_whole_passes_give(family, attention, dtype, apart):
+    """Beside each other in rows, and each in a row of its own."""
     model, some = model_of(family, attention, dtype), made()
-    passes, wanted, seen = Passes(model, some), expected(model, some), []
-    for batch in passes.batches():
-        flow = passes.enter(batch)
-        assert worst(batch, flow, 0, wanted) < bound(family, dtype)
-        for layer in range(LAYERS):
-            flow = passes.step(batch, layer, flow)
-            assert worst(batch, flow, layer + 1, wanted) < bound(family, dtype)
-        seen += batch.rows
-    assert sorted(seen) == list(range(len(some)))
+    passes, wanted = Passes(model, some), expected(model, some)
+    pack = passes.pack(range(len(some)), apart)
+    assert pack.in_order is apart  # every family here will have it
+    assert len(pack.slots) == (16 if apart else 2)
+    through(passes, pack, wanted, bound(family, dtype))
 
 
 @pytest.mark.parametrize("family", ["mistral", "phi3", "gemma2", "gemma3"])
@@ -164,33 +177,23 @@ def test_each_row_with_changes_of_its_own(family):
             for name, weight in kept.items():
                 model.weight(name).copy_(weight)
     passes, changes = Passes(model, some), row_changes(model, each)
-    for batch in passes.batches():
-        flow = passes.enter(batch)
-        for layer in range(LAYERS):
-            flow = passes.step(batch, layer, flow, changes.of(torch.tensor(batch.rows)))
-            assert worst(batch, flow, layer + 1, wanted) < bound(family, torch.float64)
+    for rows in ([0, 1, 2, 3, 4], [3, 0]):
+        through(passes, passes.pack(rows), wanted, bound(family, torch.float64), changes.of(torch.tensor(rows)))
 
 
 @pytest.mark.parametrize("family", ALL_FAMILIES)
-def test_behind_the_last_block_only_wanted_tokens_are_there(family, monkeypatch):
-    """Those of the trunk alone; branches that leave it earlier are whole."""
-    monkeypatch.setattr(strands, "_NEW_BATCH", 1000)
+@pytest.mark.parametrize("apart", [False, True])
+def test_behind_the_last_block_only_wanted_tokens_are_there(family, apart):
     model, some = model_of(family, attentions(family)[-1]), made()
-    some = [Strand(each.trunk, each.branches, 2) for i, each in enumerate(some) if i != 1]
-    some[1] = Strand(some[1].trunk, some[1].branches, 6)
-    passes, wanted = Passes(model, some), expected(model, some)
-    [batch] = passes.batches()
-    flow = passes.enter(batch)
-    for layer in range(LAYERS):
-        flow = passes.step(batch, layer, flow)
-        assert flow.begin == (2 if layer == LAYERS - 1 else 0)
-        assert worst(batch, flow, layer + 1, wanted) < bound(family, torch.float64)
-    row = batch.rows.index(0)
-    for branch, at, own in ((None, 5, wanted[0][None]), (2, 3, wanted[0][2])):
-        assert difference(batch.state(flow, row, branch, at), own[LAYERS][at]) < bound(family, torch.float64)
-    with pytest.raises(KeyError):
-        batch.state(flow, batch.rows.index(1), 0, 0)
-    passes.verify(batch, flow)
+    some = [Strand(each.trunk, each.branches, len(each.trunk) - 1) for each in some]
+    passes = Passes(model, some)
+    pack = passes.pack(range(len(some)), apart)
+    flow = through(passes, pack, expected(model, some), bound(family, torch.float64))
+    assert flow.begin == pack.begin > 0 or apart  # apart, one text has a single token
+    assert flow.states.shape[1] == len(pack.slots[0]) - pack.begin
+    for nobodys in ((0, None, 7), (2, 0, 0), (0, 0, 3)):
+        with pytest.raises(KeyError):
+            flow.of(pack, [nobodys])
 
 
 @pytest.mark.parametrize("family", ALL_FAMILIES)
@@ -206,90 +209,169 @@ def test_a_changed_down_projection_is_added_to_what_a_block_made_without(family,
         return {down_weight_name(model, layer): (write / 4, torch.randn(rank, model.d_mlp, generator=generator) / 4)}
 
     passes, changes = Passes(model, some), row_changes(model, [factors(1), factors(2), {}, factors(1), factors(3)])
-    for batch in passes.batches():
-        flow = passes.enter(batch)
-        for below in range(layer):
-            flow = passes.step(batch, below, flow)
-        own = changes.of(torch.tensor(batch.rows))
-        left, mlp = passes.watched(batch, layer, flow)
-        plain, found, wanted = (
-            passes.step(batch, layer, flow),
-            passes.moved(batch, layer, left, mlp, own),
-            passes.step(batch, layer, flow, own),
-        )
-        assert left.begin == found.begin == wanted.begin
-        for got, unmoved, one, other in zip(
-            *([f.trunk, *f.branches] for f in (left, plain, found, wanted)), strict=True
-        ):
-            assert torch.equal(got, unmoved)
-            assert difference(one, other) < bound(family, dtype)
-        if batch.rows != (2,):
-            assert difference(found.trunk, plain.trunk) > 1e-3
+    rows = range(len(some))
+    pack, own = passes.pack(rows), changes.of(torch.tensor(rows))
+    flow = passes.enter(pack)
+    for below in range(layer):
+        flow = passes.step(pack, below, flow)
+    left, mlp = passes.watched(pack, layer, flow)
+    plain, found, wanted = (
+        passes.step(pack, layer, flow),
+        passes.moved(pack, layer, left, mlp, own),
+        passes.step(pack, layer, flow, own),
+    )
+    assert left.begin == found.begin == wanted.begin
+    assert torch.equal(left.states, plain.states)
+    assert difference(found.states, wanted.states) < bound(family, dtype)
+    moved = (found.states - plain.states).abs().amax(-1) > 1e-3
+    unchanged = (pack.owners == 2)[:, left.begin :]
+    holds_token = (pack.owners >= 0)[:, left.begin :]
+    assert torch.equal(moved & holds_token, holds_token & ~unchanged)
 
 
-def test_blocks_that_come_out_otherwise_are_told():
-    model = model_of("gpt2")
-    passes = Passes(model, made()[2:3])
-    [batch] = passes.batches()
-    flow = passes.enter(batch)
-    for layer in range(LAYERS):
-        flow = passes.step(batch, layer, flow)
-    passes.verify(batch, flow)
+# ---- models that are asked how they are called ----------------------------------------------------------------
+
+
+def test_a_model_is_asked_once_for_a_length(monkeypatch):
+    model, asked = Model(tiny("llama"), byte_tokenizer()), []
+    plain = replay.record
+    monkeypatch.setattr(strands, "record", lambda model, batch, **kw: asked.append(1) or plain(model, batch, **kw))
+    for length in (5, 32, 1, 33, 64, 40, POSITIONS):
+        Passes(model, [Strand((1,) * length)])
+    assert len(asked) == 3
+    model.hf.double()
+    Passes(model, [Strand((1,) * 5)])
+    assert len(asked) == 4
+
+
+def other(family: str, **config) -> Model:
+    known = {"vocab_size": VOCAB, "bos_token_id": 0, "eos_token_id": 0}
+    hf = AutoModelForCausalLM.from_config(CONFIG_MAPPING[family](**known, **config))
+    return Model(randomised(hf.double()), byte_tokenizer(), family)
+
+
+@pytest.mark.parametrize(
+    ("family", "beside", "config"),
+    [
+        ("bloom", True, {"hidden_size": 16, "n_head": 2, "n_layer": LAYERS}),
+        ("falcon", True, {"hidden_size": 16, "num_attention_heads": 2, "num_hidden_layers": LAYERS, "alibi": True}),
+        ("mpt", False, {"d_model": 16, "n_heads": 2, "n_layers": LAYERS, "max_seq_len": 96, "expansion_ratio": 2}),
+        (
+            "gpt_neo",
+            False,
+            {
+                "hidden_size": 16,
+                "num_heads": 2,
+                "num_layers": LAYERS,
+                "attention_types": [[["global", "local"], LAYERS // 2]],
+                "window_size": 4,
+            },
+        ),
+    ],
+)
+def test_models_that_tell_distances_by_places_in_a_row_have_one_text_a_row(family, beside, config):
+    """BLOOM and Falcon are given a bias of every key; MPT cuts its own, and GPT-Neo counts slots in its window."""
+    model, some = other(family, **config), made()
+    passes = Passes(model, some)
+    [pack] = passes.packs()
+    assert pack.in_order is not beside
+    # their biases and softmax are float32 in float64 models too
+    through(passes, pack, expected(model, some), 1e-5)
+
+
+def test_a_strand_that_is_wider_than_what_was_tried_has_rows_of_its_own():
+    strand = Strand((1,) * 20, ((20, (2,) * 12),) * 4)
+    passes = Passes(model_of("gpt2"), [strand, Strand((1,) * 9)])
+    assert passes.pack([0, 1]).in_order
+    assert not passes.pack([1]).in_order
+
+
+def test_blocks_that_come_out_otherwise_are_told(monkeypatch):
+    model = Model(tiny("gpt2"), byte_tokenizer(), "gpt2")
+    plain = strands.run
+    monkeypatch.setattr(strands, "run", lambda *given: plain(*given) * 1.01)
     with pytest.raises(UnsupportedModel, match="come out otherwise"):
-        passes.verify(batch, Flow(flow.trunk * 1.01, flow.branches))
+        Passes(model, made())
 
 
-# ---- batches ------------------------------------------------------------------------------------------------
+def test_blocks_that_fail_when_they_are_called_are_told(monkeypatch):
+    model = Model(tiny("gpt2"), byte_tokenizer(), "gpt2")
+
+    def failing(*given):
+        raise RuntimeError("shapes")
+
+    monkeypatch.setattr(strands, "run", failing)
+    with pytest.raises(UnsupportedModel, match="come out otherwise"):
+        Passes(model, made())
+    monkeypatch.setattr(strands, "run", lambda *given: (_ for _ in ()).throw(torch.OutOfMemoryError))
+    with pytest.raises(torch.OutOfMemoryError):
+        Passes(model, made())
 
 
-def test_batches_hold_every_strand_once_and_no_more_tokens_than_fit(monkeypatch):
+# ---- packs ----------------------------------------------------------------------------------------------------
+
+
+def test_packs_hold_every_strand_once_and_no_more_tokens_than_fit(monkeypatch):
     model, some = model_of("gpt2"), made()
     passes = Passes(model, some)
-    monkeypatch.setattr(strands, "_NEW_BATCH", 1000)
-    assert [batch.rows for batch in passes.batches()] == [(1, 4, 0, 3, 2)]  # by length
-    monkeypatch.setattr(strands, "_TOKENS_AT_ONCE", {"cpu": 18})
-    batches = list(passes.batches())
-    assert [batch.rows for batch in batches] == [(1, 4), (0, 3), (2,)]
+    assert [pack.rows for pack in passes.packs()] == [(0, 1, 2, 3, 4)]
+    monkeypatch.setattr(strands, "_TOKENS_AT_ONCE", {"cpu": 40})
+    packs = list(passes.packs())
+    assert [pack.rows for pack in packs] == [(0,), (1, 2), (3, 4)]  # of 25, 8 + 17, 30 + 5 tokens
     wanted = expected(model, some)
-    for batch in batches:
-        flow = passes.enter(batch)
-        for layer in range(LAYERS):
-            flow = passes.step(batch, layer, flow)
-        assert worst(batch, flow, LAYERS, wanted) < 1e-10
-    apart = [set(batch.rows) for batch in passes.batches(["a", "b", "a", "b", "a"])]
+    for pack in packs:
+        through(passes, pack, wanted, 1e-10)
+    apart = [set(pack.rows) for pack in passes.packs(["a", "b", "a", "b", "a"])]
     assert all(rows <= {0, 2, 4} or rows <= {1, 3} for rows in apart)
     assert sorted(row for rows in apart for row in rows) == [0, 1, 2, 3, 4]
 
 
-def test_branches_of_one_length_at_one_token_are_a_group(monkeypatch):
-    monkeypatch.setattr(strands, "_NEW_BATCH", 1000)
-    [batch] = Passes(model_of("gpt2"), made()).batches()
-    place = {strand: row for row, strand in enumerate(batch.rows)}
-    owners = {(group.at, len(group.owners)): set(group.owners) for group in batch.groups}
-    assert owners[4, 3] == {(place[0], 2), (place[0], 3), (place[3], 0)}
-    assert owners[1, 2] == {(place[0], 0), (place[3], 2)}
-    assert sum(len(group.owners) for group in batch.groups) == 11
+def tokens_of(pack: Pack, some: list[Strand]) -> dict:
+    """Which tokens every token sees, by what it is: strand, branch and index in the text."""
+    name = {}
+    for i, row in enumerate(pack.slots):
+        for j, slot in enumerate(row):
+            if slot.owner >= 0:
+                name[i, j] = (pack.rows[slot.owner], slot.piece, slot.position)
+    sees = pack.sees[:, 0]
+    return {own: {name.get((i, k)) for k in range(sees.shape[1]) if sees[i, j, k]} for (i, j), own in name.items()}
 
 
-@pytest.mark.parametrize("limit", [1, 7, 30, 512])
-def test_no_way_to_part_rows_costs_less(limit):
-    """Against all ways to part them, of widths times rows, and what a batch more costs."""
+@pytest.mark.parametrize("width", [8, 64, 500])
+def test_each_token_sees_its_own_text_alone(width):
+    some = made()
+    rows = [3, 0, 4, 1, 2]
+    pack = packing.side_by_side(rows, [some[i] for i in rows], width)
+    found, wanted = tokens_of(pack, some), {}
+    for i, strand in enumerate(some):
+        for position in range(len(strand.trunk)):
+            wanted[i, 0, position] = {(i, 0, k) for k in range(position + 1)}
+        for piece, (at, own) in enumerate(strand.branches, 1):
+            for position in range(at, at + len(own)):
+                before = {(i, 0, k) for k in range(at)}
+                wanted[i, piece, position] = before | {(i, piece, k) for k in range(at, position + 1)}
+    assert found == wanted
 
-    def cost(cuts: list[tuple[int, int]], lengths: list[int]) -> int:
-        return sum((end - begin) * lengths[end - 1] + strands._NEW_BATCH for begin, end in cuts)
 
-    generator = torch.Generator().manual_seed(limit)
-    for count in (1, 2, 5, 8):
-        lengths = sorted(torch.randint(1, 40, (count,), generator=generator).tolist())
-        ways = []
-        for bits in range(2 ** (count - 1)):
-            ends = [i for i in range(1, count) if bits >> (i - 1) & 1] + [count]
-            cuts = list(zip([0, *ends[:-1]], ends, strict=True))
-            if all(end - begin == 1 or (end - begin) * lengths[end - 1] <= limit for begin, end in cuts):
-                ways.append(cuts)
-        found = strands._cuts(lengths, limit)
-        assert found in ways
-        assert cost(found, lengths) == min(cost(way, lengths) for way in ways)
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.integers(1, 70), min_size=1, max_size=30), st.integers(1, 80))
+def test_bins_hold_all_and_are_few(sizes, width):
+    bins = packing._bins(sizes, width)
+    assert sorted(i for some in bins for i in some) == list(range(len(sizes)))
+    widest = max(sum(sizes[i] for i in some) for some in bins)
+    fewest = math.ceil(sum(sizes) / max(width, *sizes, 1))
+    assert len(bins) <= fewest
+    assert widest <= 2 * max(width, *sizes, 1)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.integers(1, 70), min_size=1, max_size=60), st.integers(1, 200))
+def test_shares_are_of_about_as_much_each(sizes, limit):
+    shares = packing.shares(sizes, limit)
+    assert [i for share in shares for i in share] == list(range(len(sizes)))
+    assert len(shares) <= math.ceil(sum(sizes) / limit)
+    each = sum(sizes) / math.ceil(sum(sizes) / limit)
+    assert all(abs(sum(sizes[i] for i in share) - each) <= max(each, max(sizes)) for share in shares)
 
 
 def test_texts_of_a_strand():
@@ -308,7 +390,7 @@ def test_nothing_is_left_on_the_model():
     model, some = model_of("llama"), made()
     before = {name: weight.clone() for name, weight in model.hf.named_parameters()}
     passes = Passes(model, some)
-    for batch in passes.batches():
-        passes.step(batch, 0, passes.enter(batch))
+    for pack in passes.packs():
+        passes.step(pack, 0, passes.enter(pack))
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.hf.modules())
     assert all(torch.equal(weight, before[name]) for name, weight in model.hf.named_parameters())

@@ -17,7 +17,8 @@ from errata.edits.edit import Edit
 from errata.metrics.edited import run_edited
 from errata.models.model import Model
 from errata.models.scoring import Score, target_ids
-from errata.passes.strands import Flow, Strand, StrandBatch
+from errata.passes.packing import Pack, Strand
+from errata.passes.strands import Flow
 
 # Predictions that are made at once take at most so many numbers (at float32, a quarter of a GiB).
 _LOGITS_AT_ONCE = 2**26
@@ -83,9 +84,9 @@ def ask_together(
     edits = [[of[some[0].question] for some in of_strand] for of in variants]
     found: list[dict[tuple[int, int], Score]] = [{} for _ in variants]
     with closing(run_edited(model, strands, edits)) as parts:
-        for variant, part, flow in parts:
-            wanted = [place for row in part.rows for place in of_strand[row]]
-            found[variant].update(_scores(model, part, flow, wanted))
+        for variant, pack, flow in parts:
+            wanted = [place for row in pack.rows for place in of_strand[row]]
+            found[variant].update(_scores(model, pack, flow, wanted))
     return [
         [tuple(said[number, target] for target in range(count)) for number, count in enumerate(counts)]
         for said in found
@@ -146,9 +147,9 @@ def _placed(
 
 
 @torch.no_grad()
-def _scores(model: Model, batch: StrandBatch, flow: Flow, places: Sequence[_Place]) -> dict[tuple[int, int], Score]:
+def _scores(model: Model, pack: Pack, flow: Flow, places: Sequence[_Place]) -> dict[tuple[int, int], Score]:
     """Scores by question and target, with the head run once for a state that several targets are read off."""
-    row_of = {strand: row for row, strand in enumerate(batch.rows)}
+    row_of = {strand: row for row, strand in enumerate(pack.rows)}
     index: dict[tuple[int, int | None, int], int] = {}
     wanted: list[list[tuple[int, int]]] = []  # of each place: which state, which token
     for place in places:
@@ -156,7 +157,7 @@ def _scores(model: Model, batch: StrandBatch, flow: Flow, places: Sequence[_Plac
         wanted.append(
             [(index.setdefault((row, branch, at), len(index)), token) for branch, at, token in place.predictions()]
         )
-    states = torch.stack([batch.state(flow, row, branch, at) for row, branch, at in index])
+    states = flow.of(pack, list(index))
     tokens: list[list[int]] = [[] for _ in index]
     for each in wanted:
         for state, token in each:

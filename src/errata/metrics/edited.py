@@ -15,13 +15,14 @@ import torch
 from errata.edits.edit import Edit
 from errata.models.model import Model
 from errata.models.weights import down_weight_name
+from errata.passes.packing import Pack, Strand
 from errata.passes.rowwise import Factors, RowChanges, can_be_rowwise, row_changes
-from errata.passes.strands import Flow, Passes, Strand, StrandBatch
+from errata.passes.strands import Flow, Passes
 
 
 def run_edited(
     model: Model, strands: Sequence[Strand], variants: Sequence[Sequence[Edit | None]]
-) -> Generator[tuple[int, StrandBatch, Flow], None, None]:
+) -> Generator[tuple[int, Pack, Flow], None, None]:
     """(which variant, rows, their states behind the last block), part by part until every variant has all strands.
 
     Args:
@@ -38,7 +39,7 @@ def run_edited(
         EditMismatch: if an edit that is put on was made for other weights.
     """
     plans = [Plan.of(model, edits) for edits in variants]
-    passes = Passes(model, strands, check=all(plan.first < model.n_layers for plan in plans))
+    passes = Passes(model, strands)
     by_row = {i: plan for i, plan in enumerate(plans) if plan.changes is not None}
     if by_row:
         yield from _row_by_row(passes, by_row)
@@ -105,51 +106,61 @@ def _factors(edit: Edit) -> dict[str, Factors]:
     return found
 
 
-def _row_by_row(passes: Passes, plans: Mapping[int, Plan]) -> Iterator[tuple[int, StrandBatch, Flow]]:
-    """All batches go through a block before any goes on to the next, for its weights are then at hand."""
-    batches = list(passes.batches())
-    changes = {i: [plan.changes.of(torch.tensor(b.rows)) for b in batches] for i, plan in plans.items() if plan.changes}
-    unedited = [passes.enter(batch) for batch in batches]
+def _row_by_row(passes: Passes, plans: Mapping[int, Plan]) -> Iterator[tuple[int, Pack, Flow]]:
+    """All packs go through a block before any goes on to the next, for its weights are then at hand."""
+    packs = list(passes.packs())
+    changes = {i: [plan.changes.of(torch.tensor(p.rows)) for p in packs] for i, plan in plans.items() if plan.changes}
+    unedited = [passes.enter(pack) for pack in packs]
     edited: dict[int, list[Flow]] = {}
     for layer in range(passes.model.n_layers):
         edited |= {i: list(unedited) for i, plan in plans.items() if plan.first == layer}
         wanted = any(plan.first > layer for plan in plans.values())
         # Of plans that begin here by a down-projection alone, all else that the block does is as unedited.
         moved = [i for i, plan in plans.items() if plan.first == layer and plan.moves(passes.model)]
-        for place, batch in enumerate(batches):
+        for place, pack in enumerate(packs):
             for i, flows in edited.items():
                 if i not in moved:
-                    flows[place] = passes.step(batch, layer, flows[place], changes[i][place])
+                    flows[place] = passes.step(pack, layer, flows[place], changes[i][place])
             if moved:
-                unedited[place], mlp = passes.watched(batch, layer, unedited[place])
+                unedited[place], mlp = passes.watched(pack, layer, unedited[place])
                 for i in moved:
                     own = changes[i][place].within(f"{passes.model.anatomy.blocks}.{layer}.")
-                    edited[i][place] = passes.moved(batch, layer, unedited[place], mlp, own)
+                    edited[i][place] = passes.moved(pack, layer, unedited[place], mlp, own)
             elif wanted:
-                unedited[place] = passes.step(batch, layer, unedited[place])
+                unedited[place] = passes.step(pack, layer, unedited[place])
     for i in plans:
-        for batch, flow in zip(batches, edited.get(i, unedited), strict=True):
-            if i not in edited:
-                passes.verify(batch, flow)
-            yield i, batch, flow
+        for place, (pack, flow) in enumerate(zip(packs, edited.get(i, unedited), strict=True)):
+            yield i, *_apart_if_broken(passes, pack, flow, changes[i][place])
 
 
-def _put_on(passes: Passes, plan: Plan) -> Iterator[tuple[StrandBatch, Flow]]:
+def _apart_if_broken(passes: Passes, pack: Pack, flow: Flow, changes: RowChanges | None = None) -> tuple[Pack, Flow]:
+    """Where a state is no number, a text may have broken those beside it: then each is run in a row of its own, through
+    the model as it stands."""
+    if pack.in_order or flow.states.isfinite().all():
+        return pack, flow
+    pack = passes.pack(pack.rows, apart=True)
+    flow = passes.enter(pack)
+    for layer in range(passes.model.n_layers):
+        flow = passes.step(pack, layer, flow, changes)
+    return pack, flow
+
+
+def _put_on(passes: Passes, plan: Plan) -> Iterator[tuple[Pack, Flow]]:
     """The rows of each edit, with the edit on the model until the next are asked for."""
     model = passes.model
-    batches = list(passes.batches([id(edit) for edit in plan.edits]))
-    for edit, places in alike([plan.edits[batch.rows[0]] for batch in batches]):
-        some = [batches[place] for place in places]
+    packs = list(passes.packs([id(edit) for edit in plan.edits]))
+    for edit, places in alike([plan.edits[pack.rows[0]] for pack in packs]):
+        some = [packs[place] for place in places]
         first = max(plan.first, 0)
         with contextlib.ExitStack() as stack:
             if edit and plan.first < 0:
                 stack.enter_context(edit.applied(model))
-            flows = [passes.enter(batch) for batch in some]
+            flows = [passes.enter(pack) for pack in some]
             for layer in range(model.n_layers):
                 if edit and layer == first and plan.first >= 0:
                     stack.enter_context(edit.applied(model))
-                flows = [passes.step(batch, layer, flow) for batch, flow in zip(some, flows, strict=True)]
-            yield from zip(some, flows, strict=True)
+                flows = [passes.step(pack, layer, flow) for pack, flow in zip(some, flows, strict=True)]
+            yield from (_apart_if_broken(passes, pack, flow) for pack, flow in zip(some, flows, strict=True))
 
 
 def alike(edits: Sequence[Edit | None]) -> list[tuple[Edit | None, list[int]]]:

@@ -23,7 +23,7 @@ from errata.metrics.edited import run_edited
 from errata.models.generation import generate, start_text
 from errata.models.model import Model
 from errata.models.scoring import score
-from errata.passes.strands import Strand
+from errata.passes.packing import Strand
 
 PROBES, PROBE_TOKENS = 4, 24
 ESSENCE = "{} is a"
@@ -179,10 +179,10 @@ def healths(
     owners = [*range(len(edits)), *(i for i in range(len(edits)) for _ in probes)]
     with_edits = [edits[i] for i in owners]
     with closing(run_edited(model, strands, [[None] * len(strands), with_edits])) as parts:
-        for variant, part, flow in parts:
-            for row, strand in enumerate(part.rows):
+        for variant, pack, flow in parts:
+            for place, strand in enumerate(pack.rows):
                 if variant or strand < len(edits):
-                    kept[variant][strand] = flow.trunk[row, : len(strands[strand].trunk)]
+                    kept[variant][strand] = flow.of(pack, [(place, None, i) for i in range(len(strands[strand].trunk))])
     found = []
     for i, pair in enumerate(probabilities):
         own, after = (_said(model, states[i][-1]) for states in kept)

@@ -26,6 +26,11 @@ class Past(DynamicCache):
         super().__init__()
         self.keys_before, self.values_before = keys, values
 
+    @classmethod
+    def none(cls) -> Past:
+        """That of no tokens."""
+        return cls(torch.empty(0), torch.empty(0))
+
     def of(self, rows: Tensor | slice, tokens: int | None = None) -> Past:
         """That of some rows, of their first tokens alone if so many are named."""
         rows = rows.to(self.keys_before.device) if isinstance(rows, Tensor) else rows
@@ -42,11 +47,13 @@ class Past(DynamicCache):
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """The keys and values of all tokens so far."""
+        if not self.get_seq_length():
+            return key_states, value_states
         return torch.cat([self.keys_before, key_states], -2), torch.cat([self.values_before, value_states], -2)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """How many tokens went before."""
-        return self.keys_before.shape[-2]
+        return self.keys_before.shape[-2] if self.keys_before.dim() > 1 else 0
 
 
 class _Collecting(Past):
@@ -62,14 +69,12 @@ class Call:
     """What Hugging Face handed to a block beside its state: what depends on positions alone.
 
     Attributes:
-        arguments: all but the state, by name; of tensors the first row stands for all.
-        cache: the cache among the arguments.
+        arguments: all but the state, by name; of tensors the first row stands for all; the cache is `PAST`.
         rows: how many were recorded.
         length: of the recorded texts, in tokens.
     """
 
     arguments: Mapping[str, Any]
-    cache: DynamicCache
     rows: int
     length: int
 
@@ -78,12 +83,10 @@ class Call:
         return run(block, states, self.at(token, len(states), states.shape[1], states.device), past)
 
     def at(self, token: int, rows: int, count: int, device: torch.device) -> dict[str, Any]:
-        """The arguments as they are for `count` tokens from `token` on, in so many rows; the cache is `PAST`."""
+        """The arguments as they are for `count` tokens from `token` on, in so many rows."""
         return {name: self._at(name, value, token, rows, count, device) for name, value in self.arguments.items()}
 
     def _at(self, name: str, value: Any, token: int, rows: int, count: int, device: torch.device) -> Any:
-        if value is self.cache:
-            return PAST
         if isinstance(value, Tensor):
             value = value.to(device)
         if is_mask(name):
@@ -101,6 +104,38 @@ class Call:
             return value
         value = value[:1] if value.dim() > 1 else value
         return value.narrow(axis, token, count) if value.shape[axis] == self.length else value
+
+    def scattered(self, positions: Tensor, sees: Tensor, begin: int, end: int) -> dict[str, Any]:
+        """The arguments as they are for tokens in any order, those in the slots from `begin` to `end`.
+
+        Args:
+            positions: of the token in each slot in its text, `[r, w]`, on the device of the states.
+            sees: which slots see which, `[r, 1, w, w]`.
+        """
+        seen = sees[:, :, begin:end, :end]
+        return {name: self._scattered(name, value, positions[:, :end], seen) for name, value in self.arguments.items()}
+
+    def _scattered(self, name: str, value: Any, positions: Tensor, seen: Tensor) -> Any:
+        own = positions[:, -seen.shape[2] :]
+        if isinstance(value, Tensor):
+            value = value.to(positions.device)
+        if is_mask(name):
+            if value is None:
+                return seen
+            mask = value[0][:, own[:, :, None], positions[:, None]].transpose(0, 1)  # [r, heads or 1, n, tokens]
+            return mask & seen if mask.dtype == torch.bool else mask.masked_fill(~seen, torch.finfo(mask.dtype).min)
+        if isinstance(value, tuple):
+            return tuple(self._scattered(name, each, positions, seen) for each in value)
+        if name == "alibi" and value is not None:
+            heads = value.reshape(self.rows, -1, 1, value.shape[-1])[0]
+            each = heads[:, 0, positions].transpose(0, 1)[:, :, None]  # [r, heads, 1, tokens]
+            return each if value.dim() == 4 else each.flatten(0, 1)
+        axis = token_axis(name, value)
+        if axis is None or value.shape[axis] != self.length:
+            return value
+        if value.dim() == 1:  # cannot differ between rows, nor be of use to who is given positions beside it
+            return torch.arange(positions.shape[1] - own.shape[1], positions.shape[1], device=value.device)
+        return value[0][own]
 
 
 # Stands among arguments where the cache belongs.

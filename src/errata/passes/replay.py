@@ -19,7 +19,7 @@ from transformers import DynamicCache
 
 from errata.base.errors import UnsupportedModel
 from errata.models.model import Batch, Model, Stream
-from errata.passes.block_call import Call, Past
+from errata.passes.block_call import PAST, Call, Past
 from errata.passes.hooks import Patch, hooked, hooked_block
 
 # What a patch of a resumed block is given: the stream `[r, n, d]` of some of the rows, and which rows these are.
@@ -195,7 +195,8 @@ def record(
         state = arguments.pop(names[0])
         if len(calls) >= first:
             states[len(calls)] = state.to(model.device, copy=True)  # some blocks go on to add into it in place
-        calls.append(Call(arguments, cache, *state.shape[:2]))
+        given = {name: PAST if value is cache else value for name, value in arguments.items()}
+        calls.append(Call(given, *state.shape[:2]))
 
     def keeper(stream: Stream) -> Patch:
         def note(tensor: Tensor) -> None:

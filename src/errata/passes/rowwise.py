@@ -1,13 +1,14 @@
 """Another edit in every row of a batch, without touching a weight.
 
 A change of low rank, ΔW = write @ read, adds write @ (read @ x) to what its linear map makes of x. A hook does so with
-factors of its own for every row, so that one forward pass is a pass of as many edited models as it has rows.
+factors of its own for every row, or every token, so that one forward pass is a pass of many edited models.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,25 +28,53 @@ class RowChanges:
     Attributes:
         factors: by name of the weight, write `[e, d_out, k]` and read `[e, k, d_in]` of e changes; of those of lower
             rank, or none, the rest is zero.
-        rows: `[r]`, which of the changes each row has.
+        rows: `[r]`, which of the changes each row has; or `[r, n]`, which each token has.
     """
 
     factors: Mapping[str, Factors]
     rows: Tensor
 
     def of(self, rows: Tensor | slice) -> RowChanges:
-        """Those of some rows."""
+        """Those of some rows, in any shape."""
         return RowChanges(self.factors, self.rows[rows])
 
     def within(self, prefix: str) -> RowChanges:
         """Those of weights whose names begin so."""
         return RowChanges({name: each for name, each in self.factors.items() if name.startswith(prefix)}, self.rows)
 
-    def by_row(self, name: str) -> Factors:
-        """Write `[r, d_out, k]` and read `[r, k, d_in]` of a weight, each row with a copy of its own."""
+    def adder(self, name: str) -> Callable[[Tensor], Tensor]:
+        """What the changes of a weight add, `[..., d_out]`, to what its linear map makes of tokens `[..., d_in]`, those
+        of the first row first.
+
+        In float32 at least, on the device of the weight.
+        """
         write, read = self.factors[name]
-        rows = self.rows.to(write.device)
-        return write[rows], read[rows]
+        owners = self.rows.to(read.device).flatten()
+
+        @functools.cache
+        def grouped(count: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+            present, table, place = _grouped(owners.repeat_interleave(count // len(owners)))
+            return read[present].mT, write[present].mT, table, place
+
+        def added(entering: Tensor) -> Tensor:
+            tokens = entering.reshape(-1, entering.shape[-1]).to(read)  # some blocks (OPT) flatten rows
+            down, up, table, place = grouped(len(tokens))
+            return (tokens[table] @ down @ up).flatten(0, 1)[place].view(*entering.shape[:-1], -1)
+
+        return added
+
+
+def _grouped(owners: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Which owners `[n]` there are, the items of each, `[e, m]`, with others where it has fewer than another, and where
+    in that table each item is, counted through `[n]`."""
+    present, owners, counts = owners.unique(return_inverse=True, return_counts=True)
+    order, width = owners.argsort(stable=True), int(counts.max())
+    before = (counts.cumsum(0) - counts).repeat_interleave(counts)
+    place = torch.empty_like(order)
+    place[order] = owners[order] * width + torch.arange(len(order), device=order.device) - before
+    table = order.new_zeros(len(present) * width)
+    table[place[order]] = order
+    return present, table.view(-1, width), place
 
 
 def row_changes(model: Model, changes: Sequence[Mapping[str, Factors]]) -> RowChanges:
@@ -86,16 +115,13 @@ def rowwise(model: Model, changes: RowChanges) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         for name in changes.factors:
             module = model.hf.get_submodule(name.rpartition(".")[0])
-            stack.callback(module.register_forward_hook(_adding(*changes.by_row(name))).remove)
+            stack.callback(module.register_forward_hook(_adding(changes.adder(name))).remove)
         yield
 
 
-def _adding(write: Tensor, read: Tensor) -> Any:
-    rows, down, up = len(read), read.mT, write.mT  # [r, d_in, k], [r, k, d_out]
-
+def _adding(adder: Callable[[Tensor], Tensor]) -> Any:
     def add(module: nn.Module, args: tuple, output: Tensor) -> Tensor:
-        entering = args[0].reshape(rows, -1, args[0].shape[-1])  # some blocks (OPT) flatten rows and tokens
-        added = (entering.to(down.dtype) @ down) @ up
-        return (output.to(down.dtype) + added.reshape(output.shape)).to(output.dtype)
+        added = adder(args[0])
+        return (output.to(added.dtype) + added).to(output.dtype)
 
     return add
