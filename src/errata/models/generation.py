@@ -21,8 +21,8 @@ from transformers.cache_utils import Cache, DynamicLayer
 
 from errata.base.errors import ConfigError, Diverged, FactError
 from errata.base.seeds import derive
-from errata.models.activations import fused
 from errata.models.model import Model
+from errata.models.quick import quick
 
 # Bytes that keys and values of one batch may take.
 _CACHE_AT_ONCE = {"cpu": 2**31, "cuda": 2**33}
@@ -209,7 +209,7 @@ def _continue(
     mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=model.device)
     drawing = LogitsProcessorList([draw or _Surest(model)])
     length = width + (settings.max_new_tokens or 0)
-    with torch.no_grad(), fused(model.hf), _no_settings_of_its_own(model):
+    with torch.no_grad(), quick(model.hf), _no_settings_of_its_own(model):
         output = model.hf.generate(
             input_ids=ids,
             attention_mask=mask,

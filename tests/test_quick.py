@@ -1,4 +1,4 @@
-"""The fused activation: the same numbers, only while texts are written."""
+"""Activations in one call and heads in pieces: the same numbers, only while texts are written."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import pytest
 import torch
 from transformers.activations import FastGELUActivation, NewGELUActivation
 
-from errata.models.activations import fused
 from errata.models.generation import generate
 from errata.models.loading import load_pretrained
+from errata.models.quick import quick
 from tiny import byte_tokenizer, tiny
 
 TEXT = "The Space Needle is in"
@@ -24,7 +24,7 @@ def hf(request):
 def test_the_numbers_are_the_same(kind, dtype, bound):
     module, inputs = kind(), torch.linspace(-20, 20, 4001, dtype=dtype, requires_grad=True)
     plain = module(inputs)
-    with fused(module):
+    with quick(module):
         found = module(inputs)
     assert found.grad_fn.name() != plain.grad_fn.name()
     torch.testing.assert_close(found, plain, rtol=0, atol=bound)
@@ -36,9 +36,46 @@ def test_the_numbers_are_the_same(kind, dtype, bound):
 def test_in_few_bits_the_numbers_are_the_models_own(dtype):
     module, inputs = NewGELUActivation(), torch.linspace(-4, 4, 1001, dtype=dtype)
     plain = module(inputs)
-    with fused(module):
+    with quick(module):
         assert torch.equal(module(inputs), plain)
     assert not torch.equal(torch.nn.functional.gelu(inputs, approximate="tanh"), plain)
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("shape", [(3, 7), (2, 1, 7), (7,)])
+def test_a_wide_head_in_pieces_is_the_head(dtype, bound, bias, shape):
+    generator = torch.Generator().manual_seed(0)
+    head = torch.nn.Linear(7, 8 * 1024 + 5, bias=bias, dtype=dtype)
+    for parameter in head.parameters():
+        torch.nn.init.normal_(parameter, generator=generator)
+    states = torch.randn(shape, generator=generator, dtype=dtype)
+    plain = head(states)
+    with quick(head):
+        found = head(states)
+    assert plain.requires_grad
+    assert not found.requires_grad  # it is ours that was run
+    torch.testing.assert_close(found, plain.detach(), rtol=0, atol=bound)
+    assert torch.equal(head(states), plain)
+
+
+def test_what_an_edit_puts_on_a_head_is_in_its_pieces():
+    head = torch.nn.Linear(4, 8 * 1024)
+    with quick(head), torch.no_grad():
+        head.weight.zero_()
+        head.bias.fill_(2.0)
+        handle = head.register_forward_hook(lambda module, args, output: output + 1)
+        assert (head(torch.ones(1, 4)) == 3).all()
+        handle.remove()
+
+
+def test_heads_that_are_narrow_or_of_few_bits_are_the_models_own():
+    narrow, short = torch.nn.Linear(4, 8 * 1024 - 1), torch.nn.Linear(4, 8 * 1024, dtype=torch.bfloat16)
+    states = torch.randn(3, 4, generator=torch.Generator().manual_seed(0), dtype=torch.bfloat16)
+    plain = short(states)
+    with quick(narrow), quick(short):
+        assert "forward" not in vars(narrow)
+        assert torch.equal(short(states), plain)
 
 
 def test_texts_are_drawn_with_it_and_no_number_is_told_by_it(hf, monkeypatch):
@@ -72,8 +109,8 @@ def test_it_is_taken_off_again_also_after_an_error(hf):
     activations = [each for each in hf.modules() if type(each) is NewGELUActivation]
 
     def stopped() -> None:
-        with fused(hf):
-            with fused(hf):  # as in a pass within a pass
+        with quick(hf):
+            with quick(hf):  # as in a pass within a pass
                 pass
             assert all("forward" in vars(each) for each in activations)
             raise KeyboardInterrupt
@@ -87,6 +124,6 @@ def test_it_is_taken_off_again_also_after_an_error(hf):
 def test_what_another_library_put_there_stays(hf):
     activation = next(each for each in hf.modules() if type(each) is NewGELUActivation)
     activation.forward = theirs = lambda input: input
-    with fused(hf):
+    with quick(hf):
         assert activation.forward is theirs
     assert activation.forward is theirs
