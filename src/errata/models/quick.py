@@ -1,9 +1,10 @@
 """How a model is run while texts are written: the same sums, rounded otherwise, in less time.
 
 GPT-2's and GPT-J's GELU is written out as eight passes over memory, and torch has one call for it. A head over fifty
-thousand tokens takes a CPU twice as long at once as in pieces, each of which stays near it. Both differ by rounding from
-the model's own, so no number that is told comes from them: tokens are drawn with them, as they may be with any rounding.
-In 16 bits rounding is too coarse for that, and the model's own is run. Whoever calls the model finds it as it was.
+thousand tokens takes a CPU twice as long at once as in pieces, each of which stays near it. Both differ by rounding
+from the model's own, so no number that is told comes from them: tokens are drawn with them, as they may be with any
+rounding. In 16 bits rounding is too coarse for that, and the model's own is run. Whoever calls the model finds it as it
+was.
 """
 
 from __future__ import annotations
