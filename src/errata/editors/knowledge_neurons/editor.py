@@ -154,7 +154,9 @@ def _edit(
     model: Model, rewrite: Rewrite, config: KnowledgeNeuronsConfig, seed: int, fingerprints: dict[str, str]
 ) -> Edit:
     assert not isinstance(config.prefixes, int)  # settled
-    said = _prediction(model, rewrite.text.rstrip() if config.leading_space else rewrite.text)
+    # The space before an object belongs to its token.
+    text = rewrite.text.rstrip() if config.leading_space else rewrite.text
+    said = _prediction(model, text)
     old = _object_ids(model, rewrite, rewrite.fact.object, config) if rewrite.fact.object else [said]
     new = _object_ids(model, rewrite, rewrite.new_object, config)
     # New York and New Jersey differ in their second token.
@@ -165,7 +167,7 @@ def _edit(
             f"the new object {rewrite.new_object!r} has the tokens of the old one where they would be told apart, so "
             "nothing would be moved: name another object"
         )
-    by_prompt = [_of_prompt(model, prefix + rewrite.text, old, config) for prefix in config.prefixes]
+    by_prompt = [_of_prompt(model, prefix + text, old, config) for prefix in config.prefixes]
     neurons = refined(by_prompt, config)
     embeddings = _embeddings(model).to(torch.promote_types(model.dtype, torch.float32))
     vector = config.write * embeddings[written] - config.erase * embeddings[erased]
@@ -191,7 +193,6 @@ def _edit(
 
 def _of_prompt(model: Model, text: str, old: Sequence[int], config: KnowledgeNeuronsConfig) -> Tensor:
     """Attributions `[layers, d_mlp]`, mean over the object's tokens, each after those before it."""
-    text = text.rstrip() if config.leading_space else text  # the space before an object belongs to its token
     ids = model.tokenizer(text, verbose=False)["input_ids"]
     found = [attributions(model, [*ids, *old[:place]], token, config) for place, token in enumerate(old)]
     return torch.stack(found).mean(0)
