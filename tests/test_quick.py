@@ -56,6 +56,7 @@ def test_a_wide_head_in_pieces_is_the_head(dtype, bound, bias, shape):
     assert plain.requires_grad
     assert not found.requires_grad  # it is ours that was run
     torch.testing.assert_close(found, plain.detach(), rtol=0, atol=bound)
+    assert "forward" not in vars(head)
     assert torch.equal(head(states), plain)
 
 
@@ -95,6 +96,23 @@ def test_texts_are_drawn_with_it_and_no_number_is_told_by_it(hf, monkeypatch):
                 told()
     assert torch.equal(hf(batch.input_ids).logits, before)
     assert torch.equal(model.forward(batch), before)
+
+
+def test_texts_are_written_with_a_wide_head(monkeypatch):
+    hf = tiny("llama", vocab_size=8 * 1024 + 1)
+    model = load_pretrained((hf, byte_tokenizer()))
+    plain, seen = torch.mm, []
+
+    def counting(*given, **settings):
+        seen.append(given[1].shape)
+        return plain(*given, **settings)
+
+    monkeypatch.setattr(torch, "mm", counting)
+    written = generate(model, [TEXT], 3, greedy=True)
+    assert len(seen) == 3 * 9
+    monkeypatch.setattr("errata.models.quick._way", lambda module: None)
+    assert generate(model, [TEXT], 3, greedy=True) == written
+    assert len(seen) == 3 * 9
 
 
 def test_what_is_written_is_what_the_plain_model_writes(hf):

@@ -15,7 +15,7 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 from errata.base.errors import FactError, UnsupportedModel
 from errata.models.model import Model
 from errata.models.weights import down_weight_name
-from errata.passes import packing, replay, strands
+from errata.passes import packing, strands
 from errata.passes.packing import Pack, Strand
 from errata.passes.rowwise import row_changes
 from errata.passes.strands import Flow, Passes
@@ -102,13 +102,14 @@ def whole(model: Model, ids: tuple[int, ...]) -> list[Tensor]:
 def worst(pack: Pack, flow: Flow, layer: int, wanted: dict) -> float:
     """The largest difference of any token that is asked for behind `layer` blocks."""
     found = []
-    for place, strand in enumerate(pack.rows):
+    for place, strand in enumerate(pack.members):
         for branch, states in wanted[strand].items():
             first = wanted[strand]["wanted"] if branch is None else 0
             if branch != "wanted":
                 tokens = [(place, branch, i) for i in range(first, len(states[layer]))]
                 found.append(difference(flow.of(pack, tokens), states[layer][first:]))
-    assert len(found) == sum(len(wanted[strand]) - 1 for strand in pack.rows)
+    assert len(found) == sum(len(wanted[strand]) - 1 for strand in pack.members)
+    assert all(math.isfinite(each) for each in found)
     return max(found)
 
 
@@ -141,7 +142,7 @@ def test_trunks_and_branches_are_what_whole_passes_give(family, attention, dtype
     """Beside each other in rows, and each in a row of its own."""
     model, some = model_of(family, attention, dtype), made()
     passes, wanted = Passes(model, some), expected(model, some)
-    pack = passes.pack(range(len(some)), apart)
+    [pack] = passes.apart(range(len(some))) if apart else passes.packs()
     assert pack.in_order is apart  # every family here will have it
     assert len(pack.slots) == (16 if apart else 2)
     through(passes, pack, wanted, bound(family, dtype))
@@ -177,21 +178,23 @@ def test_each_row_with_changes_of_its_own(family):
             for name, weight in kept.items():
                 model.weight(name).copy_(weight)
     passes, changes = Passes(model, some), row_changes(model, each)
-    for rows in ([0, 1, 2, 3, 4], [3, 0]):
-        through(passes, passes.pack(rows), wanted, bound(family, torch.float64), changes.of(torch.tensor(rows)))
+    for pack in (*passes.packs(), *passes.apart([3, 0])):
+        own = changes.of(torch.tensor(pack.members))
+        through(passes, pack, wanted, bound(family, torch.float64), own)
 
 
 @pytest.mark.parametrize("family", ALL_FAMILIES)
 @pytest.mark.parametrize("apart", [False, True])
 def test_behind_the_last_block_only_wanted_tokens_are_there(family, apart):
     model, some = model_of(family, attentions(family)[-1]), made()
-    some = [Strand(each.trunk, each.branches, len(each.trunk) - 1) for each in some]
+    some = [Strand(each.trunk, each.branches, len(each.trunk) - 1) for each in some if len(each.trunk) > 1]
     passes = Passes(model, some)
-    pack = passes.pack(range(len(some)), apart)
+    [pack] = passes.apart(range(len(some))) if apart else passes.packs()
     flow = through(passes, pack, expected(model, some), bound(family, torch.float64))
-    assert flow.begin == pack.begin > 0 or apart  # apart, one text has a single token
+    assert flow.begin == pack.begin > 0
     assert flow.states.shape[1] == len(pack.slots[0]) - pack.begin
-    for nobodys in ((0, None, 7), (2, 0, 0), (0, 0, 3)):
+    place = pack.members.index(0)
+    for nobodys in ((place, None, 7), (place, 5, 0), (place, 0, 3)):
         with pytest.raises(KeyError):
             flow.of(pack, [nobodys])
 
@@ -209,8 +212,8 @@ def test_a_changed_down_projection_is_added_to_what_a_block_made_without(family,
         return {down_weight_name(model, layer): (write / 4, torch.randn(rank, model.d_mlp, generator=generator) / 4)}
 
     passes, changes = Passes(model, some), row_changes(model, [factors(1), factors(2), {}, factors(1), factors(3)])
-    rows = range(len(some))
-    pack, own = passes.pack(rows), changes.of(torch.tensor(rows))
+    [pack] = passes.packs()
+    own = changes.of(torch.tensor(pack.members))
     flow = passes.enter(pack)
     for below in range(layer):
         flow = passes.step(pack, below, flow)
@@ -232,16 +235,61 @@ def test_a_changed_down_projection_is_added_to_what_a_block_made_without(family,
 # ---- models that are asked how they are called ----------------------------------------------------------------
 
 
+def asked(monkeypatch) -> list[int]:
+    """The lengths that models are asked for from now on."""
+    lengths, plain = [], strands.record
+
+    def recording(model, batch, **settings):
+        lengths.append(batch.input_ids.shape[1])
+        return plain(model, batch, **settings)
+
+    monkeypatch.setattr(strands, "record", recording)
+    return lengths
+
+
 def test_a_model_is_asked_once_for_a_length(monkeypatch):
-    model, asked = Model(tiny("llama"), byte_tokenizer()), []
-    plain = replay.record
-    monkeypatch.setattr(strands, "record", lambda model, batch, **kw: asked.append(1) or plain(model, batch, **kw))
+    model, lengths = Model(tiny("llama"), byte_tokenizer()), asked(monkeypatch)
     for length in (5, 32, 1, 33, 64, 40, POSITIONS):
         Passes(model, [Strand((1,) * length)])
-    assert len(asked) == 3
+    assert lengths == [32, 64, 96]
     model.hf.double()
     Passes(model, [Strand((1,) * 5)])
-    assert len(asked) == 4
+    assert lengths == [32, 64, 96, 32]
+
+
+def test_few_lengths_are_remembered(monkeypatch):
+    model, lengths = Model(tiny("llama"), byte_tokenizer()), asked(monkeypatch)
+    monkeypatch.setattr(strands, "_LENGTHS", 2)
+    for length in (5, 40, 5, 70, 40, 5):
+        Passes(model, [Strand((1,) * length)])
+    assert lengths == [32, 64, 96, 32]
+
+
+@pytest.mark.parametrize("positions", [7, 45])
+def test_models_that_read_little(positions):
+    model = Model(tiny("gpt2", LAYERS, torch.float64, n_positions=positions), byte_tokenizer(), "gpt2")
+    generator = torch.Generator().manual_seed(0)
+    drawn = [tuple(torch.randint(VOCAB, (n,), generator=generator).tolist()) for n in (1, positions, positions // 2)]
+    some = [Strand(ids, ((1, ids[:1]),)) for ids in drawn if ids]
+    wanted = expected(model, some)
+    passes = Passes(model, some)
+    for pack in (*passes.packs(), *passes.apart(range(len(some)))):
+        through(passes, pack, wanted, 1e-10)
+    with pytest.raises(FactError, match=f"reads at most {positions}"):
+        Passes(model, [Strand((1,) * (positions + 1))])
+
+
+def test_a_model_that_is_broken_now_is_asked_again(monkeypatch):
+    """What it says is no number, which tells nothing of how its blocks can be called."""
+    model, lengths = Model(tiny("gpt2", LAYERS), byte_tokenizer(), "gpt2"), asked(monkeypatch)
+    weight = model.weight(down_weight_name(model, 1))
+    with torch.no_grad():
+        kept = weight.clone()
+        weight.fill_(torch.inf)
+        assert all(pack.in_order for pack in Passes(model, made()).packs())
+        weight.copy_(kept)
+    assert not any(pack.in_order for pack in Passes(model, made()).packs())
+    assert lengths == [32, 32]
 
 
 def other(family: str, **config) -> Model:
@@ -272,6 +320,7 @@ def other(family: str, **config) -> Model:
 def test_models_that_tell_distances_by_places_in_a_row_have_one_text_a_row(family, beside, config):
     """BLOOM and Falcon are given a bias of every key; MPT cuts its own, and GPT-Neo counts slots in its window."""
     model, some = other(family, **config), made()
+    some = [Strand(each.trunk, each.branches, len(each.trunk) // 2) for each in some]
     passes = Passes(model, some)
     [pack] = passes.packs()
     assert pack.in_order is not beside
@@ -279,11 +328,31 @@ def test_models_that_tell_distances_by_places_in_a_row_have_one_text_a_row(famil
     through(passes, pack, expected(model, some), 1e-5)
 
 
-def test_a_strand_that_is_wider_than_what_was_tried_has_rows_of_its_own():
-    strand = Strand((1,) * 20, ((20, (2,) * 12),) * 4)
-    passes = Passes(model_of("gpt2"), [strand, Strand((1,) * 9)])
-    assert passes.pack([0, 1]).in_order
-    assert not passes.pack([1]).in_order
+def test_a_window_counts_as_soon_as_rows_are_longer():
+    """GPT-Neo's, of 70: rows are of 64 for texts of up to 32 tokens, and of 128 for longer ones."""
+    config = {"hidden_size": 16, "num_heads": 2, "num_layers": LAYERS, "window_size": 70}
+    model = other("gpt_neo", attention_types=[[["global", "local"], LAYERS // 2]], **config)
+    for length, beside in ((32, True), (33, False)):
+        some = [Strand((1,) * length), Strand((2,) * 9)]
+        passes = Passes(model, some)
+        packs = list(passes.packs())
+        assert all(pack.in_order is not beside for pack in packs)
+        wanted = expected(model, some)
+        for pack in packs:
+            through(passes, pack, wanted, 1e-5)
+
+
+def test_rows_are_never_wider_than_what_was_tried(monkeypatch):
+    """Of texts of up to 32 tokens, 64; a strand that is wider has rows of its own."""
+    wide = Strand((1,) * 20, ((20, (2,) * 12),) * 4)
+    some = [wide, *(Strand((i,) * n) for i, n in enumerate((32, 22, 22, 22, 31, 33 - 22)))]
+    packs = list(Passes(model_of("gpt2"), some).packs())
+    assert [pack.members for pack in packs if pack.in_order] == [(0,)]
+    assert max(len(pack.slots[0]) for pack in packs if not pack.in_order) <= 64
+    monkeypatch.setattr(strands, "_BESIDE", 8)
+    fresh = Model(tiny("gpt2", LAYERS), byte_tokenizer(), "gpt2")
+    packs = list(Passes(fresh, some).packs())
+    assert max(len(pack.slots[0]) for pack in packs if not pack.in_order) == 11
 
 
 def test_blocks_that_come_out_otherwise_are_told(monkeypatch):
@@ -314,14 +383,14 @@ def test_blocks_that_fail_when_they_are_called_are_told(monkeypatch):
 def test_packs_hold_every_strand_once_and_no_more_tokens_than_fit(monkeypatch):
     model, some = model_of("gpt2"), made()
     passes = Passes(model, some)
-    assert [pack.rows for pack in passes.packs()] == [(0, 1, 2, 3, 4)]
+    assert [pack.members for pack in passes.packs()] == [(0, 1, 2, 3, 4)]
     monkeypatch.setattr(strands, "_TOKENS_AT_ONCE", {"cpu": 40})
     packs = list(passes.packs())
-    assert [pack.rows for pack in packs] == [(0,), (1, 2), (3, 4)]  # of 25, 8 + 17, 30 + 5 tokens
+    assert [pack.members for pack in packs] == [(0,), (1, 2), (3, 4)]  # of 25, 8 + 17, 30 + 5 tokens
     wanted = expected(model, some)
     for pack in packs:
         through(passes, pack, wanted, 1e-10)
-    apart = [set(pack.rows) for pack in passes.packs(["a", "b", "a", "b", "a"])]
+    apart = [set(pack.members) for pack in passes.packs(["a", "b", "a", "b", "a"])]
     assert all(rows <= {0, 2, 4} or rows <= {1, 3} for rows in apart)
     assert sorted(row for rows in apart for row in rows) == [0, 1, 2, 3, 4]
 
@@ -332,7 +401,7 @@ def tokens_of(pack: Pack, some: list[Strand]) -> dict:
     for i, row in enumerate(pack.slots):
         for j, slot in enumerate(row):
             if slot.owner >= 0:
-                name[i, j] = (pack.rows[slot.owner], slot.piece, slot.position)
+                name[i, j] = (pack.members[slot.owner], slot.piece, slot.position)
     sees = pack.sees[:, 0]
     return {own: {name.get((i, k)) for k in range(sees.shape[1]) if sees[i, j, k]} for (i, j), own in name.items()}
 
@@ -341,7 +410,8 @@ def tokens_of(pack: Pack, some: list[Strand]) -> dict:
 def test_each_token_sees_its_own_text_alone(width):
     some = made()
     rows = [3, 0, 4, 1, 2]
-    pack = packing.side_by_side(rows, [some[i] for i in rows], width)
+    bins = packing.bins([some[i].size for i in rows], width, 500)
+    pack = packing.side_by_side(rows, [some[i] for i in rows], bins)
     found, wanted = tokens_of(pack, some), {}
     for i, strand in enumerate(some):
         for position in range(len(strand.trunk)):
@@ -354,14 +424,29 @@ def test_each_token_sees_its_own_text_alone(width):
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.lists(st.integers(1, 70), min_size=1, max_size=30), st.integers(1, 80))
-def test_bins_hold_all_and_are_few(sizes, width):
-    bins = packing._bins(sizes, width)
+@given(st.lists(st.integers(1, 70), min_size=1, max_size=30), st.integers(1, 80), st.integers(0, 100))
+def test_bins_hold_all_and_are_few(sizes, width, more):
+    widest = max(sizes) + more
+    bins = packing.bins(sizes, width, widest)
     assert sorted(i for some in bins for i in some) == list(range(len(sizes)))
-    widest = max(sum(sizes[i] for i in some) for some in bins)
-    fewest = math.ceil(sum(sizes) / max(width, *sizes, 1))
-    assert len(bins) <= fewest
-    assert widest <= 2 * max(width, *sizes, 1)
+    assert max(sum(sizes[i] for i in some) for some in bins) <= widest
+    assert len(bins) <= 2 * math.ceil(sum(sizes) / min(max(width, *sizes), widest))
+
+
+def test_bins_that_a_size_does_not_fit():
+    with pytest.raises(ValueError, match="wider than 4"):
+        packing.bins([5], 64, 4)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.tuples(st.integers(1, 40), st.integers(0, 3)), min_size=1, max_size=30), st.integers(1, 200))
+def test_rows_of_their_own_are_no_more_than_fit(shapes, limit):
+    some = [Strand((1,) * length, ((length, (2, 3)),) * branches) for length, branches in shapes]
+    shares = packing.shares_of_rows(some, limit)
+    assert sorted(i for share in shares for i in share) == list(range(len(some)))
+    for share in shares:
+        pack = packing.one_a_row(share, [some[i] for i in share])
+        assert len(share) == 1 or len(pack.slots) * len(pack.slots[0]) <= limit
 
 
 @settings(max_examples=60, deadline=None)

@@ -41,7 +41,7 @@ def config_of(family: str, layers: int = 3, **changes):
         "n_inner": MLP_WIDTH,
         "n_positions": POSITIONS,
     }
-    ends = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": None}
+    ends = {"vocab_size": VOCAB, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": None}
     heads = {"head_dim": WIDTH // HEADS}
     own = {
         "gpt2": gpt,
@@ -65,7 +65,7 @@ def config_of(family: str, layers: int = 3, **changes):
         },
     }
     name = {"gemma3": "gemma3_text"}.get(family, family)
-    return CONFIG_MAPPING[name](vocab_size=VOCAB, **{**ends, **own[name], **changes})
+    return CONFIG_MAPPING[name](**{**ends, **own[name], **changes})
 
 
 def short_windows(family: str, layers: int) -> dict:

@@ -65,7 +65,7 @@ def ask_together(
 
     Raises:
         FactError: if a target is blank, or a text is too long for the model.
-        UnsupportedModel: if the model's blocks cannot be resumed.
+        UnsupportedModel: if the model's blocks cannot be called one by one.
         EditMismatch: if an edit that is put on was made for other weights.
     """
     if not questions:
@@ -85,7 +85,7 @@ def ask_together(
     found: list[dict[tuple[int, int], Score]] = [{} for _ in variants]
     with closing(run_edited(model, strands, edits)) as parts:
         for variant, pack, flow in parts:
-            wanted = [place for row in pack.rows for place in of_strand[row]]
+            wanted = [place for row in pack.members for place in of_strand[row]]
             found[variant].update(_scores(model, pack, flow, wanted))
     return [
         [tuple(said[number, target] for target in range(count)) for number, count in enumerate(counts)]
@@ -149,7 +149,7 @@ def _placed(
 @torch.no_grad()
 def _scores(model: Model, pack: Pack, flow: Flow, places: Sequence[_Place]) -> dict[tuple[int, int], Score]:
     """Scores by question and target, with the head run once for a state that several targets are read off."""
-    row_of = {strand: row for row, strand in enumerate(pack.rows)}
+    row_of = {strand: row for row, strand in enumerate(pack.members)}
     index: dict[tuple[int, int | None, int], int] = {}
     wanted: list[list[tuple[int, int]]] = []  # of each place: which state, which token
     for place in places:

@@ -1,7 +1,7 @@
-"""Texts run through many edited models at once, each row of a batch with an edit of its own.
+"""Texts run through many edited models at once, each with an edit of its own.
 
-The weights are not touched where an edit is of low rank (`passes.rowwise`); another is on the model while its rows are
-run. What lies below the lowest edited layer is run once for all that are run row by row.
+The weights are not touched where an edit is of low rank (`passes.rowwise`); another is on the model while its texts are
+run. What lies below the lowest edited layer is run once for all edits of low rank.
 """
 
 from __future__ import annotations
@@ -23,19 +23,19 @@ from errata.passes.strands import Flow, Passes
 def run_edited(
     model: Model, strands: Sequence[Strand], variants: Sequence[Sequence[Edit | None]]
 ) -> Generator[tuple[int, Pack, Flow], None, None]:
-    """(which variant, rows, their states behind the last block), part by part until every variant has all strands.
+    """(which variant, strands, their states behind the last block), pack by pack until every variant has all strands.
 
     Args:
         model: as it stands; left as it was.
         strands: what is run, at least one.
         variants: for each, the edit that is on the model for each strand; None: the model as it stands.
 
-    An edit that must be put on the model is on it until the next part is asked for, or the generator closed. The states
+    An edit that must be put on the model is on it until the next pack is asked for, or the generator closed. The states
     of one variant are the same, bit for bit, whichever others are asked for.
 
     Raises:
         FactError: if a text is too long for the model.
-        UnsupportedModel: if the model's blocks cannot be resumed.
+        UnsupportedModel: if the model's blocks cannot be called one by one.
         EditMismatch: if an edit that is put on was made for other weights.
     """
     plans = [Plan.of(model, edits) for edits in variants]
@@ -51,13 +51,13 @@ def run_edited(
 
 @dataclass(frozen=True)
 class Plan:
-    """How the rows of a variant are run.
+    """How the texts of a variant are run.
 
     Attributes:
-        edits: for each row, the edit that is on.
+        edits: for each text, the edit that is on.
         first: the lowest block that differs from the unedited model's; the number of blocks if none does, -1 if what
             enters the first block does.
-        changes: the edits as changes of rows; None if they must be put on the model.
+        changes: the edits as changes of each text; None if they must be put on the model.
     """
 
     edits: tuple[Edit | None, ...]
@@ -109,7 +109,9 @@ def _factors(edit: Edit) -> dict[str, Factors]:
 def _row_by_row(passes: Passes, plans: Mapping[int, Plan]) -> Iterator[tuple[int, Pack, Flow]]:
     """All packs go through a block before any goes on to the next, for its weights are then at hand."""
     packs = list(passes.packs())
-    changes = {i: [plan.changes.of(torch.tensor(p.rows)) for p in packs] for i, plan in plans.items() if plan.changes}
+    changes = {
+        i: [plan.changes.of(torch.tensor(p.members)) for p in packs] for i, plan in plans.items() if plan.changes
+    }
     unedited = [passes.enter(pack) for pack in packs]
     edited: dict[int, list[Flow]] = {}
     for layer in range(passes.model.n_layers):
@@ -129,27 +131,31 @@ def _row_by_row(passes: Passes, plans: Mapping[int, Plan]) -> Iterator[tuple[int
             elif wanted:
                 unedited[place] = passes.step(pack, layer, unedited[place])
     for i in plans:
-        for place, (pack, flow) in enumerate(zip(packs, edited.get(i, unedited), strict=True)):
-            yield i, *_apart_if_broken(passes, pack, flow, changes[i][place])
+        for pack, flow in zip(packs, edited.get(i, unedited), strict=True):
+            for found in _apart_if_broken(passes, pack, flow, plans[i].changes):
+                yield i, *found
 
 
-def _apart_if_broken(passes: Passes, pack: Pack, flow: Flow, changes: RowChanges | None = None) -> tuple[Pack, Flow]:
+def _apart_if_broken(
+    passes: Passes, pack: Pack, flow: Flow, changes: RowChanges | None = None
+) -> Iterator[tuple[Pack, Flow]]:
     """Where a state is no number, a text may have broken those beside it: then each is run in a row of its own, through
-    the model as it stands."""
+    the model as it stands, with changes that each of all strands has."""
     if pack.in_order or flow.states.isfinite().all():
-        return pack, flow
-    pack = passes.pack(pack.rows, apart=True)
-    flow = passes.enter(pack)
-    for layer in range(passes.model.n_layers):
-        flow = passes.step(pack, layer, flow, changes)
-    return pack, flow
+        yield pack, flow
+        return
+    for alone in passes.apart(pack.members):
+        flow = passes.enter(alone)
+        for layer in range(passes.model.n_layers):
+            flow = passes.step(alone, layer, flow, changes and changes.of(torch.tensor(alone.members)))
+        yield alone, flow
 
 
 def _put_on(passes: Passes, plan: Plan) -> Iterator[tuple[Pack, Flow]]:
     """The rows of each edit, with the edit on the model until the next are asked for."""
     model = passes.model
     packs = list(passes.packs([id(edit) for edit in plan.edits]))
-    for edit, places in alike([plan.edits[pack.rows[0]] for pack in packs]):
+    for edit, places in alike([plan.edits[pack.members[0]] for pack in packs]):
         some = [packs[place] for place in places]
         first = max(plan.first, 0)
         with contextlib.ExitStack() as stack:
@@ -160,7 +166,8 @@ def _put_on(passes: Passes, plan: Plan) -> Iterator[tuple[Pack, Flow]]:
                 if edit and layer == first and plan.first >= 0:
                     stack.enter_context(edit.applied(model))
                 flows = [passes.step(pack, layer, flow) for pack, flow in zip(some, flows, strict=True)]
-            yield from (_apart_if_broken(passes, pack, flow) for pack, flow in zip(some, flows, strict=True))
+            for pack, flow in zip(some, flows, strict=True):
+                yield from _apart_if_broken(passes, pack, flow)
 
 
 def alike(edits: Sequence[Edit | None]) -> list[tuple[Edit | None, list[int]]]:

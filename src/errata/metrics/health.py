@@ -180,7 +180,7 @@ def healths(
     with_edits = [edits[i] for i in owners]
     with closing(run_edited(model, strands, [[None] * len(strands), with_edits])) as parts:
         for variant, pack, flow in parts:
-            for place, strand in enumerate(pack.rows):
+            for place, strand in enumerate(pack.members):
                 if variant or strand < len(edits):
                     kept[variant][strand] = flow.of(pack, [(place, None, i) for i in range(len(strands[strand].trunk))])
     found = []

@@ -1,7 +1,7 @@
 """How a model is run while texts are written: the same sums, rounded otherwise, in less time.
 
-GPT-2's and GPT-J's GELU is written out as eight passes over memory, and torch has one call for it. A head over fifty
-thousand tokens takes a CPU twice as long at once as in pieces, each of which stays near it. Both differ by rounding
+GPT-2's and GPT-J's GELU is written out as eight passes over memory, and torch has one call for it. A linear map to many
+numbers, such as a head over fifty thousand tokens, can take a CPU twice as long as in pieces. Both differ by rounding
 from the model's own, so no number that is told comes from them: tokens are drawn with them, as they may be with any
 rounding. In 16 bits rounding is too coarse for that, and the model's own is run. Whoever calls the model finds it as it
 was.
@@ -24,7 +24,7 @@ _PIECE, _PIECES = 1024, 8
 
 @contextlib.contextmanager
 def quick(module: nn.Module) -> Iterator[None]:
-    """A context in which what is inside a module, such as a model, is run so. Gradients do not flow."""
+    """A context in which what is inside a module, such as a model, is run so. No gradient flows through linear maps."""
     ours = {each: way for each in module.modules() if (way := _way(each)) and "forward" not in vars(each)}
     try:
         for each, way in ours.items():

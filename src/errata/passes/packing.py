@@ -27,7 +27,7 @@ class Strand:
     Attributes:
         trunk: its token ids, at least one.
         branches: for each, how many tokens of the trunk go before it, at least one, and its own token ids.
-        wanted: the first token of the trunk whose state behind the last block is asked for.
+        wanted: the first token of the trunk whose state behind the last block is asked for; there is one, or a branch.
     """
 
     trunk: tuple[int, ...]
@@ -40,8 +40,13 @@ class Strand:
         return [self.trunk, *(self.trunk[:at] + own for at, own in self.branches)]
 
     @property
+    def length(self) -> int:
+        """Of the longest text, in tokens."""
+        return max(map(len, self.texts))
+
+    @property
     def size(self) -> int:
-        """How many tokens are run."""
+        """How many tokens there are, each once."""
         return len(self.trunk) + sum(len(own) for _, own in self.branches)
 
 
@@ -68,18 +73,18 @@ class Pack:
     """Strands that are run together. Made by `side_by_side` or `one_a_row`.
 
     Attributes:
-        rows: which of all strands they are.
+        members: which of all strands they are.
         slots: of each row of the batch.
         in_order: whether every row is one text, from its first token on.
     """
 
-    rows: tuple[int, ...]
+    members: tuple[int, ...]
     slots: tuple[tuple[_Slot, ...], ...]
     in_order: bool
 
     @cached_property
     def owners(self) -> Tensor:
-        """The place in `rows` of the strand of every slot, `[b, w]`; -1 where there is none."""
+        """The place in `members` of the strand of every slot, `[b, w]`; -1 where there is none."""
         return self._columns[0]
 
     @cached_property
@@ -107,7 +112,7 @@ class Pack:
         return (alike & (own | trunk))[:, None]
 
     def places(self, wanted: Sequence[tuple[int, int | None, int]]) -> tuple[Tensor, Tensor]:
-        """Row and slot `[n]` of tokens: (place of the strand in `rows`, its branch or None, index in that).
+        """Row and slot `[n]` of tokens: (place of the strand in `members`, its branch or None, index in that).
 
         Raises:
             KeyError: if there is no such token, or none that is asked for.
@@ -131,26 +136,25 @@ class Pack:
         return torch.tensor(self.slots).unbind(-1)
 
 
-def side_by_side(rows: Sequence[int], strands: Sequence[Strand], width: int = WIDTH) -> Pack:
-    """Strands packed into rows of about `width` slots, in each the tokens first that nobody asks for."""
-    pieces, _ = _pieces(strands)
-    bins = _bins([strand.size for strand in strands], width)
-    widest = max(sum(strands[i].size for i in some) for some in bins)
+def side_by_side(members: Sequence[int], strands: Sequence[Strand], bins: Sequence[Sequence[int]]) -> Pack:
+    """Strands packed into rows, the places of some in each; in a row the tokens come first that nobody asks for."""
+    pieces = _pieces(strands)
+    width = max(sum(strands[i].size for i in some) for some in bins)
     lines = []
     for some in bins:
         line = sorted((slot for i in some for piece in pieces[i] for slot in piece), key=lambda slot: slot.wanted)
-        lines.append((*[_Slot()] * (widest - len(line)), *line))
-    return Pack(tuple(rows), tuple(lines), in_order=False)
+        lines.append((*[_Slot()] * (width - len(line)), *line))
+    return Pack(tuple(members), tuple(lines), in_order=False)
 
 
-def one_a_row(rows: Sequence[int], strands: Sequence[Strand]) -> Pack:
+def one_a_row(members: Sequence[int], strands: Sequence[Strand]) -> Pack:
     """Each trunk in a row of its own, and each branch with what goes before it."""
-    pieces, lengths = _pieces(strands)
+    width = max(strand.length for strand in strands)
     lines = []
-    for some in pieces:
+    for some in _pieces(strands):
         for piece in some:
             own = piece[0]._replace(wanted=False)  # what is behind the text is its own too: nobody sees it
-            behind = range(own.position + len(piece), max(lengths))
+            behind = range(own.position + len(piece), width)
             lines.append(
                 (
                     *(own._replace(position=i) for i in range(own.at)),
@@ -158,23 +162,22 @@ def one_a_row(rows: Sequence[int], strands: Sequence[Strand]) -> Pack:
                     *(own._replace(position=i) for i in behind),
                 )
             )
-    return Pack(tuple(rows), tuple(lines), in_order=True)
+    return Pack(tuple(members), tuple(lines), in_order=True)
 
 
-def _pieces(strands: Sequence[Strand]) -> tuple[list[list[list[_Slot]]], list[int]]:
-    """The slots of each strand's trunk and branches, and the length of every text."""
+def _pieces(strands: Sequence[Strand]) -> list[list[list[_Slot]]]:
+    """The slots of each strand's trunk and branches."""
     pieces: list[list[list[_Slot]]] = []
-    lengths: list[int] = []
+    text = 0
     for owner, strand in enumerate(strands):
         own = []
         for piece, (at, count) in enumerate([(0, len(strand.trunk)), *((at, len(ids)) for at, ids in strand.branches)]):
-            text = len(lengths)
-            lengths.append(at + count)
             own.append(
                 [_Slot(owner, piece, text, at + i, at, wanted=piece > 0 or i >= strand.wanted) for i in range(count)]
             )
+            text += 1
         pieces.append(own)
-    return pieces, lengths
+    return pieces
 
 
 def shares(sizes: Sequence[int], limit: int) -> list[range]:
@@ -187,21 +190,43 @@ def shares(sizes: Sequence[int], limit: int) -> list[range]:
     return [range(begin, end) for begin, end in zip(begins, [*begins[1:], len(sizes)], strict=True)]
 
 
-def _bins(sizes: Sequence[int], width: int) -> list[list[int]]:
-    """Sizes put into as few bins as hold them, no wider than it takes: the first with room takes the next largest."""
+def shares_of_rows(strands: Sequence[Strand], limit: int) -> list[list[int]]:
+    """Places of strands whose texts have a row each, those of like length together, `limit` slots at most, or one."""
+    found: list[list[int]] = []
+    texts = 0
+    for i in sorted(range(len(strands)), key=lambda i: strands[i].length):
+        texts += len(strands[i].texts)
+        if not found or texts * strands[i].length > limit:
+            found.append([])
+            texts = len(strands[i].texts)
+        found[-1].append(i)
+    return found
+
+
+def bins(sizes: Sequence[int], width: int, widest: int) -> list[list[int]]:
+    """Sizes put into few bins of about `width`, as narrow as holds them: the first with room takes the next largest.
+
+    Args:
+        widest: what no bin exceeds; no size does.
+    """
     order = sorted(range(len(sizes)), key=lambda i: -sizes[i])
-    count = math.ceil(sum(sizes) / max(width, sizes[order[0]]))
-    width = max(math.ceil(sum(sizes) / count), sizes[order[0]])
-    while True:
-        bins: list[list[int]] = []
-        room: list[int] = []
-        for i in order:
-            place = next((b for b, left in enumerate(room) if left >= sizes[i]), len(bins))
-            if place == len(bins):
-                bins.append([])
-                room.append(width)
-            bins[place].append(i)
-            room[place] -= sizes[i]
-        if len(bins) <= count:
-            return [sorted(some) for some in bins]
-        width += 1
+    fewest = math.ceil(sum(sizes) / min(max(width, sizes[order[0]]), widest))
+    for count in range(fewest, len(sizes) + 1):
+        for room in range(max(math.ceil(sum(sizes) / count), sizes[order[0]]), widest + 1):
+            found = _first_fit(sizes, order, room)
+            if len(found) <= count:
+                return found
+    raise ValueError(f"a size of {max(sizes)} is wider than {widest}")
+
+
+def _first_fit(sizes: Sequence[int], order: Sequence[int], width: int) -> list[list[int]]:
+    found: list[list[int]] = []
+    room: list[int] = []
+    for i in order:
+        place = next((b for b, left in enumerate(room) if left >= sizes[i]), len(found))
+        if place == len(found):
+            found.append([])
+            room.append(width)
+        found[place].append(i)
+        room[place] -= sizes[i]
+    return [sorted(some) for some in found]

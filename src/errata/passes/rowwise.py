@@ -28,7 +28,7 @@ class RowChanges:
     Attributes:
         factors: by name of the weight, write `[e, d_out, k]` and read `[e, k, d_in]` of e changes; of those of lower
             rank, or none, the rest is zero.
-        rows: `[r]`, which of the changes each row has; or `[r, n]`, which each token has.
+        rows: `[r]`, which of the changes each row has; or `[r, n]`, which each token has; -1: none.
     """
 
     factors: Mapping[str, Factors]
@@ -52,14 +52,18 @@ class RowChanges:
         owners = self.rows.to(read.device).flatten()
 
         @functools.cache
-        def grouped(count: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-            present, table, place = _grouped(owners.repeat_interleave(count // len(owners)))
-            return read[present].mT, write[present].mT, table, place
+        def grouped(count: int) -> tuple[Tensor, ...]:
+            own = owners.repeat_interleave(count // len(owners))
+            changed = (own >= 0).nonzero()[:, 0]
+            present, table, place = _grouped(own[changed])
+            return read[present].mT, write[present].mT, changed, changed[table], place
 
         def added(entering: Tensor) -> Tensor:
             tokens = entering.reshape(-1, entering.shape[-1]).to(read)  # some blocks (OPT) flatten rows
-            down, up, table, place = grouped(len(tokens))
-            return (tokens[table] @ down @ up).flatten(0, 1)[place].view(*entering.shape[:-1], -1)
+            down, up, changed, table, place = grouped(len(tokens))
+            own = (tokens[table] @ down @ up).flatten(0, 1)[place]
+            whole = own.new_zeros(len(tokens), own.shape[-1]).index_copy(0, changed, own)
+            return whole.view(*entering.shape[:-1], -1)
 
         return added
 
@@ -68,19 +72,19 @@ def _grouped(owners: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Which owners `[n]` there are, the items of each, `[e, m]`, with others where it has fewer than another, and where
     in that table each item is, counted through `[n]`."""
     present, owners, counts = owners.unique(return_inverse=True, return_counts=True)
-    order, width = owners.argsort(stable=True), int(counts.max())
+    order, width = owners.argsort(stable=True), max(counts.tolist(), default=0)
     before = (counts.cumsum(0) - counts).repeat_interleave(counts)
     place = torch.empty_like(order)
     place[order] = owners[order] * width + torch.arange(len(order), device=order.device) - before
     table = order.new_zeros(len(present) * width)
     table[place[order]] = order
-    return present, table.view(-1, width), place
+    return present, table.view(len(present), width), place
 
 
 def row_changes(model: Model, changes: Sequence[Mapping[str, Factors]]) -> RowChanges:
     """The changes of each row, by names of weights, ready for `rowwise`; rows with the same object share it."""
     names = dict.fromkeys(name for each in changes for name in each)
-    distinct = {id(each): each for each in changes}
+    distinct = {id(each): each for each in changes if each}
     place = {key: i for i, key in enumerate(distinct)}
     factors: dict[str, Factors] = {}
     for name in names:
@@ -95,7 +99,7 @@ def row_changes(model: Model, changes: Sequence[Mapping[str, Factors]]) -> RowCh
                 own = each[name][0].shape[1]
                 write[i, :, :own], read[i, :own] = each[name]
         factors[name] = write.to(weight.device), read.to(weight.device)
-    return RowChanges(factors, torch.tensor([place[id(each)] for each in changes]))
+    return RowChanges(factors, torch.tensor([place.get(id(each), -1) for each in changes]))
 
 
 def can_be_rowwise(model: Model, name: str) -> bool:
@@ -108,7 +112,7 @@ def can_be_rowwise(model: Model, name: str) -> bool:
 
 @contextlib.contextmanager
 def rowwise(model: Model, changes: RowChanges) -> Iterator[None]:
-    """Inside the block, row b of every pass is one of the model with the b-th changes on.
+    """Inside the block, each row of every pass, or each token, is one of the model with its own changes on.
 
     Products with the factors are taken in float32 at least, and what they add is rounded once, to the model's dtype.
     """

@@ -21,14 +21,16 @@ from errata.base.errors import UnsupportedModel
 from errata.models.model import Model, Stream
 from errata.passes.block_call import Call, Past, run
 from errata.passes.hooks import Patch, hooked_block
-from errata.passes.packing import WIDTH, Pack, Strand, one_a_row, shares, side_by_side
+from errata.passes.packing import WIDTH, Pack, Strand, bins, one_a_row, shares, shares_of_rows, side_by_side
 from errata.passes.replay import Recording, record, same_states
 from errata.passes.rowwise import RowChanges, rowwise
 
 # Tokens in a batch: on a CPU what a block makes of them should stay near it, a GPU wants large products.
 _TOKENS_AT_ONCE = {"cpu": 512, "cuda": 16384}
-# What blocks are given is asked for texts of so many tokens, or twice as many, ...: few lengths serve all texts.
-_STEP = 32
+# What blocks are given is asked for texts of multiples of so many tokens, and of so many lengths remembered.
+_STEP, _LENGTHS = 32, 8
+# Texts lie side by side in rows of at most twice so many tokens: in longer ones there is little to gain.
+_BESIDE = 128
 
 
 class _Entered(Exception):
@@ -84,7 +86,7 @@ class Passes:
             for text in strand.texts:
                 model.require_room(text, None)
         self._calls = calls or _calls_of(model, max(len(text) for strand in self.strands for text in strand.texts))
-        self._given: dict[tuple[object, ...], dict[str, Any]] = {}
+        self._given: WeakKeyDictionary[Pack, dict[tuple[object, ...], dict[str, Any]]] = WeakKeyDictionary()
 
     def packs(self, together: Sequence[object] | None = None) -> Iterator[Pack]:
         """All strands, some hundred tokens in a pack (some thousand on a GPU).
@@ -92,28 +94,34 @@ class Passes:
         Args:
             together: for each strand, what it must have in common with others to be in a pack with them.
         """
-        limit = _TOKENS_AT_ONCE.get(self.model.device.type, 16384)
-        kinds: dict[object, list[int]] = defaultdict(list)
-        for i in range(len(self.strands)):
-            kinds[together[i] if together else None].append(i)
-        for some in kinds.values():
-            for share in shares([self.strands[i].size for i in some], limit):
-                yield self.pack([some[place] for place in share])
+        kinds: dict[tuple[object, bool], list[int]] = defaultdict(list)
+        for i, strand in enumerate(self.strands):
+            kinds[together[i] if together else None, strand.size <= self._calls.widest].append(i)
+        for (_, narrow), some in kinds.items():
+            yield from self._beside(some) if narrow else self.apart(some)
 
-    def pack(self, rows: Sequence[int], apart: bool = False, width: int = WIDTH) -> Pack:
-        """Some of the strands in one pack, in rows about so wide; `apart`: each text in a row of its own."""
-        chosen = [self.strands[i] for i in rows]
-        # Rows of twice the length are those that were tried.
-        fit = self._calls.side_by_side and max(strand.size for strand in chosen) <= 2 * self._calls.length
-        return side_by_side(rows, chosen, width) if fit and not apart else one_a_row(rows, chosen)
+    def _beside(self, members: Sequence[int]) -> Iterator[Pack]:
+        sizes = [self.strands[i].size for i in members]
+        for share in shares(sizes, self._limit):
+            some = bins([sizes[place] for place in share], WIDTH, self._calls.widest)
+            chosen = [members[place] for place in share]
+            yield side_by_side(chosen, [self.strands[i] for i in chosen], some)
+
+    def apart(self, members: Sequence[int]) -> Iterator[Pack]:
+        """Some of the strands, each text in a row of its own."""
+        for share in shares_of_rows([self.strands[i] for i in members], self._limit):
+            chosen = [members[place] for place in share]
+            yield one_a_row(chosen, [self.strands[i] for i in chosen])
+
+    @property
+    def _limit(self) -> int:
+        return _TOKENS_AT_ONCE.get(self.model.device.type, 16384)
 
     @torch.no_grad()
     def enter(self, pack: Pack) -> Flow:
         """What enters the first block."""
-        texts = [text for i in pack.rows for text in self.strands[i].texts]
-        states = _entering(self.model, texts)
-        positions = pack.positions.clamp(max=states.shape[1] - 1)
-        return Flow(states[pack.texts.to(states.device), positions.to(states.device)])
+        states = _entering(self.model, [text for i in pack.members for text in self.strands[i].texts])
+        return Flow(states[pack.texts.to(states.device), pack.positions.to(states.device)])
 
     @torch.no_grad()
     def step(
@@ -147,14 +155,15 @@ class Passes:
     def _at(self, layer: int, pack: Pack, begin: int, end: int, device: torch.device) -> dict[str, Any]:
         """What a block is given beside the states in the slots of a pack from `begin` to `end`."""
         call = self._calls.blocks[layer]
-        key = (pack, begin, end, device, *map(id, call.arguments.values()))  # most blocks are given the same
-        if key not in self._given:
-            self._given[key] = (
+        known = self._given.setdefault(pack, {})
+        key = (begin, end, device, *map(id, call.arguments.values()))  # most blocks are given the same
+        if key not in known:
+            known[key] = (
                 call.at(begin, len(pack.slots), end - begin, device)
                 if pack.in_order
                 else call.scattered(pack.positions.to(device), pack.sees.to(device), begin, end)
             )
-        return self._given[key]
+        return known[key]
 
     def watched(self, pack: Pack, layer: int, flow: Flow) -> tuple[Flow, Mlp]:
         """What leaves block `layer`, and what its down-projection read and wrote on the way."""
@@ -219,13 +228,12 @@ class _Calls:
     """What the blocks of a model are given beside their states.
 
     Attributes:
-        blocks: of each, for texts of up to `length` tokens.
-        side_by_side: whether texts may share a row; else each has one of its own.
+        blocks: of each, for texts of up to so many tokens as were asked for.
+        widest: the widest row in which texts may lie side by side; 0 where each must have a row of its own.
     """
 
     blocks: tuple[Call, ...]
-    length: int
-    side_by_side: bool
+    widest: int = 0
 
 
 _known: WeakKeyDictionary[Model, dict[tuple[object, ...], _Calls]] = WeakKeyDictionary()
@@ -239,36 +247,56 @@ def _calls_of(model: Model, longest: int) -> _Calls:
         UnsupportedModel: if they do not.
     """
     length = min(-(-longest // _STEP) * _STEP, model.max_length)
+    attention = model.hf.config.get_text_config()._attn_implementation
+    kind = (length, id(model.hf), model.device, model.dtype, attention)
     known = _known.setdefault(model, {})
-    kind = (length, model.device, model.dtype, model.hf.config._attn_implementation)
-    if kind not in known:
-        ids = tuple((17 * i + 5) % model.vocab_size for i in range(length))
-        recording = record(model, model.batch([ids]), check=False)
-        ways = (_Calls(tuple(recording.calls), length, beside) for beside in (True, False))
-        held = next((calls for calls in ways if _holds(calls, recording, ids)), None)
-        if held is None:
-            raise UnsupportedModel(
-                f"the blocks of {model.name}, called one by one, come out otherwise than in one piece, so many edits "
-                "cannot be measured in one pass; load it with attn_implementation='eager' if it has another"
-            )
-        known[kind] = held
-    return known[kind]
+    if kind in known:
+        return known[kind]
+    ids = tuple((17 * i + 5) % model.vocab_size for i in range(length))
+    recording = record(model, model.batch([ids]), check=False)
+    calls = _Calls(tuple(recording.calls))
+    whole = Passes(model, [Strand(ids, ((length - 1, ids[-1:]),), length // 2)], calls)
+    if not all(_holds(whole, pack, ids, recording) for pack in whole.apart([0])):
+        raise UnsupportedModel(
+            f"the blocks of {model.name}, called one by one, come out otherwise than in one piece, so many edits "
+            "cannot be measured in one pass; load it with attn_implementation='eager' if it has another"
+        )
+    if not all(bool(each.isfinite().all()) for each in recording.states.values()):
+        return calls  # as it stands, nothing tells
+    few = ids[:_BESIDE]
+    if _holds(*_trial(model, few, calls), few, recording):
+        calls = _Calls(calls.blocks, 2 * len(few))
+    known[kind] = calls
+    if len(known) > _LENGTHS:
+        known.pop(next(iter(known)))
+    return calls
 
 
-def _holds(calls: _Calls, recording: Recording, ids: tuple[int, ...]) -> bool:
-    """Whether the blocks give a recorded text back, as a trunk, and as a branch of another trunk beside it."""
-    model, half = recording.model, len(ids) // 2
-    passes = Passes(model, [Strand(ids, wanted=half), Strand(ids[: half + 1], ((half, ids[half:]),), half)], calls)
-    pack = passes.pack([0, 1], width=2 * len(ids) + 1)
-    flow, later = passes.enter(pack), range(len(ids) - half)
-    for layer in range(model.n_layers):
+def _trial(model: Model, ids: tuple[int, ...], calls: _Calls) -> tuple[Passes, Pack]:
+    """A text three times: with its first and last token at the ends of a row as wide as any may be; with a branch
+    between these; and in another row, where its tokens stand elsewhere."""
+    half, last = len(ids) // 2, len(ids) - 1
+    strands = [
+        Strand(ids[:half], ((half, ids[half:]),)),
+        Strand(ids, wanted=last),
+        Strand(ids, wanted=half),
+    ]
+    return Passes(model, strands, calls), side_by_side(range(3), strands, [[0, 1], [2]])
+
+
+def _holds(passes: Passes, pack: Pack, ids: tuple[int, ...], recording: Recording) -> bool:
+    """Whether the blocks give the recorded states of a text back, wherever it lies in a pack and is asked for."""
+    flow = passes.enter(pack)
+    asked = [slot for row in pack.slots for slot in row if slot.wanted]
+    places = [(slot.owner, slot.piece - 1 if slot.piece else None, slot.position - slot.at) for slot in asked]
+    positions = [slot.position for slot in asked]
+    for layer in range(passes.model.n_layers):
         try:
             flow = passes.step(pack, layer, flow)
         except torch.OutOfMemoryError:
             raise
         except Exception:  # whatever a foreign block raises, it cannot be called so
             return False
-        found = flow.of(pack, [(0, None, half + i) for i in later] + [(1, 0, i) for i in later])
-        if not same_states(found, recording.states[layer + 1][0, half:].repeat(2, 1)):
+        if not same_states(flow.of(pack, places), recording.states[layer + 1][0, positions]):
             return False
     return True
