@@ -85,7 +85,7 @@ class Passes:
         for strand in self.strands:
             for text in strand.texts:
                 model.require_room(text, None)
-        self._calls = calls or _calls_of(model, max(len(text) for strand in self.strands for text in strand.texts))
+        self._calls = calls or _calls_of(model, max(strand.length for strand in self.strands))
         self._given: WeakKeyDictionary[Pack, dict[tuple[object, ...], dict[str, Any]]] = WeakKeyDictionary()
 
     def packs(self, together: Sequence[object] | None = None) -> Iterator[Pack]:
