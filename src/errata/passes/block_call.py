@@ -91,9 +91,10 @@ class Call:
             value = value.to(device)
         if is_mask(name):
             if value is None:  # plain causality
-                whole = torch.ones(count, token + count, dtype=torch.bool, device=device)
-                return whole.tril(token)[None, None]
-            return value[:1, ..., token : token + count, : token + count]
+                whole = torch.ones(count, token + count, dtype=torch.bool, device=device).tril(token)[None, None]
+            else:
+                whole = value[:1, ..., token : token + count, : token + count]
+            return whole.expand(rows, -1, -1, -1)  # some blocks (XGLM) take no mask of one row for all
         if isinstance(value, tuple):
             return tuple(self._at(name, each, token, rows, count, device) for each in value)
         if name == "alibi" and value is not None:  # of keys, `[rows * heads, 1, tokens]` or `[rows, heads, 1, tokens]`
@@ -123,7 +124,7 @@ class Call:
             if value is None:
                 return seen
             mask = value[0][:, own[:, :, None], positions[:, None]].transpose(0, 1)  # [r, heads or 1, n, tokens]
-            return mask & seen if mask.dtype == torch.bool else mask.masked_fill(~seen, torch.finfo(mask.dtype).min)
+            return torch.where(seen, mask, MaskValues.of(value).hidden.to(mask.device))
         if isinstance(value, tuple):
             return tuple(self._scattered(name, each, positions, seen) for each in value)
         if name == "alibi" and value is not None:
@@ -156,6 +157,37 @@ def run(block: nn.Module, states: Tensor, arguments: Mapping[str, Any], past: Pa
 def is_mask(name: str) -> bool:
     """Whether an argument says which tokens see which: `[1, 1, n, tokens]`."""
     return name in ("attention_mask", "causal_mask")
+
+
+@dataclass(frozen=True)
+class MaskValues:
+    """What the entries of a mask `[r, heads or 1, n, tokens]` mean, whose last token is the last of its queries.
+
+    Models do not agree on it: True is "seen" to most of those that are handed yes and no, and "hidden" to MPT; others
+    add a number. It is read off the mask itself, since a decoder's token sees itself and no later one.
+
+    Attributes:
+        seen: the entry of a token that is seen, a scalar.
+        hidden: that of one that is not.
+    """
+
+    seen: Tensor
+    hidden: Tensor
+
+    @classmethod
+    def of(cls, mask: Tensor) -> MaskValues:
+        """The values in a mask."""
+        seen = mask[0, 0, -1, -1]
+        if mask.dtype == torch.bool:
+            return cls(seen, ~seen)
+        later = mask[0, 0, 0, -1] if mask.shape[-2] > 1 else mask.new_tensor(torch.finfo(mask.dtype).min)
+        return cls(seen, later)
+
+    def is_seen(self, mask: Tensor) -> Tensor:
+        """True where a token is seen: where the mask is nearer to `seen` than to `hidden`."""
+        if mask.dtype == torch.bool:
+            return mask == self.seen
+        return (mask - self.seen).abs() < (mask - self.hidden).abs()
 
 
 def token_axis(name: str, value: Any) -> int | None:

@@ -131,16 +131,18 @@ class Recording:
         return self._past[layer].of(rows, token)
 
     def check(self) -> None:
-        """Resume every block in the middle of the first row, and compare with what was recorded.
+        """Resume every block in the middle of all rows and of one more, and compare with what was recorded.
 
         Raises:
             UnsupportedModel: if it comes out otherwise, so that this model cannot be replayed.
         """
-        middle, row = self.length // 2, torch.zeros(1, dtype=torch.long, device=self.model.device)
+        middle, recorded = self.length // 2, len(self.states[self.first])
+        # What is resumed has seldom as many rows as the recording, and never one alone.
+        rows = torch.tensor([*range(recorded), 0], device=self.model.device)
         for layer in range(self.first, self.model.n_layers):
-            want = self.states[layer + 1][:1, middle:]
+            want = self.states[layer + 1][rows, middle:]
             try:
-                found = self.step(layer, self.states[layer][:1, middle:], middle, row)
+                found = self.step(layer, self.states[layer][rows, middle:], middle, rows)
                 wrong = not same_states(found, want)
             except torch.OutOfMemoryError:
                 raise

@@ -21,7 +21,7 @@ from torch.nn import functional
 
 from errata.base.errors import UnsupportedModel
 from errata.models.model import Model
-from errata.passes.block_call import PAST, Past, is_mask, run, token_axis
+from errata.passes.block_call import PAST, MaskValues, Past, is_mask, run, token_axis
 from errata.passes.hooks import hooked_block
 from errata.passes.replay import Recording, same_states
 
@@ -149,8 +149,7 @@ class Chunk:
             given = lane.arguments_of(index, self.index, 0, width)
             masks = [value for name, value in given.items() if is_mask(name) and value is not None]
             for mask in masks[:1] or [torch.ones(1, 1, width, width, dtype=torch.bool, device=heard.device).tril()]:
-                seen = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
-                seen = seen.any(1)[..., -width:]
+                seen = MaskValues.of(mask).is_seen(mask).any(1)[..., -width:]
                 heard = heard | (seen & heard[:, None]).any(-1)
         return heard
 
@@ -322,7 +321,9 @@ def _joined(name: str, values: list[Any], cuts: Sequence[Cut], width: int, longe
         return first
     if is_mask(name):
         dtype = next((value.dtype for value in values if value.dtype != torch.bool), torch.bool)
-        masks = [_mask(_of_kind(v, dtype), each.token, width, longest) for v, each in zip(values, cuts, strict=True)]
+        masks = [
+            _mask(_of_kind(v[:1], dtype), each.token, width, longest) for v, each in zip(values, cuts, strict=True)
+        ]
         return torch.cat([mask.expand(size, -1, -1, -1) for mask, size in zip(masks, sizes, strict=True)])
     if isinstance(first, tuple):
         return tuple(_joined(name, [value[i] for value in values], cuts, width, longest) for i in range(len(first)))
@@ -369,20 +370,19 @@ def _of_kind(mask: Tensor, dtype: torch.dtype) -> Tensor:
     """A mask that says yes and no as one that is added, if that is what is wanted."""
     if mask.dtype == dtype:
         return mask
-    return torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min)
+    return torch.zeros_like(mask, dtype=dtype).masked_fill(~MaskValues.of(mask).is_seen(mask), torch.finfo(dtype).min)
 
 
 def _mask(mask: Tensor, token: int, width: int, longest: int) -> Tensor:
     """A mask `[1, h, n, token + n]` as `[1, h, width, longest + width]`; tokens that are not there see themselves."""
     count = mask.shape[-2]
-    no = False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min
-    yes = True if mask.dtype == torch.bool else 0
-    whole = mask.new_full((1, mask.shape[1], width, longest + width), no)
+    values = MaskValues.of(mask)
+    whole = values.hidden.expand(1, mask.shape[1], width, longest + width).clone()
     absent = width - count
     whole[..., absent:, longest - token : longest] = mask[..., :token]
     whole[..., absent:, longest + absent :] = mask[..., token:]
     columns = torch.arange(absent, device=mask.device)
-    whole[..., columns, longest + columns] = yes
+    whole[..., columns, longest + columns] = values.seen
     return whole
 
 
