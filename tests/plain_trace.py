@@ -24,6 +24,15 @@ _PATHS = {
     "gptj": ("transformer.h", "transformer.wte", "attn", "mlp", "mlp.fc_out"),
     "gpt_neox": ("gpt_neox.layers", "gpt_neox.embed_in", "attention", "mlp", "mlp.dense_4h_to_h"),
     "opt": ("model.decoder.layers", "model.decoder.embed_tokens", "self_attn", "fc2", "fc2"),
+    "xglm": ("model.layers", "model.embed_tokens", "self_attn", "fc2", "fc2"),
+    "mpt": ("transformer.blocks", "transformer.wte", "attn", "ffn.down_proj", "ffn.down_proj"),
+    # BLOOM's attention and MLP add the state themselves.
+    "bloom": (
+        *("transformer.h", "transformer.word_embeddings", "self_attention.dense"),
+        *("mlp.dense_4h_to_h", "mlp.dense_4h_to_h"),
+    ),
+    "falcon": ("transformer.h", "transformer.word_embeddings", "self_attention", "mlp", "mlp.dense_4h_to_h"),
+    "gpt_neo": ("transformer.h", "transformer.wte", "attn", "mlp", "mlp.c_proj"),
 }
 # What a module is given ("entering" a block, "key" of a down-projection), or what it returns.
 _GIVEN = ("entering", "key")

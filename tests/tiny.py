@@ -14,6 +14,8 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel, 
 
 FAMILIES = ("gpt2", "gptj", "gpt_neox", "llama", "qwen3", "gemma3")
 ALL_FAMILIES = (*FAMILIES, "opt", "mistral", "qwen2", "gemma2", "phi3", "olmo2")
+# Masks that mean the reverse, masks for every row, ALiBi, attention of two kinds by turns.
+OTHER_FAMILIES = ("mpt", "xglm", "bloom", "falcon", "gpt_neo")
 VOCAB = 320
 WIDTH, HEADS, MLP_WIDTH, POSITIONS = 16, 2, 24, 96
 
@@ -62,6 +64,32 @@ def config_of(family: str, layers: int = 3, **changes):
             "num_attention_heads": HEADS,
             "num_hidden_layers": layers,
             "max_position_embeddings": POSITIONS,
+        },
+        "mpt": {"d_model": WIDTH, "n_heads": HEADS, "n_layers": layers, "max_seq_len": POSITIONS},
+        "xglm": {
+            "d_model": WIDTH,
+            "ffn_dim": MLP_WIDTH,
+            "attention_heads": HEADS,
+            "num_layers": layers,
+            "max_position_embeddings": POSITIONS,
+            "pad_token_id": 1,
+        },
+        "bloom": {"hidden_size": WIDTH, "n_head": HEADS, "n_layer": layers},
+        "falcon": {
+            "hidden_size": WIDTH,
+            "ffn_hidden_size": MLP_WIDTH,
+            "num_attention_heads": HEADS,
+            "num_hidden_layers": layers,
+            "max_position_embeddings": POSITIONS,
+        },
+        "gpt_neo": {
+            "hidden_size": WIDTH,
+            "intermediate_size": MLP_WIDTH,
+            "num_heads": HEADS,
+            "num_layers": layers,
+            "max_position_embeddings": POSITIONS,
+            "window_size": 8,
+            "attention_types": [[[("global", "local")[layer % 2] for layer in range(layers)], 1]],
         },
     }
     name = {"gemma3": "gemma3_text"}.get(family, family)
