@@ -36,6 +36,7 @@ def load_model(
     device: str | torch.device | None = None,
     download: bool = False,
     device_map: DeviceMap | None = None,
+    start_token: str | None = None,
 ) -> Model:
     """A model to trace and edit.
 
@@ -47,6 +48,8 @@ def load_model(
         download: whether a hub id that is not in the local cache may be downloaded.
         device_map: instead of a device, "auto" to spread the model over the GPUs, memory and disk that are there, or
             where each part goes; see `load_pretrained`. What is offloaded can be traced and scored, not edited.
+        start_token: a token to put before every text, such as "<|endoftext|>", where the tokenizer adds none; see
+            `models.start_token`.
 
     Raises:
         ModelNotFound: if there is no such folder, or the id is not in the local cache.
@@ -57,8 +60,10 @@ def load_model(
     if source == ATLAS and not Path(ATLAS).is_dir():
         from errata import atlas
 
-        return atlas.load(dtype=dtype, device=device, device_map=device_map)
-    return load_pretrained(source, dtype=dtype, device=device, download=download, device_map=device_map)
+        return atlas.load(dtype=dtype, device=device, device_map=device_map, start_token=start_token)
+    return load_pretrained(
+        source, dtype=dtype, device=device, download=download, device_map=device_map, start_token=start_token
+    )
 
 
 def _with_own_corpus(model: Model, second_moment: SecondMoments | None) -> SecondMoments | None:

@@ -36,12 +36,15 @@ def load(
     dtype: str | torch.dtype = "auto",
     device: str | torch.device | None = None,
     device_map: DeviceMap | None = None,
+    start_token: str | None = None,
 ) -> Model:
     """The atlas. It is shipped in 16 bits and computes in float32 unless another dtype is named."""
     from errata.models.loading import load_pretrained
 
     wanted = "float32" if dtype == "auto" else dtype
-    return load_pretrained(weights_folder(), dtype=wanted, device=device, name="atlas", device_map=device_map)
+    return load_pretrained(
+        weights_folder(), dtype=wanted, device=device, name="atlas", device_map=device_map, start_token=start_token
+    )
 
 
 def own_corpus() -> Corpus:

@@ -70,6 +70,7 @@ def build(
     device: options.Device = None,
     dtype: options.Dtype = "auto",
     download: options.Download = False,
+    start_token: options.StartToken = None,
     json: options.Json = False,
 ) -> None:
     """Make a CounterFact of a table of facts and of templates for their relations.
@@ -104,7 +105,7 @@ def build(
         from errata.models.fingerprint import weights_digest
 
         names = filter(None, dict.fromkeys((known_to, model)))
-        loaded = {name: options.load(name, device, dtype, download) for name in names}
+        loaded = {name: options.load(name, device, dtype, download, start_token) for name in names}
         card["weights"] = {name: weights_digest(each.hf) for name, each in loaded.items()}
         _require_place(out, card, force)
         if model and not sentences:

@@ -76,6 +76,7 @@ def edit(
     device: options.Device = None,
     dtype: options.Dtype = "auto",
     download: options.Download = False,
+    start_token: options.StartToken = None,
     json: options.Json = False,
 ) -> None:
     """Rewrite facts with ROME or another editor, show what the model says before and after, and save the edits.
@@ -107,7 +108,7 @@ def edit(
     from errata.edits.edit import Edit
     from errata.edits.ledger import ContradictoryEdits
 
-    loaded = options.load(model, device, dtype, download)
+    loaded = options.load(model, device, dtype, download, start_token)
     if table is None and not old:
         rewrites = [_with_old_object(loaded, rewrites[0])]
     if spec is None:

@@ -86,6 +86,7 @@ def evaluate(
     device: options.Device = None,
     dtype: options.Dtype = "auto",
     download: options.Download = False,
+    start_token: options.StartToken = None,
     json: options.Json = False,
 ) -> None:
     """Measure edits on records: CounterFact's and zsRE's numbers, before and after, one result a record.
@@ -114,7 +115,7 @@ def evaluate(
                 "--edit asks how edits that were made move the perplexity of a text: give it with --probe, and without "
                 "options of a run, such as --editor, --data, --limit and --out"
             )
-        _probe_edits(edit, probe, model, device, dtype, download, json)
+        _probe_edits(edit, probe, model, device, dtype, download, start_token, json)
         return
     if out is None:
         raise ConfigError("there is no place for results: name a run folder by --out")
@@ -145,7 +146,7 @@ def evaluate(
     found = None if data is None else _read(data, limit, sample, seed, generation)
     if found:
         tables.tell_bad_lines(found.bad, data or out, "entry")
-    loaded = options.load(model, device, dtype, download)
+    loaded = options.load(model, device, dtype, download, start_token)
     records, measures = _measures(loaded, data, kind, found, limit, sample, generation, health, probes, seed)
     editors = {
         name: method.prepare(loaded, settings, lambda layer: source.of(loaded, layer), seed)
@@ -155,7 +156,7 @@ def evaluate(
     if executor == "ray":
         from errata.evaluation.executors import Cluster
 
-        loading = partial(options.load, model, device, dtype, download)
+        loading = partial(options.load, model, device, dtype, download, start_token)
         where = Cluster(loaded, loading, address, workers, cpus_per_worker, gpus_per_worker)
     with show.going_on("measuring", "results") as tell:
         run(
@@ -314,7 +315,14 @@ def _show(out: Path, json: bool) -> None:
 
 
 def _probe_edits(
-    files: Sequence[Path], probe: Path, model: str, device: str | None, dtype: str, download: bool, json: bool
+    files: Sequence[Path],
+    probe: Path,
+    model: str,
+    device: str | None,
+    dtype: str,
+    download: bool,
+    start_token: str | None,
+    json: bool,
 ) -> None:
     """Perplexity of a text without edits and with them."""
     import contextlib
@@ -327,7 +335,7 @@ def _probe_edits(
     from errata.metrics.text import perplexity
 
     edits = [Edit.load(file) for file in files]
-    loaded = options.load(model, device, dtype, download)
+    loaded = options.load(model, device, dtype, download, start_token)
     before = perplexity(loaded, text)
     with contextlib.ExitStack() as stack:
         for each in edits:

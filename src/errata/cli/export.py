@@ -35,6 +35,7 @@ def export(
     device: options.Device = None,
     dtype: options.Dtype = "auto",
     download: options.Download = False,
+    start_token: options.StartToken = None,
     json: options.Json = False,
 ) -> None:
     """Write edits as a LoRA adapter, as a whole edited model, or together as one edit."""
@@ -53,7 +54,7 @@ def export(
     from errata.edits.edit import Edit
 
     read = [Edit.load(path) for path in edits]
-    loaded = options.load(model, device, dtype, download)
+    loaded = options.load(model, device, dtype, download, start_token)
     whole = Edit.combine(read, loaded)
     if wanted is not None:
         whole = whole.restricted(wanted, loaded)

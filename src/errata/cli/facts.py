@@ -33,6 +33,7 @@ def facts(
     device: options.Device = None,
     dtype: options.Dtype = "auto",
     download: options.Download = False,
+    start_token: options.StartToken = None,
     json: options.Json = False,
 ) -> None:
     """Check a table of facts (subject, prompt, object, relation), convert it, and keep what a model knows.
@@ -63,7 +64,7 @@ def facts(
         # Torch comes only now: bad input is told at once.
         from errata.metrics.knowledge import judge, refusal
 
-        loaded = options.load(model, device, dtype, download)
+        loaded = options.load(model, device, dtype, download, start_token)
         refused = [BadLine(r.line, reason) for r in kept if r.fact.object and (reason := refusal(loaded, r.fact.text))]
         tables.tell_bad_lines(refused, file, table.unit, strict)
         bad += refused

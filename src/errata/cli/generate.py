@@ -22,6 +22,7 @@ def generate(
     device: options.Device = None,
     dtype: options.Dtype = "auto",
     download: options.Download = False,
+    start_token: options.StartToken = None,
     json: options.Json = False,
 ) -> None:
     """Go on from a prompt: greedily, or sampled if --top-k or --temperature is given."""
@@ -34,7 +35,7 @@ def generate(
         raise FactError("the prompt is empty: write the text that the model is to go on from")
     require_characters("prompt", prompt)
     edits = [Edit.load(path) for path in edit or []]
-    loaded = options.load(model, device, dtype, download)
+    loaded = options.load(model, device, dtype, download, start_token)
     with contextlib.ExitStack() as stack:
         for each in edits:
             stack.enter_context(each.applied(loaded))

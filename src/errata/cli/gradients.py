@@ -29,6 +29,7 @@ def gradients(
     device: options.Device = None,
     dtype: options.Dtype = "auto",
     download: options.Download = False,
+    start_token: options.StartToken = None,
     json: options.Json = False,
 ) -> None:
     """Trace one fact, and draw the integrated gradients of its answer's probability below the effects."""
@@ -61,7 +62,7 @@ def gradients(
     from errata.tracing.trace import trace
 
     config = TraceConfig(**settings)
-    loaded = options.load(model, device, dtype, download)
+    loaded = options.load(model, device, dtype, download, start_token)
     with show.progress("tracing", "sites") as bar:
         traced = trace(loaded, fact, config, memory=budget, progress=bar)
     with show.progress("integrating", "sites") as bar:

@@ -21,6 +21,10 @@ ModelName = Annotated[str, typer.Option("--model", help="'atlas' (embedded), a f
 Device = Annotated[Optional[str], typer.Option(help="Such as cuda; auto: all that are there. The CPU unless named.")]  # noqa: UP045
 Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16, float16 or float64.")]
 Download = Annotated[bool, typer.Option("--download", help="Fetch a hub id that is not on this machine.")]
+StartToken = Annotated[
+    Optional[str],  # noqa: UP045
+    typer.Option("--start-token", help="A token to put before every text, where the tokenizer adds none itself."),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")]
 Seed = Annotated[int, typer.Option(min=0, max=2**32 - 1, help="The seed of everything random.")]
 
@@ -185,7 +189,7 @@ def averaged(traces: Sequence[CausalTrace], min_effect: float | None, unknown: b
     return average_effects(traces, known_only=not unknown, **chosen)
 
 
-def load(model: str, device: str | None, dtype: str, download: bool) -> Model:
+def load(model: str, device: str | None, dtype: str, download: bool, start_token: str | None = None) -> Model:
     """The model that the options name, without the progress bars of its libraries."""
     from transformers.utils import logging
 
@@ -194,7 +198,7 @@ def load(model: str, device: str | None, dtype: str, download: bool) -> Model:
     if not download:
         logging.disable_progress_bar()
     where: Any = {"device_map": "auto"} if device == "auto" else {"device": device}
-    return load_model(model, dtype=dtype, download=download, **where)
+    return load_model(model, dtype=dtype, download=download, start_token=start_token, **where)
 
 
 def editor_spec(text: str) -> tuple[str, str, dict[str, Any]]:

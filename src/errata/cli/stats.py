@@ -62,6 +62,7 @@ def stats(
     device: options.Device = None,
     dtype: options.Dtype = "auto",
     download: options.Download = False,
+    start_token: options.StartToken = None,
     json: options.Json = False,
 ) -> None:
     """Collect second moments of MLP keys, all layers in one pass, and say whether there is text enough.
@@ -81,13 +82,13 @@ def stats(
         _merge(merge, out, ridge, json)
         return
     if listed:
-        loaded = options.load(model or ATLAS, device, dtype, download) if model or corpus else None
+        loaded = options.load(model or ATLAS, device, dtype, download, start_token) if model or corpus else None
         chosen = _open(loaded, corpus, field, revision, download, part) if loaded and corpus else None
         _list(loaded, chosen, tokens, max_length, which, json)
         return
 
     # Torch comes only now: bad input is told at once.
-    loaded = options.load(model or ATLAS, device, dtype, download)
+    loaded = options.load(model or ATLAS, device, dtype, download, start_token)
     from errata.statistics.store import cache_folder, collect_cached, save
 
     wanted = _layers(layers, loaded)

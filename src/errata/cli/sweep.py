@@ -42,6 +42,7 @@ def sweep(
     device: options.Device = None,
     dtype: options.Dtype = "auto",
     download: options.Download = False,
+    start_token: options.StartToken = None,
     json: options.Json = False,
 ) -> None:
     """Edit records at every layer and token and score the edits, after Figure 5 of the paper.
@@ -59,7 +60,7 @@ def sweep(
     from errata.atlas.records import records as records_of_the_atlas
     from errata.evaluation.sites import sweep_sites
 
-    loaded = options.load(model, device, dtype, download)
+    loaded = options.load(model, device, dtype, download, start_token)
     if not _is_atlas(loaded):
         raise ConfigError(
             f"a sweep scores edits by the prompts of records, and there are none yet for {loaded.name}: only the "
@@ -115,6 +116,7 @@ def sequence(
     device: options.Device = None,
     dtype: options.Dtype = "auto",
     download: options.Download = False,
+    start_token: options.StartToken = None,
     json: options.Json = False,
 ) -> None:
     """Make edits one after the other on one model: how many of them, and of untouched facts, does it recall?
@@ -140,7 +142,7 @@ def sequence(
     from errata.editors.rome.layer import resolve
     from errata.evaluation.sequence import edit_in_sequence, edits_folder
 
-    loaded = options.load(model, device, dtype, download)
+    loaded = options.load(model, device, dtype, download, start_token)
     if not _is_atlas(loaded) and (rewrites is None or watched is None):
         raise ConfigError(
             f"only the atlas brings its own edits and facts: for {loaded.name} give tables of them by --requests and "

@@ -58,6 +58,7 @@ def trace(
     device: options.Device = None,
     dtype: options.Dtype = "auto",
     download: options.Download = False,
+    start_token: options.StartToken = None,
     json: options.Json = False,
 ) -> None:
     """Trace facts causally: which states, MLPs and attentions restore the answer when the subject is corrupted?
@@ -92,7 +93,7 @@ def trace(
         fact = Fact(subject, prompt, object_)
         if answer == "object" and not fact.object:
             raise FactError("--answer object asks for the probability of the fact's object: name it by --object")
-        _trace_one(fact, settings, model, out, save, budget, device, dtype, download, json)
+        _trace_one(fact, settings, model, out, save, budget, device, dtype, download, start_token, json)
     else:
         if subject is not None or prompt is not None or object_:
             raise ConfigError("facts are given twice: by --facts, or one by --subject, --prompt and --object")
@@ -100,7 +101,20 @@ def trace(
             raise ConfigError("--facts needs a file in which each trace is kept once it is made: give --save, .jsonl")
         options.require_share(min_effect)
         _trace_table(
-            facts, settings, model, out, save, budget, min_effect, unknown, strict, device, dtype, download, json
+            facts,
+            settings,
+            model,
+            out,
+            save,
+            budget,
+            min_effect,
+            unknown,
+            strict,
+            device,
+            dtype,
+            download,
+            start_token,
+            json,
         )
 
 
@@ -114,6 +128,7 @@ def _trace_one(
     device: str | None,
     dtype: str,
     download: bool,
+    start_token: str | None,
     json: bool,
 ) -> None:
     from errata.cli import show
@@ -127,7 +142,7 @@ def _trace_one(
     # Torch comes only now: bad input is told at once.
     from errata.tracing.trace import trace as trace_fact
 
-    loaded = options.load(model, device, dtype, download)
+    loaded = options.load(model, device, dtype, download, start_token)
     with show.progress("tracing", "sites") as bar:
         found = trace_fact(loaded, fact, config, memory=memory, progress=bar)
     if out:
@@ -189,6 +204,7 @@ def _trace_table(
     device: str | None,
     dtype: str,
     download: bool,
+    start_token: str | None,
     json: bool,
 ) -> None:
     from errata.base.errors import ConfigError, FactError
@@ -201,7 +217,7 @@ def _trace_table(
     options.require_outputs(save)
     config = TraceConfig(**settings)
     tables.tell_bad_lines(table.bad, file, table.unit, strict)
-    loaded = options.load(model, device, dtype, download)
+    loaded = options.load(model, device, dtype, download, start_token)
     refused = _refused(loaded, table.rows, config)
     tables.tell_bad_lines(refused, file, table.unit, strict)
     if len(refused) == len(table.rows):

@@ -73,6 +73,7 @@ def train_editor(
     device: options.Device = None,
     dtype: options.Dtype = "auto",
     download: options.Download = False,
+    start_token: options.StartToken = None,
     json: options.Json = False,
 ) -> None:
     """Train KE or MEND for a model, on records or plain text.
@@ -103,7 +104,7 @@ def train_editor(
         seed=seed,
     )
     options.require_outputs(out / training.STATE)
-    loaded = options.load(model, device, dtype, download)
+    loaded = options.load(model, device, dtype, download, start_token)
     lessons = _lessons(loaded, data, kind, limit, skip, seed)
     if test is not None and not allow_seen:
         from errata.benchmarks.sets import read_records

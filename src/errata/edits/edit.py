@@ -15,6 +15,7 @@ import contextlib
 import hashlib
 import json
 import math
+import warnings
 import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -50,6 +51,15 @@ COMBINED = "combined"
 
 # Notes on what an edit does, which an edit derived from it does not do.
 MEASURED = ("health", "residual", "rounding", "read_at_mean_key", "read_at_bare_prompt", "delta_norm")
+
+
+class StartTokenDiffers(UserWarning):
+    """An edit was made with another start token before every text than the model has that it goes on."""
+
+
+def _start_token(token: str) -> dict[str, str]:
+    """The note on it: none where there is none."""
+    return {"start_token": token} if token else {}
 
 
 class FrozenDict(dict):
@@ -157,7 +167,11 @@ class Edit:
             fingerprints=fingerprints or {d.weight: tensor_digest(model.weight(d.weight)) for d in deltas},
             model=model.name,
             seed=seed,
-            notes={**(notes or {}), **({"layout": layout} if layout else {})},
+            notes={
+                **(notes or {}),
+                **({"layout": layout} if layout else {}),
+                **_start_token(model.start_token),
+            },
         )
 
     # ---- edits of edits ----
@@ -201,7 +215,7 @@ class Edit:
             config={"parts": [edit._as_part() for edit in edits]},
             fingerprints=fingerprints,
             model=edits[0].model,
-            notes={"layout": layout} if layout else {},
+            notes={**({"layout": layout} if layout else {}), **_start_token(edits[0].notes.get("start_token", ""))},
         )
 
     def scaled(self, factor: float) -> Edit:
@@ -309,7 +323,23 @@ class Edit:
                     "on it twice. Undo the one before applying the other"
                 )
         warn_of_contradictions([entry.edit for entry in model.applied], self)
+        self._warn_of_start_token(model)
         self._put_on(model)
+
+    def _warn_of_start_token(self, model: Model) -> None:
+        """An edit of a text that begins with a start token holds only where texts begin with it."""
+        made_with = self.notes.get("start_token", "")
+        if self.rewrites and made_with != model.start_token:
+            made, has = (
+                f"the start token {token!r}" if token else "no start token" for token in (made_with, model.start_token)
+            )
+            warnings.warn(
+                f"{self} was made with {made}, and {model.name!r} was loaded with {has}, so its prompts are other "
+                f"tokens here and the edit may not show: load the model with start_token={made_with or None!r} "
+                "(--start-token)",
+                StartTokenDiffers,
+                stacklevel=3,
+            )
 
     def _put_on(self, model: Model, checked: bool = True) -> None:
         """`apply` without a look at the other edits; unless `checked`, on weights that it was not made for, too."""

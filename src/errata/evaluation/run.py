@@ -24,6 +24,7 @@ def standing(model: Model) -> dict[str, Any]:
         "dtype": str(model.dtype).removeprefix("torch."),
         "device": model.device.type,
         "attention": model.hf.config._attn_implementation,
+        **({"start_token": model.start_token} if model.start_token else {}),
     }
 
 

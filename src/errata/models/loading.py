@@ -17,6 +17,7 @@ import torch
 from errata.base.errors import ConfigError, DeviceError, ErrataError, ModelNotFound, UnsupportedModel
 from errata.base.extras import needed
 from errata.models.model import Model
+from errata.models.start_token import with_start_token
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
@@ -40,6 +41,7 @@ def load_pretrained(
     name: str | None = None,
     download: bool = False,
     device_map: DeviceMap | None = None,
+    start_token: str | None = None,
 ) -> Model:
     """A model and its tokenizer, found, loaded, taken apart and verified.
 
@@ -54,6 +56,7 @@ def load_pretrained(
         download: whether a hub id that is not in the local cache may be downloaded.
         device_map: instead of a device, where each part of a model that is loaded goes, as accelerate takes it: "auto"
             fills the GPUs, then memory, then disk; or by name, as in {"model.embed_tokens": 0, "model.layers.0": 1}.
+        start_token: a token to put before every text, where the tokenizer adds none; see `start_token`.
 
     Raises:
         ModelNotFound: if there is no such folder, or the id is not in the local cache.
@@ -87,7 +90,10 @@ def load_pretrained(
     _require_usable(tokenizer, name)
     if wanted_device is not None:
         hf = hf.to(wanted_device)
+    if start_token is not None:
+        tokenizer = with_start_token(tokenizer, start_token)
     model = Model(hf.eval(), tokenizer, name=name)
+    model.start_token = start_token or ""
     _require_match(model)
     return model
 

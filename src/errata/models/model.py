@@ -70,6 +70,7 @@ class Model:
         d_model: features of the state.
         d_mlp: features of a key.
         vocab_size: how many logits there are, which may be more than the tokenizer has tokens.
+        start_token: the token that `load_model` was asked to put before every text; empty if none.
         applied: the stack of edits that are on the weights now; `errata.edits` alone touches it.
 
     Raises:
@@ -91,6 +92,7 @@ class Model:
         self.anatomy = anatomy
         self.name = name or type(hf).__name__
         self.applied: list = []
+        self.start_token = ""
         self.d_model, self.d_mlp = _matrix_shape(self.module(("key", 0)))
         self.vocab_size = _matrix_shape(hf.get_submodule(anatomy.head))[0]
 

@@ -96,6 +96,7 @@ def trace_facts(
         "dtype": str(model.dtype).removeprefix("torch."),
         "device": model.device.type,
         "attention": model.hf.config._attn_implementation,
+        **({"start_token": model.start_token} if model.start_token else {}),
         "config": config.model_dump(mode="json"),
         "noise": disturbance.settings,
         "facts": _digest(facts),
