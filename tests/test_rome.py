@@ -463,7 +463,7 @@ def test_texts_that_do_not_fit():
     with pytest.raises(FactError, match="no token comes after it"):
         edited(rewrite=Fact("The Louvre", "Where is {}").rewrite("Paris"), fact_token="subject_first_after")
     with pytest.raises(FactError, match="joins the end of"):
-        edited(rewrite=Fact("The Louvre", "{} is in ").rewrite("Paris"), fact_token="last")
+        edited(rewrite=Fact("The Louvre", "{} is in Pa", separator="").rewrite("ris"), fact_token="last")
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from errata.base.errors import FactError
+from errata.base.text import joined
 from errata.models import scoring
 from errata.models.loading import load_pretrained
 from errata.models.model import Model
@@ -144,7 +145,7 @@ def test_prompt_and_target_share_out_all_tokens(tokenizer, prompt, target):
     tokenizer = TOKENIZERS[tokenizer]()
     prompt, target = "x" + prompt.strip(), target.strip()
     ids, n_prompt = target_ids(tokenizer, prompt, target)
-    assert ids == tokenizer(f"{prompt} {target}")["input_ids"]
+    assert ids == tokenizer(joined(prompt, target))["input_ids"]
     assert tokenizer.decode(ids[n_prompt:], skip_special_tokens=True).strip() == target
     assert tokenizer.decode(ids[:n_prompt], skip_special_tokens=True) == prompt
 

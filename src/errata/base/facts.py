@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 from errata.base.errors import FactError
+from errata.base.text import joined, moved_spaces, plain
 
 SLOT = "{}"
 
@@ -25,27 +27,55 @@ def require_characters(name: str, text: str) -> None:
         ) from None
 
 
+def require_separator(value: object) -> None:
+    """Make sure that this may stand between a prompt and its object.
+
+    Raises:
+        FactError: if it is neither None nor white space nor "".
+    """
+    if value is not None and (not isinstance(value, str) or value.strip()):
+        raise FactError(
+            f"the separator is {value!r}: it is the white space between prompt and object, such as '' or ' '; "
+            "leave it out, and the text decides"
+        )
+
+
 def fact_key(subject: str, relation: str) -> str:
     """A short name for one subject, in any letter case, and one relation or prompt: twelve hexadecimal digits."""
     words = " ".join(subject.casefold().split()) + "\x1f" + " ".join(relation.casefold().split())
     return hashlib.sha256(words.encode()).hexdigest()[:12]
 
 
+def as_plain(value: Any) -> dict[str, Any]:
+    """A dataclass, and those in it, as dicts for JSON; separators are left out where none is named."""
+    return asdict(value, dict_factory=lambda items: {k: v for k, v in items if k != "separator" or v is not None})
+
+
 @dataclass(frozen=True)
 class Fact:
     """A subject, a prompt with one `{}` where the subject stands, and the object that completes it.
 
-    The object is written without a leading space (white space around it is dropped); it may be empty where only the
-    prompt matters.
-    Braces other than the one `{}` are ordinary text.
+    The object is written without a leading space: the text decides whether one belongs before it (`errata.base.text`).
+    One that begins with white space is taken as it is; the white space is kept where it is not what the text asks for
+    anyway. White space at its end is dropped; it may be empty where only
+    the prompt matters. Braces other than the one `{}` are ordinary text.
+
+    Attributes:
+        subject: what the fact is about.
+        prompt: a sentence up to its object. Spaces at its end belong to what follows, as in tokenizers, and are moved
+            to `separator`.
+        object: what completes the sentence.
+        separator: what stands between prompt and object; None: what the text asks for.
 
     Raises:
-        FactError: if the subject or prompt is blank, or the prompt has not exactly one `{}`.
+        FactError: if the subject or prompt is blank, the prompt has not exactly one `{}`, or the separator is not made
+            of white space.
     """
 
     subject: str
     prompt: str
     object: str = ""
+    separator: str | None = None
 
     def __post_init__(self) -> None:
         for name in ("subject", "prompt", "object"):
@@ -53,7 +83,6 @@ class Fact:
             if not isinstance(value, str):
                 raise FactError(f"the {name} of a fact is text, not {type(value).__name__}")
             require_characters(name, value)
-        object.__setattr__(self, "object", self.object.strip())
         if not self.subject.strip():
             raise FactError("the subject is empty: name what the fact is about, as in 'The Space Needle'")
         if not self.prompt.strip():
@@ -67,6 +96,18 @@ class Fact:
                 f"the prompt {self.prompt!r} has {slots} places for the subject: "
                 "it needs exactly one {}, as in '{} is located in the city of'"
             )
+        require_separator(self.separator)
+        self._move_spaces()
+        object.__setattr__(self, "object", plain(self.text, self.object.rstrip(), self.separator))
+
+    def _move_spaces(self) -> None:
+        """Move spaces at the prompt's end, or at the end of a subject that ends the prompt, to the separator."""
+        prompt, spaces = moved_spaces(self.prompt)
+        subject, inner = moved_spaces(self.subject) if prompt.endswith(SLOT) else (self.subject, "")
+        if inner or spaces:
+            object.__setattr__(self, "prompt", prompt)
+            object.__setattr__(self, "subject", subject)
+            object.__setattr__(self, "separator", inner + spaces + (self.separator or ""))
 
     @property
     def text(self) -> str:
@@ -78,6 +119,15 @@ class Fact:
         """Character offset of the subject in `text`."""
         return self.prompt.index(SLOT)
 
+    def as_list(self) -> list[str]:
+        """Subject, prompt, object, and the separator where one is named: `Fact(*these)` is the fact."""
+        return [self.subject, self.prompt, self.object, *([] if self.separator is None else [self.separator])]
+
+    @property
+    def statement(self) -> str:
+        """The whole sentence: prompt, subject and object."""
+        return joined(self.text, self.object, self.separator)
+
     def rewrite(self, new_object: str) -> Rewrite:
         """This fact with another object."""
         return Rewrite(self, new_object)
@@ -86,6 +136,8 @@ class Fact:
 @dataclass(frozen=True)
 class Rewrite:
     """A fact and the object that it is to have.
+
+    The new object is joined to the prompt as the fact's own is, by its `separator`.
 
     Raises:
         FactError: if the new object is blank.
@@ -98,7 +150,7 @@ class Rewrite:
         if not isinstance(self.new_object, str) or not self.new_object.strip():
             raise FactError("the new object is empty: say what the model should answer instead, as in 'Paris'")
         require_characters("new object", self.new_object)
-        object.__setattr__(self, "new_object", self.new_object.strip())
+        object.__setattr__(self, "new_object", plain(self.text, self.new_object.rstrip(), self.separator))
 
     @property
     def subject(self) -> str:
@@ -111,6 +163,22 @@ class Rewrite:
         return self.fact.prompt
 
     @property
+    def separator(self) -> str | None:
+        """What stands between prompt and object; None: what the text asks for."""
+        return self.fact.separator
+
+    @property
     def text(self) -> str:
         """The prompt with the subject in its place."""
         return self.fact.text
+
+    @property
+    def statement(self) -> str:
+        """The whole sentence with the new object."""
+        return joined(self.text, self.new_object, self.separator)
+
+    def as_dict(self) -> dict[str, str]:
+        """Its texts by name, as files keep them; the separator only where one is named."""
+        told = {"subject": self.subject, "prompt": self.prompt, "object": self.fact.object}
+        told["new_object"] = self.new_object
+        return told if self.separator is None else {**told, "separator": self.separator}

@@ -31,6 +31,7 @@ from errata.base.config import Config
 from errata.base.errors import ConfigError
 from errata.base.facts import SLOT, Fact, Rewrite
 from errata.base.seeds import derive
+from errata.base.text import after_sentence, ended
 from errata.benchmarks.records import Record
 from errata.benchmarks.snippets import Snippet, Snippets
 from errata.benchmarks.templates import Wordings
@@ -164,7 +165,7 @@ class Maker:
             if fact.relation in self.wordings:
                 options = taught(fact) if taught else self.wordings[fact.relation].templates
                 template = self._pick(options, "told", *fact.names)
-                sentence = f"{template.replace(SLOT, fact.subject)} {fact.object}."
+                sentence = ended(Fact(fact.subject, template, fact.object).statement).rstrip()
                 self._told[fact.subject].append(_Sentence(sentence, folded(sentence), fact.relation))
         self._texts = {folded(subject): text for subject, text in (texts or {}).items()}
         given = [_Sentence(text, folded(text)) for text in dict.fromkeys(" ".join(each.split()) for each in sentences)]
@@ -227,7 +228,7 @@ class Maker:
             relation=fact.relation,
             rewrite=asked.rewrite(new_object),
             paraphrase=tuple(
-                f"{sentence} {template.replace(SLOT, fact.subject)}"
+                after_sentence(sentence, template.replace(SLOT, fact.subject))
                 for sentence, template in zip(before, others[: self.config.paraphrases], strict=False)
             ),
             neighborhood=self._others("neighborhood", fact, fact.object, new_object),

@@ -252,7 +252,9 @@ def _comparison(model: Model) -> LessLikely:
         from errata.models.scoring import score
 
         objects = [rewrite.new_object for rewrite in rewrites] + [rewrite.fact.object for rewrite in rewrites]
-        scores = score(model, [rewrite.text for rewrite in rewrites] * 2, objects)
+        scores = score(
+            model, [rewrite.text for rewrite in rewrites] * 2, objects, [each.separator for each in rewrites] * 2
+        )
         return [new.mean < old.mean for new, old in zip(scores[: len(rewrites)], scores[len(rewrites) :], strict=True)]
 
     return less_likely

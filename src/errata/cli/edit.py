@@ -417,7 +417,12 @@ def _together(model: Model, edits: Sequence[Edit], sequential: bool) -> list[flo
         warnings.simplefilter("ignore", ContradictoryEdits)
         whole = _whole(edits, model, sequential)
         with whole.applied(model):
-            found = score(model, [e.rewrites[0].text for e in edits], [e.rewrites[0].new_object for e in edits])
+            found = score(
+                model,
+                [each.rewrites[0].text for each in edits],
+                [each.rewrites[0].new_object for each in edits],
+                [each.rewrites[0].separator for each in edits],
+            )
     probabilities = [math.exp(each.total) for each in found]
     weak = sum(p < 0.5 for p in probabilities)
     if weak:
@@ -460,9 +465,7 @@ def _tell_many(
             before, after = show.percent(health["probability_before"]), show.percent(health["probability_after"])
             norm, disabling = f"{health['relative_norm']:.3f}", " disabling" if health["disabling"] else ""
             measured = (before, after, norm, drift + disabling)
-        rows.append(
-            (name, f"{rewrite.text} {rewrite.new_object}", *measured[:2], show.percent(with_all), *measured[2:])
-        )
+        rows.append((name, rewrite.statement, *measured[:2], show.percent(with_all), *measured[2:]))
     if rows:
         show.table(("name", "edit", "P before", "after", "with all", "‖ΔW‖/‖W‖", "drift"), rows)
         show.line(f"{_by(told)}. Drift is in nats per token, on texts of the model's own.")

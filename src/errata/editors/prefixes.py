@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from errata.base.seeds import derive
+from errata.base.text import ended
 from errata.models.generation import generate, start_text
 from errata.models.model import Model
 
@@ -12,7 +13,8 @@ TOP_K = 5
 
 
 def sampled(model: Model, lengths: Sequence[int], seed: int, editor: str) -> tuple[str, ...]:
-    """A text of each of these lengths in tokens, each ended by ". "; one that ends at once is "".
+    """A text of each of these lengths in tokens, each ended as its script ends a sentence, such as by ". "; one that
+    ends at once is "".
 
     Args:
         model: whose; they depend on it, the seed and the editor, not on a fact.
@@ -28,7 +30,7 @@ def sampled(model: Model, lengths: Sequence[int], seed: int, editor: str) -> tup
     start = start_text(model)
     texts = generate(model, [start] * len(lengths), max(lengths), top_k=TOP_K, seed=derive(seed, editor, "prefixes"))
     cut = [_first_tokens(model, text[len(start) :], length) for text, length in zip(texts, lengths, strict=True)]
-    return tuple(f"{text}. " if text.strip() else "" for text in cut)
+    return tuple(ended(text) if text.strip() else "" for text in cut)
 
 
 def _first_tokens(model: Model, text: str, count: int) -> str:

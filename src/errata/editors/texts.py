@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from errata.base.text import joined
 from errata.models.model import Model
 from errata.models.scoring import target_ids
 from errata.passes.replay import record
@@ -38,21 +39,23 @@ class Text:
     from_end: tuple[int, ...]
 
 
-def text_of(model: Model, prompt: str, target: str, forced: bool = True) -> Text:
+def text_of(model: Model, prompt: str, target: str, separator: str | None = None, forced: bool = True) -> Text:
     """The text of a prompt and its target.
 
     Args:
+        model: any decoder.
+        prompt, target, separator: as of `target_ids`.
         forced: teacher forcing: each token of the target is predicted after those before it; or else all of them
             after the prompt alone.
 
     Raises:
         FactError: if it is too long for the model, or nothing is left of the target.
     """
-    whole, n_prompt = target_ids(model.tokenizer, prompt, target)
+    whole, n_prompt = target_ids(model.tokenizer, prompt, target, separator)
     targets = tuple(whole[n_prompt:])
     count = len(targets)
     ids = tuple(whole[:-1] if forced else whole[:n_prompt])
-    model.require_room(ids, f"{prompt} {target}")
+    model.require_room(ids, joined(prompt, target, separator))
     return Text(ids, targets, tuple(range(count, 0, -1)) if forced else (1,) * count)
 
 

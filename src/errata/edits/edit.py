@@ -636,10 +636,7 @@ class Edit:
 
     def _header(self) -> dict[str, Any]:
         """All that is not a tensor."""
-        rewrites = [
-            {"subject": r.subject, "prompt": r.prompt, "object": r.fact.object, "new_object": r.new_object}
-            for r in self.rewrites
-        ]
+        rewrites = [rewrite.as_dict() for rewrite in self.rewrites]
         names = ("method", "config", "fingerprints", "model", "versions", "seed", "notes")
         return {"rewrites": rewrites, **{name: getattr(self, name) for name in names}}
 
@@ -773,4 +770,5 @@ def _restore(model: Model, kept: Mapping[str, Tensor]) -> None:
 
 
 def _rewrite(entry: Mapping[str, str]) -> Rewrite:
-    return Rewrite(Fact(entry["subject"], entry["prompt"], entry["object"]), entry["new_object"])
+    fact = Fact(entry["subject"], entry["prompt"], entry["object"], entry.get("separator"))
+    return fact.rewrite(entry["new_object"])

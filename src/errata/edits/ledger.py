@@ -96,8 +96,5 @@ def told(edit: Edit) -> dict[str, Any]:
         "id": edit.id,
         "method": edit.method,
         "weights": list(edit.weights),
-        "rewrites": [
-            {"subject": r.subject, "prompt": r.prompt, "object": r.fact.object, "new_object": r.new_object}
-            for r in edit.rewrites
-        ],
+        "rewrites": [rewrite.as_dict() for rewrite in edit.rewrites],
     }

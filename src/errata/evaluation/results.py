@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from errata.base.errors import ConfigError, ResultFileError
-from errata.base.facts import Fact, Rewrite
+from errata.base.facts import Fact, Rewrite, as_plain
 from errata.base.journal import read_journal
 from errata.benchmarks.records import Record, ZsreRecord
 from errata.evaluation.run import digest
@@ -238,7 +238,7 @@ def editor_file(folder: Path, name: str) -> Path:
 
 def written_out(records: Sequence[AnyRecord]) -> str:
     """Records as the text of `records.json`."""
-    return json.dumps([asdict(record) for record in records], ensure_ascii=False, indent=0) + "\n"
+    return json.dumps([as_plain(record) for record in records], ensure_ascii=False, indent=0) + "\n"
 
 
 def read_back(path: Path) -> list[AnyRecord]:

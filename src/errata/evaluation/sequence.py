@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from errata.base.errors import ConfigError, EditFileError, EditMismatch, ErrataError, ResultFileError
-from errata.base.facts import Fact, Rewrite
+from errata.base.facts import Fact, Rewrite, as_plain
 from errata.base.interrupt import deferred_interrupt
 from errata.base.journal import Journal, read_journal
 from errata.editors.rome import RomeConfig, rome
@@ -26,7 +26,7 @@ from errata.editors.rome.prepare import settled
 from errata.edits.edit import Edit
 from errata.evaluation.run import broken, digest, header, moment_digest
 from errata.models.model import Model
-from errata.models.scoring import score
+from errata.models.scoring import Score, score
 from errata.plots.drawing import save
 from errata.plots.sequence import sequence_figure
 from errata.statistics.second_moment import SecondMoment
@@ -103,7 +103,12 @@ def recalled(model: Model, facts: Sequence[Fact]) -> list[bool]:
     Raises:
         FactError: if a fact has no object, or is too long for the model.
     """
-    return [each.greedy for each in score(model, [fact.text for fact in facts], [fact.object for fact in facts])]
+    return [each.greedy for each in _scored(model, facts)]
+
+
+def _scored(model: Model, facts: Sequence[Fact]) -> list[Score]:
+    texts, objects = [fact.text for fact in facts], [fact.object for fact in facts]
+    return score(model, texts, objects, [fact.separator for fact in facts])
 
 
 def edit_in_sequence(
@@ -151,7 +156,7 @@ def edit_in_sequence(
             "give at least one of each"
         )
     config = settled(model, [each.fact for each in rewrites], config, layer, seed)
-    wanted = [Fact(each.subject, each.prompt, each.new_object) for each in rewrites]
+    wanted = [Fact(each.subject, each.prompt, each.new_object, each.separator) for each in rewrites]
     recalled(model, [*wanted, *untouched])  # what cannot be scored is told before any work
     settings = header(
         model,
@@ -161,7 +166,7 @@ def edit_in_sequence(
         every=every,
         rewrites=len(rewrites),
         untouched=len(untouched),
-        facts=digest([[asdict(rewrite) for rewrite in rewrites], [asdict(fact) for fact in untouched]]),
+        facts=digest([[as_plain(rewrite) for rewrite in rewrites], [as_plain(fact) for fact in untouched]]),
     )
     with (
         Journal.open(path, KIND, FORMAT, settings) as journal,

@@ -22,6 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from errata.base.errors import ConfigError, EditMismatch, ErrataError, FactError, ResultFileError
+from errata.base.facts import as_plain
 from errata.base.interrupt import deferred_interrupt
 from errata.base.journal import Journal, read_journal
 from errata.benchmarks.records import Record
@@ -177,7 +178,7 @@ def sweep_sites(
         layers=layers,
         tokens=tokens,
         cases=cases,
-        records=digest([asdict(record) for record in records]),
+        records=digest([as_plain(record) for record in records]),
     )
     groups = [records[begin : begin + _TOGETHER] for begin in range(0, len(records), _TOGETHER)]
     with Journal.open(path, KIND, FORMAT, settings) as journal, deferred_interrupt() as stop_here:

@@ -26,14 +26,15 @@ _LOGITS_AT_ONCE = 2**26
 
 @dataclass(frozen=True)
 class Question:
-    """A prompt, and the targets that may follow it, at least one."""
+    """A prompt, and the targets that may follow it, at least one; between them `separator`, as of `target_ids`."""
 
     prompt: str
     targets: tuple[str, ...]
+    separator: str | None = None
 
     def rows(self, model: Model) -> list[tuple[list[int], int]]:
         """Of each target, the token ids of the whole text, and how many are the prompt's."""
-        return [target_ids(model.tokenizer, self.prompt, target) for target in self.targets]
+        return [target_ids(model.tokenizer, self.prompt, target, self.separator) for target in self.targets]
 
 
 @dataclass(frozen=True)

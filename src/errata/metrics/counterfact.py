@@ -68,7 +68,7 @@ def questions(record: Record) -> list[Question]:
     """
     targets = record.rewrite.new_object, record.rewrite.fact.object
     prompts = (record.rewrite.text, *record.paraphrase, *record.neighborhood, *record.attribute)
-    return [Question(prompt, targets) for prompt in prompts]
+    return [Question(prompt, targets, record.rewrite.separator) for prompt in prompts]
 
 
 def answered(record: Record, answers: Sequence[Answers]) -> RecordAnswers:
@@ -99,7 +99,8 @@ def score_record(model: Model, record: Record, probability: Probability = "per_t
         FactError: if a prompt or an object cannot be scored.
     """
     asked = questions(record)
-    flat = score(model, [q.prompt for q in asked for _ in q.targets], [t for q in asked for t in q.targets])
+    each = [(question.prompt, target, question.separator) for question in asked for target in question.targets]
+    flat = score(model, *map(list, zip(*each, strict=True)))
     return record_scores(answered(record, list(zip(flat[::2], flat[1::2], strict=True))), probability)
 
 

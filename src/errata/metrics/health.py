@@ -98,7 +98,7 @@ def ask(model: Model, rewrite: Rewrite, essence: str) -> Asked:
         FactError: if a text is too long for the model.
     """
     own = _log_probabilities(model, [Fact(rewrite.subject, essence).text])[0]
-    return Asked(math.exp(score(model, [rewrite.text], [rewrite.new_object])[0].total), own[-1])
+    return Asked(math.exp(score(model, [rewrite.text], [rewrite.new_object], [rewrite.separator])[0].total), own[-1])
 
 
 def probe(model: Model, texts: Sequence[str]) -> Probed:
@@ -209,7 +209,7 @@ def alone(model: Model, edits: Sequence[Edit], seed: int = 0) -> list[Health]:
         return []
 
     def probability(rewrite: Rewrite) -> float:
-        return math.exp(score(model, [rewrite.text], [rewrite.new_object])[0].total)
+        return math.exp(score(model, [rewrite.text], [rewrite.new_object], [rewrite.separator])[0].total)
 
     rewrites, chances = [each.rewrites[0] for each in edits], []
     for rewrite, edit in zip(rewrites, edits, strict=True):

@@ -41,9 +41,9 @@ class ZsreScores:
 
 def questions(record: ZsreRecord) -> list[Question]:
     """What a record asks, in the order of `KINDS`."""
-    new = (record.rewrite.new_object,)
-    own = [Question(prompt, new) for prompt in (record.rewrite.text, *record.paraphrase)]
-    return own + [Question(prompt, (answer,)) for prompt, answer in record.locality]
+    new, between = (record.rewrite.new_object,), record.rewrite.separator
+    own = [Question(prompt, new, between) for prompt in (record.rewrite.text, *record.paraphrase)]
+    return own + [Question(prompt, (answer,), between) for prompt, answer in record.locality]
 
 
 def answered(record: ZsreRecord, answers: Sequence[Answers]) -> ZsreAnswers:

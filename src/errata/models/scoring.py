@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from errata.base.errors import FactError
+from errata.base.text import joined, moved_spaces
 from errata.models.model import Model
 
 if TYPE_CHECKING:
@@ -44,25 +45,32 @@ class Score:
         return self.hits == self.n_tokens
 
 
-def target_ids(tokenizer: PreTrainedTokenizerFast, prompt: str, target: str) -> tuple[list[int], int]:
-    """Token ids of the prompt, one space and the target, and how many of them are the prompt's.
+def target_ids(
+    tokenizer: PreTrainedTokenizerFast, prompt: str, target: str, separator: str | None = None
+) -> tuple[list[int], int]:
+    """Token ids of the prompt and the target, joined, and how many of them are the prompt's.
 
     The whole text is tokenized once; character offsets say where the target starts. A token that holds
-    characters of both counts as the target's. No space is added where there is one already.
+    characters of both counts as the target's, as does white space between them, spaces at the prompt's end included.
+
+    Args:
+        tokenizer: the model's.
+        prompt, target: a target that begins with white space is taken as it is.
+        separator: what stands between them; None: what the text asks for (`errata.base.text`), and nothing after a
+            special token, such as a chat marker.
 
     Raises:
         FactError: if the target is blank, or no token stands before it to predict it from.
     """
     if not target.strip():
         raise FactError("the target is empty: there is nothing to score")
-    space = "" if prompt[-1:].isspace() or target[:1].isspace() else " "
-    encoded = tokenizer(
-        prompt + space + target,
-        return_offsets_mapping=True,
-        return_special_tokens_mask=True,
-        verbose=False,
-    )
-    ids, starts_at = encoded["input_ids"], len(prompt) + len(space)
+    if separator is None and _ends_in_marker(tokenizer, prompt):
+        separator = ""
+    whole = joined(prompt, target, separator)
+    starts_at = len(whole) - len(target)
+    prompt, _ = moved_spaces(prompt)
+    encoded = tokenizer(whole, return_offsets_mapping=True, return_special_tokens_mask=True, verbose=False)
+    ids = encoded["input_ids"]
     n_prompt = next(
         (
             i
@@ -79,11 +87,29 @@ def target_ids(tokenizer: PreTrainedTokenizerFast, prompt: str, target: str) -> 
     return ids, n_prompt
 
 
-def score(model: Model, prompts: Sequence[str], targets: Sequence[str]) -> list[Score]:
+def _ends_in_marker(tokenizer: PreTrainedTokenizerFast, text: str) -> bool:
+    """Whether a text ends in a special token that is written out."""
+    if text[-1:].isalnum():
+        return False
+    markers = tuple(str(token) for token in tokenizer.added_tokens_decoder.values() if token.special)
+    return text.endswith(markers)
+
+
+def score(
+    model: Model,
+    prompts: Sequence[str],
+    targets: Sequence[str],
+    separators: Sequence[str | None] | None = None,
+) -> list[Score]:
     """Scores of `targets[i]` after `prompts[i]`, in that order.
 
     Texts of like length share a batch; padding does not change a score beyond rounding. Logits are turned
     into log-probabilities in float32 at least.
+
+    Args:
+        model: any decoder.
+        prompts, targets: one target for each prompt.
+        separators: what stands between them; None, for all or one: what the text asks for, as in `target_ids`.
 
     Raises:
         FactError: if the lists differ in length, a target is blank, or a text is too long for the model.
@@ -92,7 +118,10 @@ def score(model: Model, prompts: Sequence[str], targets: Sequence[str]) -> list[
         raise FactError("score takes a list of prompts and a list of targets: put each text in brackets")
     if len(prompts) != len(targets):
         raise FactError(f"there are {len(prompts)} prompts and {len(targets)} targets: each prompt needs its own")
-    pairs = [target_ids(model.tokenizer, prompt, target) for prompt, target in zip(prompts, targets, strict=True)]
+    between = [None] * len(prompts) if separators is None else list(separators)
+    if len(between) != len(prompts):
+        raise FactError(f"there are {len(prompts)} prompts and {len(between)} separators: each prompt needs its own")
+    pairs = [target_ids(model.tokenizer, *each) for each in zip(prompts, targets, between, strict=True)]
     scores: dict[int, Score] = {}
     for chosen in _batches([len(ids) for ids, _ in pairs], _LOGITS_AT_ONCE // model.vocab_size):
         rows = [pairs[i] for i in chosen]

@@ -146,7 +146,7 @@ class IntegratedGradients:
         """
         maps = {"norms": self.norms, "sums": self.sums}
         values = {
-            "fact": [self.fact.subject, self.fact.prompt, self.fact.object],
+            "fact": self.fact.as_list(),
             "answer": self.answer,
             "tokens": list(self.tokens),
             "subject": list(self.subject),

@@ -200,4 +200,4 @@ def _memory_of(path: str | Path) -> int | None:
 
 def _digest(facts: Sequence[Fact]) -> str:
     """sha256, in hex, of facts in their order."""
-    return hashlib.sha256(json.dumps([[f.subject, f.prompt, f.object] for f in facts]).encode()).hexdigest()
+    return hashlib.sha256(json.dumps([fact.as_list() for fact in facts]).encode()).hexdigest()

@@ -53,13 +53,13 @@ def prepare(model: Model, fact: Fact, config: TraceConfig) -> Prepared:
         if config.answer == "object":
             raise FactError(f"the fact on {fact.subject!r} names no object, and answer='object' asks for one")
         return Prepared(fact, span, None, None)
-    ids, n_prompt = target_ids(model.tokenizer, fact.text, fact.object)
+    ids, n_prompt = target_ids(model.tokenizer, fact.text, fact.object, fact.separator)
     if config.answer == "model":
         return Prepared(fact, span, None, ids[n_prompt])
     if tuple(ids[:n_prompt]) != span.ids:
         raise FactError(
             f"the prompt {fact.text!r} has other tokens when {fact.object!r} follows, so its answer cannot be scored: "
-            "end it without white space or half a word"
+            "end it with a whole word, or name another separator"
         )
     target = tuple(ids[n_prompt:] if config.scored == "whole" else ids[n_prompt : n_prompt + 1])
     prepared = Prepared(fact, span, target, ids[n_prompt])

@@ -223,7 +223,7 @@ def _first(pair: tuple[int, Any]) -> int:
 def as_record(trace: CausalTrace) -> dict[str, Any]:
     """A trace as a line of a file: JSON, with null for NaN."""
     return {
-        "fact": [trace.fact.subject, trace.fact.prompt, trace.fact.object],
+        "fact": trace.fact.as_list(),
         "answer": trace.answer,
         "tokens": list(trace.tokens),
         "subject": list(trace.subject),

@@ -102,7 +102,13 @@ def fine_tune(
     texts: dict[int, Text] = {}
     for number, rewrite in enumerate(wanted):
         try:
-            texts[number] = text_of(model, rewrite.text, rewrite.new_object, config.loss == "teacher_forcing")
+            texts[number] = text_of(
+                model,
+                rewrite.text,
+                rewrite.new_object,
+                rewrite.separator,
+                forced=config.loss == "teacher_forcing",
+            )
         except FactError as error:
             if errors == "raise":
                 raise

@@ -109,7 +109,7 @@ def _made(
     texts: dict[int, Text] = {}
     for number, rewrite in enumerate(wanted):
         try:
-            texts[number] = text_of(model, rewrite.text, rewrite.new_object)
+            texts[number] = text_of(model, rewrite.text, rewrite.new_object, rewrite.separator)
         except FactError as error:
             if errors == "raise":
                 raise

@@ -5,10 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 from errata.base.errors import FactError
-from errata.base.facts import Fact, Rewrite, fact_key
+from errata.base.facts import Fact, Rewrite, as_plain, fact_key
 from errata.base.seeds import derive
 from errata.models.generation import generate
 from errata.models.model import Model
@@ -45,7 +45,7 @@ def keys(lessons: Sequence[Lesson]) -> list[str]:
 
 def digest(lessons: Sequence[Lesson]) -> str:
     """sha256, in hex, of all that stands in them."""
-    return hashlib.sha256(json.dumps([asdict(each) for each in lessons], sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(json.dumps([as_plain(each) for each in lessons], sort_keys=True).encode()).hexdigest()
 
 
 def _parted(model: Model, text: str, prompt_tokens: int, target_tokens: int) -> tuple[str, str] | None:
@@ -89,6 +89,6 @@ def text_lessons(
         new, other = written[(i + 1) % len(long)], long[(i + 2) % len(long)]
         if new and prompt.strip() and other[1].strip():
             subject = prompt.split()[0]
-            fact = Fact(subject, prompt.replace(subject, "{}", 1), true)
+            fact = Fact(subject, prompt.replace(subject, "{}", 1), true, separator=" ")
             found.append(Lesson(fact.rewrite(new), (prompt,), (other,)))
     return found

@@ -50,13 +50,13 @@ class Drill:
         Raises:
             FactError: if a text is too long for the model, or nothing is left of a target.
         """
-        new = lesson.rewrite.new_object
+        new, between = lesson.rewrite.new_object, lesson.rewrite.separator
         apart = lesson.others[other % len(lesson.others)] if lesson.others else None
         return cls(
-            text_of(model, lesson.rewrite.text, new),
+            text_of(model, lesson.rewrite.text, new, between),
             words_of(model, condition(lesson.rewrite)),
-            text_of(model, lesson.equivalents[equivalent % len(lesson.equivalents)], new),
-            text_of(model, *apart) if apart else None,
+            text_of(model, lesson.equivalents[equivalent % len(lesson.equivalents)], new, between),
+            text_of(model, *apart, between) if apart else None,
         )
 
 

@@ -398,7 +398,7 @@ def _require_readable(model: Model, lessons: Sequence[Lesson]) -> None:
         texts = [lesson.rewrite.text, *lesson.equivalents]
         try:
             for prompt, target in [*((prompt, new) for prompt in texts), *lesson.others]:
-                text_of(model, prompt, target)
+                text_of(model, prompt, target, lesson.rewrite.separator)
         except FactError as problem:
             raise FactError(f"lesson {number}, counted from 0, cannot be learnt: {problem}") from problem
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from errata.base.errors import ConfigError, ErrataError, FactError, UnsupportedModel
 from errata.base.facts import Rewrite
 from errata.base.fingerprint import tensor_digest
+from errata.base.text import after_sentence
 from errata.editors.knowledge_neurons.attribution import attributions
 from errata.editors.knowledge_neurons.config import KnowledgeNeuronsConfig
 from errata.editors.knowledge_neurons.neurons import Neuron, refined
@@ -154,9 +155,7 @@ def _edit(
     model: Model, rewrite: Rewrite, config: KnowledgeNeuronsConfig, seed: int, fingerprints: dict[str, str]
 ) -> Edit:
     assert not isinstance(config.prefixes, int)  # settled
-    # The space before an object belongs to its token.
-    text = rewrite.text.rstrip() if config.leading_space else rewrite.text
-    said = _prediction(model, text)
+    said = _prediction(model, rewrite.text)
     old = _object_ids(model, rewrite, rewrite.fact.object, config) if rewrite.fact.object else [said]
     new = _object_ids(model, rewrite, rewrite.new_object, config)
     # New York and New Jersey differ in their second token.
@@ -167,7 +166,7 @@ def _edit(
             f"the new object {rewrite.new_object!r} has the tokens of the old one where they would be told apart, so "
             "nothing would be moved: name another object"
         )
-    by_prompt = [_of_prompt(model, prefix + text, old, config) for prefix in config.prefixes]
+    by_prompt = [_of_prompt(model, after_sentence(prefix, rewrite.text), old, config) for prefix in config.prefixes]
     neurons = refined(by_prompt, config)
     embeddings = _embeddings(model).to(torch.promote_types(model.dtype, torch.float32))
     vector = config.write * embeddings[written] - config.erase * embeddings[erased]
@@ -200,7 +199,7 @@ def _of_prompt(model: Model, text: str, old: Sequence[int], config: KnowledgeNeu
 
 def _object_ids(model: Model, rewrite: Rewrite, text: str, config: KnowledgeNeuronsConfig) -> list[int]:
     if config.leading_space:
-        ids, n_prompt = target_ids(model.tokenizer, rewrite.text, text)
+        ids, n_prompt = target_ids(model.tokenizer, rewrite.text, text, rewrite.separator)
         return ids[n_prompt:]
     ids = model.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     if not ids:

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from errata.base.facts import Fact
+from errata.base.text import after_sentence
 from errata.editors.prefixes import sampled
 from errata.models.model import Model
 from errata.models.tokens import Role, locate
@@ -33,8 +34,9 @@ class Context:
 
     @classmethod
     def of(cls, fact: Fact, prefix: str = "") -> Context:
-        """The fact's prompt after a prefix, which is taken as it is."""
-        return cls(prefix + fact.text, len(prefix) + fact.subject_start, fact.subject)
+        """The fact's prompt after a prefix, joined as its script asks for."""
+        text = after_sentence(prefix, fact.text)
+        return cls(text, len(text) - len(fact.text) + fact.subject_start, fact.subject)
 
     def lookup(self, model: Model, role: Role) -> tuple[tuple[int, ...], int]:
         """Its token ids, and the index of the token in that role.

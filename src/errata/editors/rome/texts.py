@@ -8,6 +8,7 @@ from typing import Literal
 
 from errata.base.errors import FactError
 from errata.base.facts import Fact, Rewrite
+from errata.base.text import joined
 from errata.editors.rome.config import RomeConfig
 from errata.editors.rome.contexts import Context
 from errata.models.model import Model
@@ -53,11 +54,11 @@ def _until_lookup(model: Model, kind: Literal["kl", "bare"], context: Context, c
 
 def _with_target(model: Model, context: Context, rewrite: Rewrite, config: RomeConfig) -> Text:
     ids, index = context.lookup(model, config.fact_token)
-    whole, n_prompt = target_ids(model.tokenizer, context.text, rewrite.new_object)
+    whole, n_prompt = target_ids(model.tokenizer, context.text, rewrite.new_object, rewrite.separator)
     if tuple(whole[: index + 1]) != ids[: index + 1] or index >= n_prompt:
         raise FactError(
             f"the tokenizer joins the end of {context.text!r} with the target {rewrite.new_object!r}, "
             f"so that the token {config.fact_token} is another one with and without it. Reword the prompt"
         )
-    model.require_room(whole[:-1], f"{context.text} {rewrite.new_object}")
+    model.require_room(whole[:-1], joined(context.text, rewrite.new_object, rewrite.separator))
     return Text("context", tuple(whole[:-1]), index, tuple(whole[n_prompt:]))
