@@ -30,6 +30,35 @@ def test_one_fact_is_shown_with_its_layer_and_its_health(errata, tmp_path):
     assert (tmp_path / "merged" / "model.safetensors").is_file()
 
 
+def test_the_old_object_is_the_models_phrase_or_what_is_named(errata, tmp_path):
+    done = errata("edit", *FACT, "--to", "Italian", "--out", "d.safetensors")
+    assert "old object: “English”, as the model said before; --from names another" in " ".join(done.stdout.split())
+    kept = Edit.load(tmp_path / "d.safetensors")
+    assert (kept.rewrites[0].fact.object, kept.notes["old_object"]) == ("English", "model")
+    done = errata("edit", *FACT, "--to", "Italian", "--from", "Welsh", "--json")
+    assert json.loads(done.stdout)["old_object"] == {"text": "Welsh", "source": "given"}
+
+
+def test_spaces_at_a_prompts_end_change_no_edit(errata):
+    plain, spaced = (
+        json.loads(errata("edit", FACT[0], FACT[1], FACT[2], FACT[3] + end, "--to", "Italian", "--json").stdout)
+        for end in ("", " ")
+    )
+    assert spaced["prompts"] == plain["prompts"]
+    assert spaced["old_object"] == plain["old_object"]
+    assert spaced["relative_norm"] == plain["relative_norm"]
+
+
+def test_the_separator_is_an_option(errata, tmp_path):
+    done = errata("edit", *FACT, "--to", "Italian", "--separator", "\n", "--out", "d.safetensors", "--json")
+    assert done.returncode == 0, done.stderr
+    (rewrite,) = Edit.load(tmp_path / "d.safetensors").rewrites
+    assert rewrite.separator == "\n"
+    refused(errata("edit", *FACT, "--to", "Italian", "--separator", "-"), "the separator is '-'")
+    (tmp_path / "r.csv").write_text(TABLE)
+    refused(errata("edit", "--requests", "r.csv", "--separator", ""), "not both")
+
+
 def test_the_layer_of_a_trace_is_told(errata):
     done = errata("edit", *FACT, "--to", "Italian", "--layer", "auto", "--json")
     said = json.loads(done.stdout)

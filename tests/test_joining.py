@@ -3,11 +3,25 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from errata.base.errors import FactError
 from errata.base.facts import Fact, as_plain
-from errata.base.text import after_sentence, ended, joined, moved_spaces, separator
+from errata.base.text import after_sentence, ended, joined, moved_spaces, phrase, separator
+from errata.editors.rome.config import RomeConfig
+from errata.editors.rome.contexts import Context
+from errata.editors.rome.texts import texts_of
+from errata.editors.texts import text_of
+from errata.edits.delta import RankOne
+from errata.edits.edit import Edit
+from errata.metrics.asking import Question
+from errata.models.generation import generate
 from errata.models.scoring import score, target_ids
+from errata.models.tokens import encode, locate
+from errata.tracing.config import TraceConfig
+from errata.tracing.prepare import prepare
+from errata.tracing.result import load_traces
+from errata.tracing.trace import trace
 from tiny import byte_tokenizer, llama_tokenizer
 from tokenizers_zoo import byte_fallback, byte_level, gpt2_tokenizer, unigram
 
@@ -246,3 +260,138 @@ def test_scores_take_separators():
     assert plain == pytest.approx(score(model, ["東京の"], ["京"], [""])[0].total, rel=1e-5)
     with pytest.raises(FactError, match="3 prompts and 1 separators"):
         score(model, prompts, targets, [None])
+
+
+# ---- the rest of the package agrees ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        (" Cairo.\nThe next", "Cairo"),
+        (" the city of Cairo, which lies", "the city of Cairo"),
+        (" St. Petersburg. It is", "St. Petersburg"),
+        (" 1,000,000 people. It", "1,000,000 people"),
+        (" 3.5 million", "3.5 million"),
+        ("开罗。埃及是", "开罗"),
+        ("「カイロ」です", "カイロ"),
+        ("\n\nCairo\n", "Cairo"),
+        (' "The Godfather" and', "The Godfather"),
+        (".", ""),
+    ],
+)
+def test_where_an_answer_ends(text, answer):
+    assert phrase(text) == answer
+
+
+def test_models_go_on_from_the_text_before_a_prompts_last_spaces():
+    from test_scoring import model_of
+
+    model = model_of("gpt2")
+    prompt = "The Space Needle is in"
+    (plain,) = generate(model, [prompt], 8, greedy=True)
+    for spaces in (" ", "   "):
+        (whole,) = generate(model, [prompt + spaces], 8, greedy=True)
+        assert whole.startswith(prompt + spaces)
+        assert whole.removeprefix(prompt).lstrip(" ") == plain.removeprefix(prompt).lstrip(" ")
+    assert generate(model, ["Rome\n"], 4, greedy=True)[0].startswith("Rome\n")
+
+
+def traced(model, fact: Fact, **settings):
+    return trace(model, fact, samples=1, parts=("state",), noise="0.5", **settings)
+
+
+def test_a_trace_reads_no_space_at_a_prompts_end():
+    from test_scoring import model_of
+
+    model = model_of("gpt2")
+    plain, spaced = (traced(model, Fact("The Louvre", prompt)) for prompt in ("{} is in", "{} is in  "))
+    assert (plain.tokens, plain.answer, plain.clean) == (spaced.tokens, spaced.answer, spaced.clean)
+    assert spaced.fact.separator == "  "
+
+
+@pytest.mark.parametrize(
+    "fact",
+    [
+        Fact("東京", "{}カ", "京"),
+        Fact("東京", "{}カ", "京", separator=" "),
+        Fact("Rome", "{} is", "Paris"),
+        Fact("Rome", "{}-", "Paris"),
+        Fact("Rome", "{} is\n", "Paris"),
+    ],
+)
+def test_what_is_scored_traced_and_edited_is_one_text(fact):
+    from test_scoring import model_of
+
+    model = model_of("gpt2")
+    ids, n_prompt = target_ids(model.tokenizer, fact.text, fact.object, fact.separator)
+    assert ids == model.tokenizer(fact.statement)["input_ids"]
+    prepared = prepare(model, fact, TraceConfig(answer="object", scored="whole"))
+    assert [*prepared.span.ids, *prepared.target] == ids
+    trained = text_of(model, fact.text, fact.object, fact.separator)
+    assert [*trained.ids, trained.targets[-1]] == ids
+    context, *_ = texts_of(model, fact.rewrite(fact.object), [""], RomeConfig(kl_factor=0))
+    assert [*context.ids, context.targets[-1]] == ids
+    (asked,) = Question(fact.text, (fact.object,), fact.separator).rows(model)
+    assert asked == (ids, n_prompt)
+
+
+def test_a_prefix_leaves_the_tokens_of_a_subject_without_spaces():
+    for name in ("unigram", "byte_fallback", "llama", "bytes"):
+        tokenizer = ZOO[name]()
+        context = Context.of(Fact("東京", "{}カ", "京"), "It rained. ")
+        span = locate(tokenizer, context.text, context.start, context.subject)
+        assert "".join(span.tokens[span.first : span.last + 1]).replace(" ", "")[:1] == "東", name
+        assert not any(token == " " for token in span.tokens[span.first - 1 : span.last + 1]), (name, span.tokens)
+
+
+def test_an_edit_keeps_its_separator_and_old_files_have_none(tmp_path):
+    from test_scoring import model_of
+
+    model = model_of("gpt2")
+    fact = Fact("Rome", "{} is", "Paris", separator="")
+    name = "transformer.h.0.mlp.c_proj.weight"
+    delta = RankOne(name, torch.ones(16), torch.ones(24))
+    edit = Edit.of(model, [delta], "test", [fact.rewrite("Oslo")])
+    edit.save(tmp_path / "edit.safetensors")
+    assert Edit.load(tmp_path / "edit.safetensors").rewrites == (fact.rewrite("Oslo"),)
+    plain = Edit.of(model, [delta], "test", [Fact("Rome", "{} is", "Paris").rewrite("Oslo")])
+    assert "separator" not in str(plain._header()["rewrites"])
+
+
+def test_a_trace_keeps_its_separator(tmp_path):
+    from test_scoring import model_of
+
+    found = traced(model_of("gpt2"), Fact("Rome", "{} is", "Paris", separator="\n"))
+    found.save(tmp_path / "trace.jsonl")
+    assert load_traces(tmp_path / "trace.jsonl")[0].fact == found.fact
+
+
+# ---- a start token that is written out -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["llama", "byte_level", "unigram", "byte_fallback"])
+def test_a_start_token_that_the_text_has_is_not_doubled(name):
+    tokenizer = ZOO[name]()
+    start = tokenizer.bos_token
+    text = f"{start}The Space Needle is in"
+    with pytest.warns(UserWarning, match="one of the two is left out"):
+        encoded = encode(tokenizer, text, return_offsets_mapping=True)
+    plain = tokenizer("The Space Needle is in", return_offsets_mapping=True)
+    assert encoded["input_ids"].count(tokenizer.bos_token_id) == 1
+    assert len(encoded["offset_mapping"]) == len(encoded["input_ids"])
+    if name in ("byte_level",):
+        assert encoded["input_ids"] == plain["input_ids"]
+    with pytest.warns(UserWarning, match="left out"):
+        ids, _ = target_ids(tokenizer, text, "The")
+    assert ids.count(tokenizer.bos_token_id) == 1
+    with pytest.warns(UserWarning, match="left out"):
+        span = locate(tokenizer, text, text.index("Needle"), "Needle")
+    assert "".join(span.tokens[span.first : span.last + 1]).strip() == "Needle"
+
+
+def test_a_start_token_that_the_tokenizer_does_not_add_is_kept():
+    tokenizer = byte_tokenizer()
+    assert encode(tokenizer, "<|endoftext|>Rome")["input_ids"] == tokenizer("<|endoftext|>Rome")["input_ids"]
+    doubled = encode(tokenizer, "<|endoftext|><|endoftext|>Rome")["input_ids"]  # as it is written
+    assert doubled.count(tokenizer.bos_token_id) == 2

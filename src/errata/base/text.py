@@ -57,6 +57,11 @@ _STOPS = {
 _STOP_OF = tuple((regex.compile(f"[{scripts}]"), stop) for scripts, stop in _STOPS.items())
 _FULL_STOP = ". "
 
+# Where an answer ends: not at a point or comma within a number, nor at the point of "St." or "U.S.".
+_PHRASE_END = regex.compile(
+    r"[\r\n]|(?<!\b\p{Lu}\p{L}?)\.(?![\p{L}\p{N}])|,(?!\p{N})|[\p{STerm}--.]|[;:!?()\[\]\"“”„«»」』、，；：]", regex.V1
+)
+
 
 def separator(before: str, after: str) -> str:
     """What a writer puts between two pieces of text: a space, or nothing."""
@@ -120,6 +125,14 @@ def after_sentence(sentence: str, text: str) -> str:
             sentence = sentence.removesuffix(_FULL_STOP) + (_stop(first[0]).strip() or _FULL_STOP.strip())
         return sentence + text
     return joined(sentence, text)
+
+
+def phrase(text: str) -> str:
+    """The beginning of a text up to where an answer ends: a line's end, or punctuation that no number or name goes on
+    after; without white space around it, or an opening quote."""
+    text = text.lstrip("\"'“„«「『 \t\r\n")
+    found = _PHRASE_END.search(text)
+    return (text[: found.start()] if found else text).strip()
 
 
 def moved_spaces(text: str) -> tuple[str, str]:

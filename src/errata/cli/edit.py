@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Optional
 
 import typer
 
+from errata.base.text import phrase
 from errata.benchmarks.fact_table import BadLine
 from errata.cli import moments, options, tables
 from errata.cli.export import Lora, Merge
@@ -34,6 +35,7 @@ def edit(
     ] = None,
     to: Annotated[Optional[str], typer.Option(help="The new object.")] = None,  # noqa: UP045
     old: Annotated[str, typer.Option("--from", help="The old object; else what the model says now.")] = "",
+    separator: options.Separator = None,
     requests: Annotated[
         Optional[Path],  # noqa: UP045
         typer.Option(
@@ -94,11 +96,11 @@ def edit(
     if requests is None:
         if sequential or strict:
             raise ConfigError("--sequential and --strict are about a table of requests: give one by --requests")
-        rewrites = [_one(subject, prompt, to, old)]
+        rewrites = [_one(subject, prompt, to, old, separator)]
         if not all(text.strip() for text in also or []):
             raise ConfigError("--also is empty: write a prompt to watch")
     else:
-        if any((subject, prompt, to, old, also)):
+        if any((subject, prompt, to, old, also, separator is not None)):
             raise ConfigError("give one fact by --subject, --prompt and --to, or a table by --requests, not both")
         table = tables.requested(requests, strict)
         rewrites = [row.rewrite for row in table.rows]
@@ -128,6 +130,8 @@ def edit(
         tables.tell_bad_lines(refused, requests, table.unit, strict)
         names = [row.name for row, each in zip(table.rows, made, strict=True) if isinstance(each, Edit)]
     edits = [each for each in made if isinstance(each, Edit)]
+    if table is None:
+        edits = [dataclasses.replace(each, notes={**each.notes, "old_object": _SOURCE[bool(old)]}) for each in edits]
     told: dict[str, Any] = {"model": loaded.name, **how}
     if edits:
         with warnings.catch_warnings():
@@ -150,22 +154,22 @@ def edit(
 
 # ---- what goes in ----
 
+_ANSWER_TOKENS = 12  # of what the model says now, at most so many are recorded as the old object
 
-def _one(subject: str | None, prompt: str | None, to: str | None, old: str) -> Rewrite:
+
+def _one(subject: str | None, prompt: str | None, to: str | None, old: str, separator: str | None) -> Rewrite:
     from errata.base.errors import ConfigError
     from errata.base.facts import Fact
 
     if subject is None or prompt is None or to is None:
         raise ConfigError("there is no fact to edit: give --subject, --prompt and --to, or a table by --requests")
-    return Fact(subject, prompt, old).rewrite(to)
+    return Fact(subject, prompt, old, separator).rewrite(to)
 
 
 def _with_old_object(model: Model, rewrite: Rewrite) -> Rewrite:
-    """The rewrite of what the model says now."""
-    from errata.base.facts import Fact
-
-    said = model.complete(rewrite.text, 1)[len(rewrite.text) :].strip()
-    return Fact(rewrite.subject, rewrite.prompt, said).rewrite(rewrite.new_object)
+    """The rewrite of what the model says now: its greedy continuation, up to where an answer ends."""
+    said = phrase(model.complete(rewrite.text, _ANSWER_TOKENS)[len(rewrite.text) :])
+    return dataclasses.replace(rewrite.fact, object=said).rewrite(rewrite.new_object)
 
 
 def _layer(text: str | None) -> int | Literal["auto"] | None:
@@ -350,9 +354,9 @@ def _tell_one(model: Model, made: Edit, also: Sequence[str], told: Mapping[str, 
 
     (rewrite,) = made.rewrites
     prompts, to = [rewrite.text, *also], rewrite.new_object
-    before = _says(model, prompts, to)
+    before = _says(model, prompts, to, rewrite.separator)
     with made.applied(model):
-        after = _says(model, prompts, to)
+        after = _says(model, prompts, to, rewrite.separator)
     norm = made.relative_norm(model)
     if after[0][1] < 0.5:
         typer.echo(
@@ -365,6 +369,7 @@ def _tell_one(model: Model, made: Edit, also: Sequence[str], told: Mapping[str, 
             {
                 **told,
                 "id": made.id,
+                "old_object": {"text": rewrite.fact.object, "source": made.notes["old_object"]},
                 "weights": [delta.weight for delta in made.deltas],
                 "relative_norm": norm,
                 "prompts": [
@@ -383,9 +388,13 @@ def _tell_one(model: Model, made: Edit, also: Sequence[str], told: Mapping[str, 
     ]
     show.table(("prompt", "before", f"P({to})", "after", f"P({to})"), rows)
     weights = ", ".join(delta.weight for delta in made.deltas)
+    whence = {"model": "as the model said before; --from names another", "given": "by --from"}
+    show.line(f"old object: “{rewrite.fact.object}”, {whence[made.notes['old_object']]}")
     show.line(f"{weights} changed by ‖ΔW‖/‖W‖ = {norm:.3f}; {_by(told)}")
     show.line(show.health_summary(made))
 
+
+_SOURCE = {True: "given", False: "model"}  # whence an old object is
 
 _ADVICE = {
     True: "Another layer may do (--layer auto, or errata trace shows where), or more text in --corpus",
@@ -471,11 +480,11 @@ def _tell_many(
         show.line(f"{_by(told)}. Drift is in nats per token, on texts of the model's own.")
 
 
-def _says(model: Model, prompts: Sequence[str], target: str) -> list[tuple[str, float]]:
+def _says(model: Model, prompts: Sequence[str], target: str, separator: str | None) -> list[tuple[str, float]]:
     """For each prompt how the model goes on, and the probability of the target."""
     from errata.models.scoring import score
 
-    found = score(model, prompts, [target] * len(prompts))
+    found = score(model, prompts, [target] * len(prompts), [separator] * len(prompts))
     return [
         (model.complete(prompt, 6)[len(prompt) :].split("\n")[0].strip(), math.exp(each.total))
         for prompt, each in zip(prompts, found, strict=True)

@@ -15,6 +15,7 @@ def gradients(
     prompt: options.Prompt,
     out: Annotated[Path, typer.Option(help="Picture: .png, .svg or .pdf.")],
     object_: options.Object = "",
+    separator: options.Separator = None,
     model: options.ModelName = "atlas",
     save: Annotated[Optional[Path], typer.Option(help="The gradients themselves, .jsonl.")] = None,  # noqa: UP045
     save_trace: Annotated[Optional[Path], typer.Option(help="The trace itself, .jsonl.")] = None,  # noqa: UP045
@@ -37,7 +38,7 @@ def gradients(
     from errata.base.facts import Fact
     from errata.cli import show
 
-    fact = Fact(subject, prompt, object_)
+    fact = Fact(subject, prompt, object_, separator)
     if answer == "object" and not fact.object:
         raise FactError("--answer object asks for the probability of the fact's object: name it by --object")
     budget = options.memory_bytes(memory)
@@ -79,6 +80,7 @@ def gradients(
                 "subject": fact.subject,
                 "prompt": fact.prompt,
                 "object": fact.object,
+                "separator": fact.separator,
                 "answer": found.answer,
                 "probability": found.probability,
                 "tokens": list(found.tokens),

@@ -25,6 +25,7 @@ def trace(
         typer.Option(help="A sentence up to its object, with {} where the subject stands."),
     ] = None,
     object_: options.Object = "",
+    separator: options.Separator = None,
     facts: Annotated[
         Optional[Path],  # noqa: UP045
         typer.Option(help="Instead of one fact a table of them: .csv, .tsv, .jsonl or .json. Needs --save."),
@@ -90,12 +91,12 @@ def trace(
             raise ConfigError("there is no fact to trace: give --subject and --prompt, or a table of facts by --facts")
         if strict or unknown or min_effect is not None:
             raise ConfigError("--strict, --unknown and --min-effect are about a table of facts: give one by --facts")
-        fact = Fact(subject, prompt, object_)
+        fact = Fact(subject, prompt, object_, separator)
         if answer == "object" and not fact.object:
             raise FactError("--answer object asks for the probability of the fact's object: name it by --object")
         _trace_one(fact, settings, model, out, save, budget, device, dtype, download, start_token, json)
     else:
-        if subject is not None or prompt is not None or object_:
+        if subject is not None or prompt is not None or object_ or separator is not None:
             raise ConfigError("facts are given twice: by --facts, or one by --subject, --prompt and --object")
         if save is None:
             raise ConfigError("--facts needs a file in which each trace is kept once it is made: give --save, .jsonl")
@@ -156,6 +157,7 @@ def _trace_one(
                 "subject": fact.subject,
                 "prompt": fact.prompt,
                 "object": fact.object,
+                "separator": fact.separator,
                 "answer": found.answer,
                 "known": found.known,
                 "clean": found.clean,

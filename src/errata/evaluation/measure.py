@@ -32,7 +32,7 @@ from errata.metrics.asking import Answers, Passage, Question, ask_together
 from errata.metrics.edited import Plan, alike
 from errata.metrics.text import ESSENCE_LENGTH, generation_entropy
 from errata.metrics.tfidf import TfIdf
-from errata.models.generation import generate
+from errata.models.generation import generate, prompt_ids
 from errata.models.model import Model
 from errata.passes.rowwise import rowwise
 
@@ -112,9 +112,9 @@ def _refusal(model: Model, record: AnyRecord, measures: Measures) -> str | None:
                 model.require_room(ids, question.prompt)
         if measures.probes:
             essence = Fact(record.rewrite.subject, health.ESSENCE).text
-            model.require_room(model.tokenizer(essence, verbose=False)["input_ids"], essence)
+            model.require_room(model.ids(essence), essence)
         for text in _openings(record) if measures.generation else ():
-            ids = model.tokenizer(text, verbose=False)["input_ids"]
+            ids = prompt_ids(model, text)
             model.require_room(ids and [*ids, 0], text)  # and for one token more
     except FactError as error:
         return str(error)

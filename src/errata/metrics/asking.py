@@ -46,7 +46,7 @@ class Passage:
 
     def rows(self, model: Model) -> list[tuple[list[int], int]]:
         """Its token ids, and 1."""
-        return [(model.tokenizer(self.text, verbose=False)["input_ids"][: self.max_tokens], 1)]
+        return [(model.ids(self.text)[: self.max_tokens], 1)]
 
 
 Answers = tuple[Score, ...]  # of a question's targets, in order

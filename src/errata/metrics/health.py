@@ -107,7 +107,7 @@ def probe(model: Model, texts: Sequence[str]) -> Probed:
     Raises:
         FactError: if a text is too long for the model, or none has two tokens.
     """
-    rows = [model.tokenizer(text, verbose=False)["input_ids"] for text in texts]
+    rows = [model.ids(text) for text in texts]
     if max(map(len, rows), default=0) < 2:
         raise FactError(
             "no probe text has two tokens, so there is nothing that the model could foretell: give longer ones"
@@ -123,7 +123,7 @@ def sampled_probes(model: Model, seed: int) -> tuple[str, ...]:
     """
     start = start_text(model)
     texts = generate(model, [start] * PROBES, PROBE_TOKENS, top_k=None, seed=derive(seed, "probes"))
-    kept = tuple(text for text in texts if len(model.tokenizer(text, verbose=False)["input_ids"]) > 1)
+    kept = tuple(text for text in texts if len(model.ids(text)) > 1)
     if not kept:
         raise ConfigError(
             f"{model.name} ends every text that it begins at once, so there are no texts of its own to measure drift "
@@ -174,7 +174,7 @@ def healths(
         return []
     texts = [Fact(rewrite.subject, essence).text for rewrite in rewrites]
     texts += [text for _ in edits for text in probes]
-    strands = [Strand(tuple(model.tokenizer(text, verbose=False)["input_ids"])) for text in texts]
+    strands = [Strand(tuple(model.ids(text))) for text in texts]
     kept: list[dict[int, Tensor]] = [{}, {}]  # without and with the edit, states by strand; of probes only with
     owners = [*range(len(edits)), *(i for i in range(len(edits)) for _ in probes)]
     with_edits = [edits[i] for i in owners]

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 from errata.base.errors import ConfigError, FactError
 from errata.benchmarks.fact_table import FactRow
-from errata.models.generation import generate
+from errata.models.generation import generate, prompt_ids
 from errata.models.model import Model
 
 # Thai to Khmer, kana, Han and Hangul: words follow each other, or their particles, without a space.
@@ -163,4 +163,4 @@ def _naming(answers: dict[str, str]) -> re.Pattern[str]:
 
 
 def _tokens(model: Model, text: str) -> int:
-    return len(model.tokenizer(text, verbose=False)["input_ids"])
+    return len(prompt_ids(model, text))

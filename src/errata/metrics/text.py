@@ -26,6 +26,7 @@ from torch.nn import functional
 from errata.base.errors import ConfigError, FactError
 from errata.base.extras import needed
 from errata.models.model import Model
+from errata.models.tokens import encode
 
 ESSENCE_LENGTH = 100  # tokens of the essence texts that count, in the published code
 LONGEST_WINDOW = 2048  # that is taken without being asked for: logits of more may not fit
@@ -153,7 +154,7 @@ def perplexity(
         raise ConfigError(f"a window of {width} tokens is more than {model.name} reads, which is {model.max_length}")
     rows: list[Row] = []
     for text in texts:
-        encoded = model.tokenizer(text, return_special_tokens_mask=True, verbose=False)
+        encoded = encode(model.tokenizer, text, return_special_tokens_mask=True)
         ids, special = encoded["input_ids"], encoded["special_tokens_mask"]
         before = next((i for i, mark in enumerate(special) if not mark), len(ids))
         room = width - before
@@ -186,7 +187,7 @@ def essence_perplexity(
     """
     if max_length < 1:
         raise ConfigError(f"max_length is {max_length}, and nothing can be read of so few tokens: it must be 1 or more")
-    ids = model.tokenizer(" ".join(require_list(texts)), verbose=False)["input_ids"]
+    ids = model.ids(" ".join(require_list(texts)))
     ids = ids[: min(max_length, model.max_length)]
     if len(ids) < 2:
         return math.nan

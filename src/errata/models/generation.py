@@ -21,6 +21,7 @@ from transformers.cache_utils import Cache, DynamicLayer
 
 from errata.base.errors import ConfigError, Diverged, FactError
 from errata.base.seeds import derive
+from errata.base.text import moved_spaces
 from errata.models.model import Model
 from errata.models.quick import quick
 
@@ -47,7 +48,8 @@ def generate(
 
     Args:
         model: any decoder.
-        prompts: what to go on from; without any tokens to add, they are returned as they are.
+        prompts: what to go on from; without any tokens to add, they are returned as they are. Spaces at the end of one
+            are part of the word to come, in tokenizers: the model goes on from the text before them.
         max_new_tokens: how many tokens to add, at most.
         length: how many tokens a text may have with its prompt, at most; None: any.
         top_k, temperature, greedy: how to draw.
@@ -67,7 +69,7 @@ def generate(
     seeds = [derive(seed, i) for i in range(len(prompts))] if isinstance(seed, int) else list(seed)
     if len(seeds) != len(prompts):
         raise ConfigError(f"there are {len(prompts)} prompts and {len(seeds)} seeds: give one seed, or one a prompt")
-    rows = [model.tokenizer(prompt, verbose=False)["input_ids"] for prompt in prompts]
+    rows = [prompt_ids(model, prompt) for prompt in prompts]
     for prompt, row in zip(prompts, rows, strict=True):
         if not row:
             raise FactError(f"the prompt {prompt!r} has no tokens: the model needs at least one to start from")
@@ -84,8 +86,15 @@ def generate(
         with around(chosen) if around else contextlib.nullcontext():
             new = _continue(model, [rows[i] for i in chosen], settings, draw)
         for index, tokens in zip(chosen, new, strict=True):
-            texts[index] += _text_after(model, rows[index], tokens[: wanted[index]])
+            said = _text_after(model, rows[index], tokens[: wanted[index]])
+            there = len(moved_spaces(prompts[index])[1])  # spaces that the prompt shows already
+            texts[index] += said[min(there, len(said) - len(said.lstrip(" "))) :]
     return [texts[i] for i in range(len(prompts))]
+
+
+def prompt_ids(model: Model, prompt: str) -> list[int]:
+    """Token ids of a prompt without the spaces at its end, which belong to what follows."""
+    return model.ids(moved_spaces(prompt)[0])
 
 
 def start_text(model: Model) -> str:

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from errata.base.errors import ConfigError, FactError, UnsupportedModel
 from errata.models.families import Anatomy, find_anatomy, softcapped, verify
+from errata.models.tokens import encode
 from errata.models.weights import linear_matrix, place
 
 if TYPE_CHECKING:
@@ -230,6 +231,10 @@ class Model:
                 return int(token_id)
         return 0
 
+    def ids(self, text: str) -> list[int]:
+        """Token ids of one text, with the tokenizer's own special tokens, as `models.tokens.encode` gives them."""
+        return list(encode(self.tokenizer, text)["input_ids"])
+
     def encode(self, texts: Sequence[str]) -> Batch:
         """Token ids of texts, with the tokenizer's own special tokens, as a batch on the model's device.
 
@@ -240,7 +245,7 @@ class Model:
             raise FactError("encode takes a list of texts: put the text in brackets, as in [text]")
         if not texts:
             raise FactError("there is no text to encode")
-        return self.batch([self.tokenizer(text, verbose=False)["input_ids"] for text in texts], texts)
+        return self.batch([self.ids(text) for text in texts], texts)
 
     def batch(self, rows: Sequence[Sequence[int]], texts: Sequence[str] | None = None) -> Batch:
         """A batch of token ids, one list a row, on the model's device. Errors name a row by its text, if any.

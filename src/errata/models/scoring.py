@@ -12,6 +12,7 @@ from torch import Tensor
 from errata.base.errors import FactError
 from errata.base.text import joined, moved_spaces
 from errata.models.model import Model
+from errata.models.tokens import encode
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -69,7 +70,7 @@ def target_ids(
     whole = joined(prompt, target, separator)
     starts_at = len(whole) - len(target)
     prompt, _ = moved_spaces(prompt)
-    encoded = tokenizer(whole, return_offsets_mapping=True, return_special_tokens_mask=True, verbose=False)
+    encoded = encode(tokenizer, whole, return_offsets_mapping=True, return_special_tokens_mask=True)
     ids = encoded["input_ids"]
     n_prompt = next(
         (

@@ -19,9 +19,10 @@ space. Hence
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from errata.base.errors import ConfigError, FactError, UnsupportedModel
 from errata.base.facts import Fact, require_characters
@@ -129,6 +130,25 @@ def check_length(span: Span, max_length: int) -> None:
         )
 
 
+def encode(tokenizer: PreTrainedTokenizerBase, text: str, **options: Any) -> dict[str, list]:
+    """What a tokenizer makes of one text, with its own special tokens; `options` are its own.
+
+    A text that begins with the start token written out, as chat templates do, gets no second one.
+    """
+    encoded: dict[str, list] = dict(tokenizer(text, verbose=False, **options))
+    ids = encoded["input_ids"]
+    if len(ids) > 1 and ids[0] == ids[1]:
+        start = str(tokenizer.convert_ids_to_tokens(ids[0]))
+        if text.startswith(start) and text.count(start) < ids.count(ids[0]):
+            warnings.warn(
+                f"a text begins with the start token {start!r}, which the tokenizer puts there too: one of the two is "
+                "left out, since no model was trained on both",
+                stacklevel=1,  # of one place: it is told once
+            )
+            return {name: [values[0], *values[2:]] for name, values in encoded.items()}
+    return encoded
+
+
 def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[list[int], list[tuple[int, int]], list[bool]]:
     """Ids, character offsets, and whether the tokenizer added the token itself, for every token."""
     if not getattr(tokenizer, "is_fast", False):
@@ -137,7 +157,7 @@ def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[list[int], l
             "so the subject's tokens cannot be found: use a fast one (transformers.PreTrainedTokenizerFast)"
         )
     require_characters("prompt", text)
-    encoding = tokenizer(text, return_offsets_mapping=True, return_special_tokens_mask=True, verbose=False)
+    encoding = encode(tokenizer, text, return_offsets_mapping=True, return_special_tokens_mask=True)
     ids = list(encoding["input_ids"])
     offsets = []
     reached = 0

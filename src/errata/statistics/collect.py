@@ -192,7 +192,7 @@ def _rows(
     left = max_tokens
     for text in texts:
         consumed.add(require_text(text))
-        ids = model.tokenizer(text[: _CHARACTERS * max_length], verbose=False)["input_ids"][:max_length]
+        ids = model.ids(text[: _CHARACTERS * max_length])[:max_length]
         reached = list(itertools.accumulate(map(int, flags(ids))))
         if not reached or not reached[-1]:
             continue

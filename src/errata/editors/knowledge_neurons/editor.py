@@ -192,7 +192,7 @@ def _edit(
 
 def _of_prompt(model: Model, text: str, old: Sequence[int], config: KnowledgeNeuronsConfig) -> Tensor:
     """Attributions `[layers, d_mlp]`, mean over the object's tokens, each after those before it."""
-    ids = model.tokenizer(text, verbose=False)["input_ids"]
+    ids = model.ids(text)
     found = [attributions(model, [*ids, *old[:place]], token, config) for place, token in enumerate(old)]
     return torch.stack(found).mean(0)
 
@@ -209,7 +209,7 @@ def _object_ids(model: Model, rewrite: Rewrite, text: str, config: KnowledgeNeur
 
 def _prediction(model: Model, text: str) -> int:
     """The token that the model says after a prompt."""
-    ids = model.tokenizer(text, verbose=False)["input_ids"]
+    ids = model.ids(text)
     model.require_room(ids, text)
     last = ("state", model.n_layers - 1)
     with torch.no_grad():
