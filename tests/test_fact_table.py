@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from errata.base.errors import ConfigError, OutputError, ResultFileError
 from errata.base.facts import Fact
-from errata.benchmarks.fact_table import FactRow, read_facts, write_facts
+from errata.benchmarks.fact_table import FACTS, FactRow, read_facts, told_unread, write_facts
 from goldens import SHARED
 
 NEEDLE = Fact("The Space Needle", "{} is located in the city of", "Seattle")
@@ -224,3 +224,110 @@ def test_what_is_written_is_read_back(tmp_path_factory, values, ending):
     found = read_facts(path)
     assert [(r.fact, r.relation, r.name) for r in found.rows] == [(r.fact, r.relation, r.name) for r in rows]
     assert not found.bad
+
+
+# ---- names of columns ----------------------------------------------------------------------------------
+
+NAMES = [
+    ("Subject", "PROMPT", "Answer"),
+    (" subject ", "Prompt", "target_true"),
+    ("subject", "prompt", "Ground Truth"),
+    ("SUBJECT", "prompt", "ground-truth"),
+    ("subject", "template", "Target"),
+]
+
+
+@pytest.mark.parametrize("ending", [".csv", ".tsv", ".jsonl", ".json"])
+@pytest.mark.parametrize("names", NAMES)
+def test_names_are_read_alike_in_every_format(tmp_path, names, ending):
+    values = ("Rome", "The capital {} is in", "Italy")
+    if ending in (".csv", ".tsv"):
+        mark = "," if ending == ".csv" else "\t"
+        content = mark.join(names) + "\n" + mark.join(values) + "\n"
+    else:
+        entry = json.dumps(dict(zip(names, values, strict=True)))
+        content = entry if ending == ".jsonl" else f"[{entry}]"
+    found = table(tmp_path, content, ending)
+    assert [row.fact for row in found.rows] == [ROME]
+    assert found.unread == ()
+
+
+@pytest.mark.parametrize(
+    ("wrong", "right"), [("objekt", "object"), ("Attribut", "attribute"), ("seperator", "separator")]
+)
+@pytest.mark.parametrize("ending", [".csv", ".json"])
+def test_a_misspelt_column_is_refused_and_the_right_one_named(tmp_path, wrong, right, ending):
+    content = f"subject,prompt,{wrong}\nRome,{{}} is in,Italy\n"
+    if ending == ".json":
+        content = json.dumps([{"subject": "Rome", "prompt": "{} is in", wrong: "Italy"}])
+    with pytest.raises(ResultFileError, match=f"has no column '{wrong.casefold()}', which is like '{right}'"):
+        table(tmp_path, content, ending)
+
+
+def test_a_column_that_is_not_read_is_named(tmp_path):
+    found = table(tmp_path, "subject,prompt,object,Solution,weight\nRome,{} is in,Italy,Lazio,3\n")
+    assert found.unread == ("solution", "weight")
+    assert "'solution' (the nearest that is: 'relation'), 'weight'" in told_unread(found.unread, FACTS)
+    assert "'objects'" in told_unread(("objects",), FACTS)
+    assert "(the nearest that is: 'object')" in told_unread(("objects",), FACTS)
+
+
+def test_two_columns_of_one_name(tmp_path):
+    with pytest.raises(ResultFileError, match="two columns 'object'"):
+        table(tmp_path, "subject,prompt,object,Object\nRome,{} is in,Italy,Lazio\n")
+    twice = [{"subject": "Rome", "prompt": "{} is in", "object": "Italy", "Object": "Lazio"}]
+    with pytest.raises(ResultFileError, match="two of its fields are called 'object'"):
+        table(tmp_path, json.dumps(twice), ".json")
+
+
+def test_facts_prepared_for_tracing(tmp_path):
+    entry = {
+        "relation": "The mother tongue of {} is",
+        "relation_prefix": "The mother tongue of",
+        "relation_suffix": " is",
+        "prompt": "The mother tongue of Danielle Darrieux is",
+        "relation_id": "P103",
+        "target_false_id": "Q1860",
+        "target_true_id": "Q150",
+        "target_true": " French",
+        "target_false": " English",
+        "subject": " Danielle Darrieux",
+    }
+    found = table(tmp_path, json.dumps([entry]), ".json")
+    assert found.rows[0].fact == Fact("Danielle Darrieux", "The mother tongue of {} is", "French")
+    assert (found.rows[0].relation, found.unread) == ("The mother tongue of {} is", ())
+
+
+# ---- separators ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("cell", "separator"), [("none", ""), ("space", " "), ("", None), ('" "', " "), ('"\n"', "\n"), ("None", "")]
+)
+def test_a_separator_in_columns(tmp_path, cell, separator):
+    (row,) = table(tmp_path, f"subject,prompt,object,separator\nRome,{{}} is in,Italy,{cell}\n").rows
+    assert row.fact == Fact("Rome", "{} is in", "Italy", separator)
+
+
+def test_a_separator_in_json(tmp_path):
+    entries = [{"subject": name, "prompt": "{} is in", "separator": separator} for name, separator in
+               (("Rome", ""), ("Oslo", " "), ("Bern", None), ("Bonn", "and"), ("Nice", 3))]  # fmt: skip
+    found = table(tmp_path, json.dumps(entries), ".json")
+    assert [row.fact.separator for row in found.rows] == ["", " ", None]
+    assert [each.line for each in found.bad] == [4, 5]
+    assert "its separator is 'and': it is white space, or one of none, space" in found.bad[0].reason
+
+
+@pytest.mark.parametrize("ending", ["csv", "tsv", "jsonl"])
+def test_separators_and_white_space_before_objects_are_written_and_read_back(tmp_path, ending):
+    facts = [
+        Fact("Rome", "{} is in", "Italy", ""),
+        Fact("Rome", "{} is in", "Italy", " "),
+        Fact("Rome", "{} is in", "Italy", "\n"),
+        Fact("Rome", "{} is in", "Italy"),
+        Fact("法国", "{}的首都是", " 巴黎"),
+        Fact("Rome", "Where is {}?\nAnswer:\n", "Italy"),
+    ]
+    path = tmp_path / f"t.{ending}"
+    write_facts(path, [FactRow(0, fact, "", str(number)) for number, fact in enumerate(facts)])
+    assert [row.fact for row in read_facts(path).rows] == facts

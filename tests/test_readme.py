@@ -126,6 +126,12 @@ def test_the_guide_to_editors(errata, tmp_path):
         assert (tmp_path / name).stat().st_size > 1000, name
 
 
+def test_the_guide_to_data(tmp_path):
+    (text,) = blocks("docs/data.md", "python")
+    said = run([sys.executable, "-c", text], tmp_path).stdout
+    assert said == "法国的首都是巴黎\ncapital(France)=Paris\nThe capital of France is\nParis\n"
+
+
 def test_the_guide_to_second_moments(tmp_path):
     (tmp_path / "texts").mkdir()
     (tmp_path / "texts" / "a.txt").write_text("\n\n".join(itertools.islice(corpus.texts(world.load_world(), 3), 60)))

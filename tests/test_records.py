@@ -20,7 +20,7 @@ from errata.benchmarks.describe import describe
 from errata.benchmarks.fact_table import read_facts
 from errata.benchmarks.records import Record, ZsreRecord
 from errata.benchmarks.sets import read_records, what_is_in
-from errata.benchmarks.snippets import Snippet, Snippets, write_snippets
+from errata.benchmarks.snippets import Snippet, Snippets, read_snippets, write_snippets
 
 NESTED = {
     "case_id": 7,
@@ -345,6 +345,73 @@ def test_a_folder(tmp_path):
     assert read_records(tmp_path / "zsre.json").snippets is None
     with pytest.raises(ResultFileError, match=r"several .*counterfact\.json, zsre\.json"):
         read_records(tmp_path)
+
+
+def capitals(value):
+    """A JSON value whose keys are written in capitals, with spaces and hyphens for underscores."""
+    if isinstance(value, dict):
+        return {key.upper().replace("_", " -"[i % 2]): capitals(inner) for i, (key, inner) in enumerate(value.items())}
+    return [capitals(each) for each in value] if isinstance(value, list) else value
+
+
+@pytest.mark.parametrize("entry", [NESTED, FLAT, ZSRE])
+@pytest.mark.parametrize("name", ["r.json", "r.jsonl"])
+def test_names_may_be_written_in_capitals(tmp_path, entry, name):
+    plain = read_records(write(tmp_path, [entry], name)).records
+    assert read_records(write(tmp_path, [capitals(entry)], name)).records == plain
+
+
+def test_names_of_snippets_may_be_written_in_capitals(tmp_path):
+    entry = {"relation_id": "P131", "target_id": "Q90", "samples": [{"name": "The Louvre", "text": "It is in Paris."}]}
+    (tmp_path / "plain.json").write_text(json.dumps([entry]))
+    (tmp_path / "capitals.json").write_text(json.dumps([capitals(entry)]))
+    assert read_snippets(tmp_path / "plain.json") == read_snippets(tmp_path / "capitals.json")
+
+
+def test_a_key_that_is_missing_is_told_with_the_nearest_that_is_there(tmp_path):
+    wrong = changed(NESTED, paraphrase_prompts=..., paraphrased_prompts=["x"])
+    with pytest.raises(
+        ResultFileError, match=r"no paraphrase_prompts \(the nearest that it has: 'paraphrased_prompts'\)"
+    ):
+        read_records(write(tmp_path, [wrong]))
+
+
+def test_flat_records_without_numbers_go_by_their_place(tmp_path):
+    entries = [changed(FLAT, case_id=...), changed(FLAT, case_id=..., subject="Needle"), changed(FLAT, case_id=9)]
+    found = read_records(write(tmp_path, entries))
+    assert [record.case_id for record in found.records] == [0, 1, 9]
+    assert not found.bad
+
+
+def test_a_folder_of_multi_counterfact(tmp_path):
+    write(tmp_path, [NESTED], "multi_counterfact.json")
+    assert read_records(tmp_path).records == (NEEDLE,)
+    write(tmp_path, [NESTED], "counterfact.json")
+    with pytest.raises(ResultFileError, match=r"several .*counterfact\.json, multi_counterfact\.json"):
+        read_records(tmp_path)
+
+
+def test_separators_of_records(tmp_path):
+    request = {**NESTED["requested_rewrite"], "separator": ""}
+    for entry in (changed(NESTED, requested_rewrite=request), changed(FLAT, separator=""), changed(ZSRE, separator="")):
+        (record,) = read_records(write(tmp_path, [entry])).records
+        assert record.rewrite.separator == ""
+    nested = read_records(write(tmp_path, [changed(NESTED, requested_rewrite=request)])).records
+    write_records(tmp_path / "again.json", nested)
+    assert read_records(tmp_path / "again.json").records == nested
+
+
+@pytest.mark.parametrize(
+    ("entry", "looks"),
+    [
+        ({"requested_rewrite": [{}], "questions": []}, "rewrite requests"),
+        ({"edit": {}, "example_type": "popular"}, "edits of RippleEdits"),
+        ({"subject": "x", "prompt": "y", "target": "z"}, "rewrite requests"),
+    ],
+)
+def test_sets_of_requests_are_told_from_records(tmp_path, entry, looks):
+    with pytest.raises(ResultFileError, match=looks):
+        read_records(write(tmp_path, [entry]))
 
 
 # ---- which of them ----------------------------------------------------------------------------------------

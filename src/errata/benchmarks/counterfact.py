@@ -2,10 +2,11 @@
 
 | nested | flat | is |
 |---|---|---|
-| `case_id` | `case_id` | a number |
+| `case_id` | `case_id` | a number; in the flat schema it may be left out, and is the entry's place then, from 0 |
 | `requested_rewrite.subject` | `subject` | what the fact is about |
 | `.prompt` | `prompt` | the rewrite prompt, with `{}` for the subject, or with the subject itself, once |
 | `.target_new.str`, `.target_true.str` | `target_new`, `ground_truth` | new and old object |
+| `.separator` | `separator` | what stands between prompts and objects, if not what the text asks for |
 | `.target_new.id`, `.target_true.id` | | what the set calls them; may be left out |
 | `.relation_id` | `relation_id` | name of the relation; may be left out |
 | `paraphrase_prompts` | `rephrase_prompt` | whole texts; in the flat schema one, or a list |
@@ -28,7 +29,7 @@ from errata.base.errors import ConfigError, FactError
 from errata.base.facts import Fact, Rewrite
 from errata.base.files import written_whole
 from errata.benchmarks.entries import optional_text, require_keys, text_in, texts_in
-from errata.benchmarks.fact_table import shortened, with_slot
+from errata.benchmarks.fact_table import separator_in, shortened, with_slot
 from errata.benchmarks.records import Record
 
 _PROMPTS = ("paraphrase_prompts", "neighborhood_prompts", "attribute_prompts", "generation_prompts")
@@ -52,26 +53,28 @@ def nested_record(entry: Mapping[str, Any]) -> Record:
     return Record(_case_id(entry), relation, rewrite, paraphrase, neighborhood, attribute, generation, (old_id, new_id))
 
 
-def flat_record(entry: Mapping[str, Any]) -> Record:
+def flat_record(entry: Mapping[str, Any], place: int) -> Record:
     """A record from an entry of the flat schema.
+
+    Args:
+        entry: of the file.
+        place: its place there, from 0, which is its number where it has none.
 
     Raises:
         FactError: if it makes none.
     """
-    require_keys(
-        entry, "case_id", "subject", "prompt", "target_new", "ground_truth", "rephrase_prompt", "locality_prompt"
-    )
+    require_keys(entry, "subject", "prompt", "target_new", "ground_truth", "rephrase_prompt", "locality_prompt")
     rewrite = _rewrite(entry, text_in(entry, "ground_truth"), text_in(entry, "target_new"))
     if entry.get("locality_ground_truth") is not None:
         for known in texts_in(entry, "locality_ground_truth"):
-            if known.strip() != rewrite.fact.object:
+            if known.strip() != rewrite.fact.object.strip():
                 raise FactError(
                     f"its locality_ground_truth {shortened(known)} is not its ground_truth "
                     f"{shortened(rewrite.fact.object)}, by which locality_prompt is scored: leave that prompt out"
                 )
     paraphrase, neighborhood = texts_in(entry, "rephrase_prompt"), texts_in(entry, "locality_prompt")
-    relation = optional_text(entry, "relation_id")
-    return Record(_case_id(entry), relation, rewrite, paraphrase, neighborhood, attribute=(), generation=())
+    relation, number = optional_text(entry, "relation_id"), _case_id({"case_id": place, **entry})
+    return Record(number, relation, rewrite, paraphrase, neighborhood, attribute=(), generation=())
 
 
 def write_records(path: str | Path, records: Iterable[Record]) -> None:
@@ -101,6 +104,7 @@ def _entry(record: Record) -> dict[str, Any]:
             "target_new": {"str": rewrite.new_object, "id": new_id},
             "target_true": {"str": rewrite.fact.object, "id": old_id},
             "subject": rewrite.subject,
+            **({} if rewrite.separator is None else {"separator": rewrite.separator}),
         },
         **{key: getattr(record, key.removesuffix("_prompts")) for key in _PROMPTS},
     }
@@ -126,7 +130,7 @@ def _target(asked: Mapping[str, Any], key: str) -> tuple[str, str]:
 
 def _rewrite(fields: Mapping[str, Any], old: str, new: str) -> Rewrite:
     subject = text_in(fields, "subject")
-    rewrite = Fact(subject, with_slot(subject, text_in(fields, "prompt")), old).rewrite(new)
+    rewrite = Fact(subject, with_slot(subject, text_in(fields, "prompt")), old, separator_in(fields)).rewrite(new)
     if rewrite.new_object == rewrite.fact.object:
         raise FactError(f"its new object is its old one, {shortened(new)}: there is nothing to rewrite")
     return rewrite

@@ -6,13 +6,14 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 from errata.base.errors import FactError, ResultFileError
 from errata.base.facts import require_characters
 from errata.base.files import MAX_BYTES, content
-from errata.benchmarks.fact_table import is_torn
+from errata.benchmarks.fact_table import is_torn, named
 
 MAX_LINE = 2**24  # characters of one entry of a .jsonl file
 
@@ -54,6 +55,17 @@ def read_json(path: Path, what: str, max_bytes: int = MAX_BYTES) -> tuple[Any, s
         raise ResultFileError(f"{path} is no JSON ({error}), so it holds no {what}: {advice}") from error
 
 
+def named_through(value: Any) -> Any:
+    """A JSON value with the keys of all its objects as `column_name` writes them.
+
+    Raises:
+        FactError: if two keys of an object have one name.
+    """
+    if isinstance(value, Mapping):
+        return {name: named_through(inner) for name, inner in named(value).items()}
+    return [named_through(each) for each in value] if isinstance(value, list) else value
+
+
 def require_keys(entry: Mapping[str, Any], *keys: str) -> None:
     """Make sure that an entry has these keys, and something in each.
 
@@ -62,7 +74,9 @@ def require_keys(entry: Mapping[str, Any], *keys: str) -> None:
     """
     missing = [key for key in keys if entry.get(key) is None]
     if missing:
-        raise FactError(f"it has no {', '.join(missing)}")
+        near = {key: get_close_matches(key, [other for other in entry if other not in keys], 1) for key in missing}
+        told = (f"{key} (the nearest that it has: {near[key][0]!r})" if near[key] else key for key in missing)
+        raise FactError(f"it has no {', '.join(told)}")
 
 
 def text_in(entry: Mapping[str, Any], key: str) -> str:

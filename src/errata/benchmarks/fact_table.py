@@ -5,22 +5,26 @@
 | `subject` | what the fact is about |
 | `prompt` | a sentence up to the object, with `{}` for the subject, or with the subject itself, once |
 | `template` | instead of a prompt; or the beginning of a filled prompt, to tell where the subject stands |
-| `object` or `attribute` | what completes the sentence; may be left out |
+| one of `OBJECTS`, such as `object` or `answer` | what completes the sentence; may be left out |
+| `separator` | what stands between prompt and object: white space, or `none` or `space`; left out, the text decides |
 | `relation` or `relation_id` | facts of one relation have answers of one kind; may be left out |
-| `name` or `known_id` | what to call the row; may be left out |
+| `name`, `known_id` or `case_id` | what to call the row; may be left out |
 
-Other columns are not read, so the known facts of the published code (`known_1000.json`) are such a table as they are.
-White space around a field is dropped. Files are UTF-8.
+In any format the names of columns may be written in capitals, and with a space or hyphen for `_`. Other columns are not
+read (`unread` names them), so the known facts of the published code (`known_1000.json`) are such a table as they are,
+and CounterFact as it is prepared for tracing (`target_true`); a column that looks like a misspelt one is refused. White
+space around a field is dropped, but not before an object, or a line's end after a prompt. Files are UTF-8.
 """
 
 from __future__ import annotations
 
 import csv
+import difflib
 import functools
 import hashlib
 import io
 import json
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -30,6 +34,10 @@ from errata.base.facts import SLOT, Fact, require_characters
 from errata.base.files import content, written_whole
 
 COLUMNS = ("subject", "prompt", "object", "relation", "name")
+OBJECTS = ("object", "attribute", "answer", "target", "target_true", "ground_truth")  # names of a fact's object
+LISTS = ("ground_truth",)  # fields that may hold a list, of which the first text counts
+_SEPARATORS = {"none": "", "space": " "}
+_ALIKE = 0.8  # from this likeness on, by difflib, an unknown name is taken to be a misspelt one
 MAX_FIELD = 2**24  # characters of one field of a .csv or .tsv file; it may go over several lines
 _DIALECTS = {".csv": "excel", ".tsv": "excel-tab"}  # comma or tab, quotes doubled
 
@@ -70,12 +78,14 @@ class FactTable:
         bad: the lines that are none, in order.
         unit: what `line` counts: "line" or "entry".
         digest: sha256 of the file's bytes, in hex.
+        unread: names of its columns that mean nothing here.
     """
 
     rows: tuple[FactRow, ...]
     bad: tuple[BadLine, ...]
     unit: str
     digest: str
+    unread: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -85,9 +95,12 @@ class TableKind(Generic[Row]):
     Attributes:
         noun: what one is called, such as "fact".
         needed: groups of names of columns, of each of which one must be there.
+        optional: groups of names of which one may be there.
+        beside: names that published files have and that mean nothing here; they are not told of.
         columns: what columns it needs and may have, for the message where they are missing.
         parse: a row from its line and fields; it raises FactError where they make none.
         identity: what two rows have in common that are the same.
+        apart: the rows of an entry that may hold several, and whether they may stand in other entries too.
     """
 
     noun: str
@@ -95,6 +108,14 @@ class TableKind(Generic[Row]):
     columns: str
     parse: Callable[[int, Mapping[str, Any]], Row]
     identity: Callable[[Row], Hashable]
+    optional: tuple[tuple[str, ...], ...] = ()
+    beside: tuple[str, ...] = ()
+    apart: Callable[[Mapping[str, Any]], tuple[list[Mapping[str, Any]], bool]] = lambda found: ([found], False)
+
+    @property
+    def groups(self) -> tuple[tuple[str, ...], ...]:
+        """Names of one meaning each."""
+        return (*self.needed, *self.optional)
 
 
 def read_facts(path: str | Path) -> FactTable:
@@ -104,11 +125,26 @@ def read_facts(path: str | Path) -> FactTable:
         ConfigError: if the file's ending is none of .csv, .tsv, .jsonl, .json.
         ResultFileError: if it is missing, has not the columns, is no such file at all, or has no fact.
     """
-    return FactTable(*read_rows(path, _FACTS))
+    return FactTable(*read_rows(path, FACTS))
 
 
-def read_rows(path: str | Path, kind: TableKind[Row]) -> tuple[tuple[Row, ...], tuple[BadLine, ...], str, str]:
-    """Rows, bad lines, unit and digest, as of a `FactTable`, of a table of any kind.
+@dataclass(frozen=True)
+class Rows(Generic[Row]):
+    """Rows of any kind, bad lines, unit, digest and unread columns, as of a `FactTable`."""
+
+    rows: tuple[Row, ...]
+    bad: tuple[BadLine, ...]
+    unit: str
+    digest: str
+    unread: tuple[str, ...]
+
+    def __iter__(self) -> Iterator[Any]:
+        """In that order."""
+        return iter((self.rows, self.bad, self.unit, self.digest, self.unread))
+
+
+def read_rows(path: str | Path, kind: TableKind[Row]) -> Rows[Row]:
+    """The rows of a table of any kind.
 
     Raises:
         ConfigError, ResultFileError: as `read_facts`.
@@ -118,26 +154,86 @@ def read_rows(path: str | Path, kind: TableKind[Row]) -> tuple[tuple[Row, ...], 
     if read is None:
         raise ConfigError(f"{path} is no table of {kind.noun}s by its ending: it must be one of {', '.join(_READERS)}")
     stored = content(path, f"{kind.noun}s")
-    unit = "entry" if path.suffix.lower() == ".json" else "line"
+    # A byte that is no UTF-8 becomes half a character, which is told of its own line alone.
+    entries = read(path, stored.decode("utf-8-sig", "surrogateescape"), kind)
+    return parsed(path, entries, kind, "entry" if path.suffix.lower() == ".json" else "line", stored)
+
+
+def parsed(path: Path, entries: Iterable[Entry], kind: TableKind[Row], unit: str, stored: bytes) -> Rows[Row]:
+    """The rows that entries make.
+
+    Raises:
+        ResultFileError: if none does.
+    """
     rows: list[Row] = []
     bad: list[BadLine] = []
     first: dict[Hashable, int] = {}
-    # A byte that is no UTF-8 becomes half a character, which is told of its own line alone.
-    for line, found in read(path, stored.decode("utf-8-sig", "surrogateescape"), kind):
+    unread: dict[str, None] = {}
+    for line, found in entries:
         try:
-            row = kind.parse(line, _whole(found))
-            identity = kind.identity(row)
-            if identity in first:
-                raise FactError(f"the same {kind.noun} as {unit} {first[identity]}")
+            fields = named(_whole(found))
+            several, again = kind.apart(fields)
+            unread |= dict.fromkeys(_unread(several[0], kind) if several else ())
+            for each in several:
+                row = kind.parse(line, each)
+                identity = kind.identity(row)
+                if identity not in first:
+                    first[identity] = line
+                    rows.append(row)
+                elif not again:
+                    raise FactError(f"the same {kind.noun} as {unit} {first[identity]}")
         except FactError as error:
             bad.append(BadLine(line, str(error)))
-        else:
-            first[identity] = line
-            rows.append(row)
     if not rows:
         why = f": {unit} {bad[0].line}: {bad[0].reason}" if bad else ": it is empty"
         raise ResultFileError(f"there is no {kind.noun} in {path}{why}")
-    return tuple(rows), tuple(bad), unit, hashlib.sha256(stored).hexdigest()
+    return Rows(tuple(rows), tuple(bad), unit, hashlib.sha256(stored).hexdigest(), tuple(unread))
+
+
+def column_name(name: str) -> str:
+    """A column's name as it is looked for: small letters, `_` for spaces and hyphens."""
+    return "_".join(name.strip().casefold().replace("-", " ").split())
+
+
+def named(found: Mapping[str, Any]) -> dict[str, Any]:
+    """Fields by `column_name`.
+
+    Raises:
+        FactError: if two have one name.
+    """
+    fields = {column_name(name): value for name, value in found.items()}
+    if len(fields) < len(found):
+        names = [column_name(name) for name in found]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise FactError(f"two of its fields are called {shortened(twice)}, and one would replace the other: leave one")
+    return fields
+
+
+def _unread(fields: Mapping[str, Any], kind: TableKind[Any]) -> list[str]:
+    """Names of fields that mean nothing in a table of this kind.
+
+    Raises:
+        FactError: if one looks like a misspelling of a name that is missing.
+    """
+    unknown = [name for name in fields if not any(name in group for group in (*kind.groups, kind.beside))]
+    missing = [name for group in kind.groups if fields.keys().isdisjoint(group) for name in group]
+    for name in unknown:
+        if meant := difflib.get_close_matches(name, missing, 1, _ALIKE):
+            raise FactError(
+                f"a table of {kind.noun}s has no column {shortened(name)}, which is like {meant[0]!r}: write that, or "
+                "give it a name that is not so alike"
+            )
+    return unknown
+
+
+def told_unread(unread: Sequence[str], kind: TableKind[Any]) -> str:
+    """What is to be said of columns that are not read; each with the known name that is most like it, if any is."""
+    known = [name for group in kind.groups for name in group]
+    shown = []
+    for name in unread:
+        near = difflib.get_close_matches(name, known, 1)
+        shown.append(shortened(name) + (f" (the nearest that is: {near[0]!r})" if near else ""))
+    return f"columns that are not read: {', '.join(shown)}; a table of {kind.noun}s has {kind.columns}"
 
 
 def write_facts(path: str | Path, rows: Iterable[FactRow]) -> None:
@@ -149,14 +245,26 @@ def write_facts(path: str | Path, rows: Iterable[FactRow]) -> None:
     """
     path = Path(path)
     require_table_ending(path)
-    fields = [(r.fact.subject, r.fact.prompt, r.fact.object, r.relation, r.name) for r in rows]
+    fields = [
+        {
+            **dict(zip(COLUMNS, (r.fact.subject, r.fact.prompt, r.fact.object, r.relation, r.name), strict=True)),
+            **between,
+        }
+        for r in rows
+        for between in [{} if r.fact.separator is None else {"separator": r.fact.separator}]
+    ]
     with written_whole(path) as temporary, open(temporary, "w", encoding="utf-8", newline="") as file:
         if path.suffix.lower() in _DIALECTS:
-            csv.writer(file, _DIALECTS[path.suffix.lower()]).writerows([COLUMNS, *fields])
-        else:
-            file.writelines(
-                json.dumps(dict(zip(COLUMNS, values, strict=True)), ensure_ascii=False) + "\n" for values in fields
+            columns = (*COLUMNS, *(["separator"] if any("separator" in each for each in fields) else []))
+            words = {separator: word for word, separator in _SEPARATORS.items()}
+            writer = csv.DictWriter(file, columns, dialect=_DIALECTS[path.suffix.lower()], restval="")
+            writer.writeheader()
+            writer.writerows(
+                {key: words.get(value, value) if key == "separator" else value for key, value in each.items()}
+                for each in fields
             )
+        else:
+            file.writelines(json.dumps(each, ensure_ascii=False) + "\n" for each in fields)
 
 
 def require_table_ending(path: Path) -> None:
@@ -177,20 +285,24 @@ def _lines_of_columns(dialect: str, path: Path, text: str, kind: TableKind[Any])
     """The rows of a .csv or .tsv file by its header."""
     records = _records(list(io.StringIO(text, newline="")), dialect)
     line, header = next(records, (1, []))
-    columns = [] if isinstance(header, str) else [column.strip().casefold() for column in header]
+    columns = [] if isinstance(header, str) else [column_name(column) for column in header]
     mark = "tab" if dialect == "excel-tab" else "comma"
     if text.strip() and any(set(columns).isdisjoint(names) for names in kind.needed):
         raise ResultFileError(
             f"the first line of {path} names no columns of {kind.noun}s ({shortened(str(header))}): it needs "
             f"{kind.columns}, with a {mark} between them"
         )
+    twice = sorted({column for column in columns if column and columns.count(column) > 1})
+    if twice:
+        raise ResultFileError(f"{path} has two columns {twice[0]!r}, and one would replace the other: leave one")
     for line, fields in records:
         if isinstance(fields, str):
             yield line, fields
         elif len(fields) != len(columns):
             yield line, f"{len(fields)} fields for {len(columns)} columns: put a field with a {mark} in it in quotes"
         else:
-            yield line, dict(zip(columns, fields, strict=True))
+            # An empty field says nothing; what is to be nothing is called so.
+            yield line, {c: f for c, f in zip(columns, fields, strict=True) if c and (f or c != "separator")}
 
 
 def _records(lines: list[str], dialect: str) -> Iterator[tuple[int, list[str] | str]]:
@@ -260,21 +372,57 @@ def _whole(found: Mapping[str, Any] | str) -> Mapping[str, Any]:
 
 def _row(line: int, found: Mapping[str, Any]) -> FactRow:
     relation = field_text(found, "relation", "relation_id", number=True)
-    name = field_text(found, "name", "known_id", number=True)
+    name = field_text(found, "name", "known_id", "case_id", number=True)
     require_characters("relation", relation)
     require_characters("name", name)
-    return FactRow(line, field_fact(found, "object", "attribute"), relation, name or str(line))
+    return FactRow(line, field_fact(found, *OBJECTS), relation, name or str(line))
 
 
 def field_fact(found: Mapping[str, Any], *objects: str) -> Fact:
-    """The fact that fields tell: subject, prompt or template, and an object by any of these names.
+    """The fact that fields tell: subject, prompt or template, separator, and an object by any of these names.
 
     Raises:
         FactError: if they tell none.
     """
-    subject, template = field_text(found, "subject"), field_text(found, "template")
-    prompt = with_slot(subject, field_text(found, "prompt") or template, template)
-    return Fact(subject, prompt, field_text(found, *objects))
+    subject, template = field_text(found, "subject"), field_prompt(found, "template")
+    prompt = with_slot(subject, field_prompt(found, "prompt") or template, template)
+    return Fact(subject, prompt, field_object(found, *objects), separator_in(found))
+
+
+def field_prompt(found: Mapping[str, Any], name: str) -> str:
+    """A prompt: the end of a line after it is a part of it."""
+    text = field_text(found, name)
+    value = found.get(name)
+    return text and str(value).lstrip().rstrip(" ")
+
+
+def field_object(found: Mapping[str, Any], *names: str) -> str:
+    """An object: white space before it is a part of it; where a list may stand, its first text."""
+    found = {**found, **{name: _first(found[name]) for name in names if name in LISTS and name in found}}
+    text = field_text(found, *names)
+    value = next((found[name] for name in names if isinstance(found.get(name), str) and found[name].strip()), "")
+    return text and str(value).rstrip()
+
+
+def _first(value: Any) -> Any:
+    """The first of a list, or of a list in it; "" of an empty one."""
+    while isinstance(value, list):
+        value = value[0] if value else ""
+    return value
+
+
+def separator_in(found: Mapping[str, Any]) -> str | None:
+    """The separator that fields name; None if they name none.
+
+    Raises:
+        FactError: if it is neither white space nor one of the words for it.
+    """
+    value = found.get("separator")
+    if isinstance(value, str):
+        value = _SEPARATORS.get(value.casefold(), value)
+    if value is not None and (not isinstance(value, str) or value.strip()):
+        raise FactError(f"its separator is {value!r}: it is white space, or one of {', '.join(_SEPARATORS)}")
+    return value
 
 
 def is_torn(text: str) -> bool:
@@ -324,10 +472,12 @@ def shortened(text: str, length: int = 80) -> str:
     return repr(text if len(text) <= length else text[: length - 1] + "…")
 
 
-_FACTS = TableKind(
+FACTS = TableKind(
     noun="fact",
     needed=(("subject",), ("prompt", "template")),
-    columns="subject and prompt, and may have object, relation and name",
+    columns="subject and prompt, and may have object, separator, relation and name",
     parse=_row,
+    optional=(OBJECTS, ("separator",), ("relation", "relation_id"), ("name", "known_id", "case_id")),
+    beside=("prediction", *["relation_prefix", "relation_suffix", "target_true_id", "target_false_id", "target_false"]),
     identity=lambda row: row.fact,
 )

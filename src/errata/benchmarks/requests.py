@@ -4,12 +4,17 @@
 |---|---|
 | `subject` | what the fact is about |
 | `prompt` | a sentence up to the object, with `{}` for the subject, or with the subject itself, once |
-| `new_object`, `to` or `target_new` | what the model is to answer |
-| `object`, `from`, `target_true`, `ground_truth` or `attribute` | what the answer was; may be left out |
+| one of `NEW`, such as `new_object` or `to` | what the model is to answer |
+| one of `OLD`, such as `object` or `from` | what the answer was; may be left out |
+| `separator` | what stands between prompt and object: white space, or `none` or `space`; left out, the text decides |
 | `name` or `case_id` | what to call the row; may be left out |
 
 In JSON an object may stand as `{"str": "football"}`, as in the requests of the published code, and a request within
-`requested_rewrite`, as in CounterFact. Other columns are not read. Files are UTF-8.
+`requested_rewrite`, as in CounterFact, or several, as in MQuAKE, each of which is a row; of one that stands in several
+entries the first is kept. Read as they are, too: KnowEdit (whose `ground_truth` is a list), FastEdit (`target`),
+CounterFact as it is prepared for tracing (`target_false`), and RippleEdits, of whose edits subject and objects are
+taken out of their sentences. What these sets ask beside their requests is not read. Names of columns are read as in
+tables of facts (`fact_table.py`). Files are UTF-8.
 """
 
 from __future__ import annotations
@@ -22,10 +27,28 @@ from typing import Any
 
 from errata.base.errors import FactError
 from errata.base.facts import Rewrite, require_characters
-from errata.benchmarks.fact_table import BadLine, TableKind, field_fact, field_text, read_rows
+from errata.benchmarks.fact_table import (
+    BadLine,
+    TableKind,
+    field_fact,
+    field_object,
+    field_text,
+    named,
+    read_rows,
+)
+from errata.benchmarks.ripple_edits import is_ripple_edit, ripple_edit
 
-_NEW = ("new_object", "to", "target_new")
-_OLD = ("object", "from", "target_true", "ground_truth", "attribute")
+NEW = ("new_object", "to", "target_new", "target", "target_false")
+_BESIDE = (
+    *("relation", "relation_id", "relation_prefix", "relation_suffix", "target_true_id", "target_false_id"),
+    *("paraphrase_prompts", "neighborhood_prompts", "attribute_prompts", "generation_prompts", "pararel_idx"),
+    *("rephrase_prompt", "locality_prompt", "locality_ground_truth"),
+    *("rephrase", "portability", "locality", "cond"),  # KnowEdit
+    "queries",  # FastEdit
+    *("question", "questions", "answer", "answer_alias", "new_answer", "new_answer_alias", "single_hops"),  # MQuAKE
+    *("new_single_hops", "orig"),
+)
+OLD = ("object", "from", "target_true", "ground_truth", "attribute")
 
 
 @dataclass(frozen=True)
@@ -52,12 +75,14 @@ class RequestTable:
         bad: the lines that are none, in order.
         unit: what `line` counts: "line" or "entry".
         digest: sha256 of the file's bytes, in hex.
+        unread: names of its columns that mean nothing here.
     """
 
     rows: tuple[RequestRow, ...]
     bad: tuple[BadLine, ...]
     unit: str
     digest: str
+    unread: tuple[str, ...] = ()
 
     @property
     def contradictions(self) -> tuple[tuple[RequestRow, ...], ...]:
@@ -75,17 +100,33 @@ def read_requests(path: str | Path) -> RequestTable:
         ConfigError: if the file's ending is none of .csv, .tsv, .jsonl, .json.
         ResultFileError: if it is missing, has not the columns, is no such file at all, or has no request.
     """
-    return RequestTable(*read_rows(path, _REQUESTS))
+    return RequestTable(*read_rows(path, REQUESTS))
+
+
+def _apart(found: Mapping[str, Any]) -> tuple[list[Mapping[str, Any]], bool]:
+    """The requests of an entry, each with the entry's own fields, and whether others may have them too."""
+    if is_ripple_edit(found):
+        return [ripple_edit(found)], False
+    if "requested_rewrite" not in found:
+        return [found], False
+    outer = {key: value for key, value in found.items() if key != "requested_rewrite"}
+    several = found["requested_rewrite"]
+    inner = several if isinstance(several, list) else [several]
+    for each in inner:
+        if not isinstance(each, Mapping):
+            raise FactError(f"its requested_rewrite is an object with the request, not {type(several).__name__}")
+    name = field_text(outer, "name", "case_id", number=True)
+    rows: list[Mapping[str, Any]] = [{**outer, **named(each)} for each in inner]
+    if len(rows) > 1 and name:
+        rows = [{**row, "name": f"{name}.{number}"} for number, row in enumerate(rows, 1)]
+    return rows, isinstance(several, list)
 
 
 def _row(line: int, found: Mapping[str, Any]) -> RequestRow:
-    inner = found.get("requested_rewrite", {})
-    if not isinstance(inner, Mapping):
-        raise FactError(f"its requested_rewrite is an object with the request, not {type(inner).__name__}")
-    fields = {name: _unwrapped(value) for name, value in {**found, **inner}.items()}
+    fields = {name: _unwrapped(value) for name, value in found.items()}
     name = field_text(fields, "name", "case_id", number=True)
     require_characters("name", name)
-    return RequestRow(line, Rewrite(field_fact(fields, *_OLD), field_text(fields, *_NEW)), name or str(line))
+    return RequestRow(line, field_fact(fields, *OLD).rewrite(field_object(fields, *NEW)), name or str(line))
 
 
 def _unwrapped(value: Any) -> Any:
@@ -93,10 +134,13 @@ def _unwrapped(value: Any) -> Any:
     return value["str"] if isinstance(value, Mapping) and "str" in value else value
 
 
-_REQUESTS = TableKind(
+REQUESTS = TableKind(
     noun="request",
-    needed=(("subject",), ("prompt", "template"), _NEW),
-    columns="subject, prompt and new_object, and may have object and name",
+    needed=(("subject",), ("prompt", "template"), NEW),
+    columns="subject, prompt and new_object, and may have object, separator and name",
     parse=_row,
+    apart=_apart,
+    optional=(OLD, ("separator",), ("name", "case_id")),
+    beside=_BESIDE,
     identity=lambda row: (row.rewrite.subject, row.rewrite.prompt, row.rewrite.new_object),
 )

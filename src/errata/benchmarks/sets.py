@@ -14,13 +14,18 @@ from errata.base.errors import ConfigError, FactError, ResultFileError
 from errata.base.seeds import derive
 from errata.benchmarks import snippets as snippet_file
 from errata.benchmarks.counterfact import flat_record, nested_record
-from errata.benchmarks.entries import NoEntry, read_json
-from errata.benchmarks.fact_table import BadLine
+from errata.benchmarks.entries import NoEntry, named_through, read_json
+from errata.benchmarks.fact_table import BadLine, column_name
 from errata.benchmarks.records import Record, ZsreRecord
 from errata.benchmarks.snippets import Snippets, read_snippets
 from errata.benchmarks.zsre import zsre_record
 
-FILES = ("counterfact.json", "zsre_mend_eval.json", "zsre.json")  # what a folder is looked through for
+FILES = (
+    "counterfact.json",
+    "multi_counterfact.json",
+    "zsre_mend_eval.json",
+    "zsre.json",
+)  # what a folder is looked through for
 
 Schema = Literal["nested", "flat", "zsre"]
 Some = TypeVar("Some", Record, ZsreRecord)
@@ -35,6 +40,8 @@ _OTHERS: tuple[tuple[set[str], str], ...] = (  # keys that all stand in an entry
     ({"target_id", "samples"}, "attribute snippets, which stand beside records"),
     ({"known_id"}, "known facts"),
     ({"requested_rewrite"}, "rewrite requests"),
+    ({"edit", "example_type"}, "edits of RippleEdits, which `errata edit --requests` reads"),
+    ({"subject", "target"}, "rewrite requests"),
     ({"subject", "target_new"}, "rewrite requests"),
     ({"subject", "new_object"}, "rewrite requests"),
     ({"subject", "to"}, "rewrite requests"),
@@ -178,7 +185,7 @@ def _foreign(path: Path, looks: str) -> ResultFileError:
 
 def _looks_like(entries: Sequence[Any]) -> str:
     """The commonest schema of records among entries, or what else they are, or ""."""
-    objects = [entry for entry in entries if isinstance(entry, Mapping)]
+    objects = [{column_name(key): value for key, value in e.items()} for e in entries if isinstance(e, Mapping)]
     if objects and {"kind", "version"} <= objects[0].keys():
         return _OTHERS[0][1]
     schemas = Counter(name for entry in objects for name, keys in _SCHEMAS.items() if not keys.isdisjoint(entry))
@@ -199,9 +206,10 @@ def _record(schema: Schema, number: int, entry: Any) -> Record | ZsreRecord:
         raise FactError(entry.reason)
     if not isinstance(entry, Mapping):
         raise FactError(f"it is an object, not {type(entry).__name__}")
+    entry = named_through(entry)
     if schema == "zsre":
         return zsre_record(entry, number - 1)
-    return (nested_record if schema == "nested" else flat_record)(entry)
+    return nested_record(entry) if schema == "nested" else flat_record(entry, number - 1)
 
 
 def _chosen(records: Sequence[Some], limit: int | None, sample: tuple[int, int] | None) -> tuple[Some, ...]:

@@ -17,6 +17,7 @@ from typing import Any
 from errata.base.errors import FactError, ResultFileError
 from errata.base.files import write_text
 from errata.benchmarks.entries import read_json, require_keys, text_in, whole_text
+from errata.benchmarks.fact_table import named
 from errata.benchmarks.records import Record
 
 FILE = "attribute_snippets.json"
@@ -120,6 +121,7 @@ def _groups(value: Any) -> Iterator[tuple[str, str, list[Snippet]]]:
     elif isinstance(value, list):
         for entry in value:
             _require_object(entry)
+            entry = named(entry)
             require_keys(entry, "relation_id", "target_id", "samples")
             yield text_in(entry, "relation_id"), text_in(entry, "target_id"), _snippets(entry["samples"])
     else:
@@ -131,6 +133,8 @@ def _snippets(samples: Any) -> list[Snippet]:
         raise FactError(f"its samples are a list, not {type(samples).__name__}")
     for sample in samples:
         _require_object(sample)
+    samples = [sample if sample.keys() >= {"name", "text"} else named(sample) for sample in samples]
+    for sample in samples:
         require_keys(sample, "name", "text")
     return [
         Snippet(text_in(sample, "name"), whole_text(sample["text"], "text", may_be_blank=True)) for sample in samples

@@ -22,7 +22,7 @@ from typing import Any
 from errata.base.errors import FactError, ResultFileError
 from errata.base.facts import Fact, require_characters
 from errata.base.files import content
-from errata.benchmarks.fact_table import TableKind, field_text, read_rows
+from errata.benchmarks.fact_table import TableKind, field_text, read_rows, told_unread
 
 KINDS = ("template", "generation", "prompt")
 
@@ -112,9 +112,11 @@ def _checked(path: Path, relation: str, entry: Any) -> Wordings:
 
 
 def _of_table(path: Path) -> tuple[dict[str, Wordings], str]:
-    rows, bad, unit, digest = read_rows(path, _TEMPLATES)
+    rows, bad, unit, digest, unread = read_rows(path, _TEMPLATES)
     if bad:
         raise FactError(f"{path}, {unit} {bad[0].line}: {bad[0].reason}")
+    if unread:
+        raise FactError(f"{path} has {told_unread(unread, _TEMPLATES)}")
     entries: dict[str, dict[str, list[str]]] = defaultdict(lambda: {kind: [] for kind in KINDS})
     for relation, template, kind in rows:
         entries[relation][kind].append(template)
@@ -143,5 +145,6 @@ _TEMPLATES = TableKind(
     needed=(("relation",), ("template",)),
     columns="relation and template, and may have kind",
     parse=_row,
+    optional=(("kind",),),
     identity=lambda row: row,
 )

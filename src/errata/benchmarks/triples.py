@@ -7,13 +7,12 @@
 | `object` or `attribute` | what the subject has |
 | `text` | a text about the subject; may be left out |
 
-Two names that differ only in white space, letter case or Unicode form are one name. A subject may have several objects
-of one relation: all of them are true.
+Names of columns are read as in tables of facts (`fact_table.py`). Two names that differ only in white space, letter
+case or Unicode form are one name. A subject may have several objects of one relation: all of them are true.
 """
 
 from __future__ import annotations
 
-import hashlib
 import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
@@ -25,7 +24,7 @@ from errata.base.errors import FactError, ResultFileError
 from errata.base.extras import needed
 from errata.base.facts import require_characters
 from errata.base.files import content
-from errata.benchmarks.fact_table import BadLine, Row, TableKind, field_text, read_rows
+from errata.benchmarks.fact_table import BadLine, Row, Rows, TableKind, column_name, field_text, parsed, read_rows
 
 
 @dataclass(frozen=True)
@@ -77,12 +76,14 @@ class TripleTable:
         bad: the lines that are none, in order.
         unit: what `line` counts: "line", "entry" or "row".
         digest: sha256 of the file's bytes, in hex.
+        unread: names of its columns that mean nothing here.
     """
 
     rows: tuple[TripleRow, ...]
     bad: tuple[BadLine, ...]
     unit: str
     digest: str
+    unread: tuple[str, ...] = ()
 
     @property
     def texts(self) -> dict[str, str]:
@@ -117,7 +118,7 @@ def read_triples(path: str | Path) -> TripleTable:
         ResultFileError: if it is missing, has not the columns, is no such file at all, or has no fact.
         MissingExtra: if it is Parquet and pyarrow is not installed.
     """
-    return TripleTable(*_read(Path(path), _TRIPLES))
+    return TripleTable(*_read(Path(path), TRIPLES))
 
 
 def read_texts(path: str | Path) -> tuple[dict[str, str], tuple[BadLine, ...], str, str]:
@@ -126,40 +127,26 @@ def read_texts(path: str | Path) -> tuple[dict[str, str], tuple[BadLine, ...], s
     Raises:
         ConfigError, ResultFileError, MissingExtra: as `read_triples`.
     """
-    rows, bad, unit, digest = _read(Path(path), _TEXTS)
+    rows, bad, unit, digest, _ = _read(Path(path), _TEXTS)
     return _joined(rows), bad, unit, digest
 
 
-def _read(path: Path, kind: TableKind[Row]) -> tuple[tuple[Row, ...], tuple[BadLine, ...], str, str]:
+def _read(path: Path, kind: TableKind[Row]) -> Rows[Row]:
     """As `read_rows`, which reads all but Parquet."""
     if path.suffix.lower() != ".parquet" or not path.is_file():
         return read_rows(path, kind)
-    digest = hashlib.sha256(content(path, f"{kind.noun}s")).hexdigest()
-    rows: dict[Any, Row] = {}
-    bad: list[BadLine] = []
-    for number, found in enumerate(_parquet(path, kind), 1):
-        try:
-            row = kind.parse(number, found)
-            if kind.identity(row) in rows:
-                raise FactError(f"the same {kind.noun} as an earlier row")
-        except FactError as error:
-            bad.append(BadLine(number, str(error)))
-        else:
-            rows[kind.identity(row)] = row
-    if not rows:
-        raise ResultFileError(f"there is no {kind.noun} in {path}: {bad[0].reason if bad else 'it is empty'}")
-    return tuple(rows.values()), tuple(bad), "row", digest
+    return parsed(path, enumerate(_parquet(path, kind), 1), kind, "row", content(path, f"{kind.noun}s"))
 
 
 def _parquet(path: Path, kind: TableKind[Any]) -> Sequence[Mapping[str, Any]]:
-    """The rows of a Parquet file, by the names of its columns in small letters."""
+    """The rows of a Parquet file."""
     arrow, parquet = needed("pyarrow", "tables"), needed("pyarrow.parquet", "tables")
     try:
         table = parquet.read_table(path)
     except (arrow.ArrowException, OSError) as error:
         raise ResultFileError(f"{path} is no whole Parquet file: {error}. Fetch or make it again") from error
-    table = table.rename_columns([name.strip().casefold() for name in table.column_names])
-    if any(set(table.column_names).isdisjoint(names) for names in kind.needed):
+    columns = {column_name(name) for name in table.column_names}
+    if any(columns.isdisjoint(names) for names in kind.needed):
         raise ResultFileError(
             f"{path} has not the columns of {kind.noun}s ({', '.join(table.column_names)}): it needs {kind.columns}"
         )
@@ -202,11 +189,12 @@ def _spellings(names: Iterable[str]) -> dict[str, str]:
     return {name: min(counts, key=lambda way: (-counts[way], way)) for name, counts in ways.items()}
 
 
-_TRIPLES = TableKind(
+TRIPLES = TableKind(
     noun="fact",
     needed=(("subject",), ("relation", "relation_id"), ("object", "attribute")),
     columns="subject, relation and object, and may have text",
     parse=_triple,
+    optional=(("text",),),
     identity=lambda row: row.triple.identity,
 )
 _TEXTS = TableKind(

@@ -6,6 +6,7 @@
 | `src` | the question, with the subject in it, once |
 | `answers` | a list; the first is the answer to be |
 | `rephrase` | the question in other words; one, or a list |
+| `separator` | what stands between questions and answers, if not what the text asks for |
 | `loc`, `loc_ans` | a question of something else, without its question mark, and its answer |
 
 Other keys are not read: `alt`, a wrong answer, and `pred`, what some model said. Records have no number of their own,
@@ -20,7 +21,7 @@ from typing import Any
 from errata.base.errors import FactError
 from errata.base.facts import SLOT, Fact
 from errata.benchmarks.entries import require_keys, text_in, texts_in
-from errata.benchmarks.fact_table import shortened
+from errata.benchmarks.fact_table import separator_in, shortened
 from errata.benchmarks.records import ZsreRecord
 
 
@@ -40,7 +41,9 @@ def zsre_record(entry: Mapping[str, Any], case_id: int) -> ZsreRecord:
         raise FactError("its answers are an empty list: the first one is what the model is to answer")
     return ZsreRecord(
         case_id,
-        Fact(subject, question[:place] + SLOT + question[place + len(subject) :]).rewrite(answers[0]),
+        Fact(
+            subject, question[:place] + SLOT + question[place + len(subject) :], separator=separator_in(entry)
+        ).rewrite(answers[0]),
         texts_in(entry, "rephrase"),
         ((text_in(entry, "loc") + "?", text_in(entry, "loc_ans").strip()),),
     )

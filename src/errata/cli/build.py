@@ -165,10 +165,11 @@ def _read(facts: Path, templates: Path, texts: Path | None, sentences: Path | No
         FactError: of the first bad line, if strict; or of a template that will not do.
     """
     from errata.benchmarks.templates import read_templates
-    from errata.benchmarks.triples import read_texts, read_triples
+    from errata.benchmarks.triples import TRIPLES, read_texts, read_triples
 
     table = read_triples(facts)
     wordings, digest = read_templates(templates)
+    tables.tell_unread(table.unread, facts, TRIPLES)
     tables.tell_bad_lines(table.bad, facts, table.unit, strict)
     digests = {"facts": (facts, table.digest), "templates": (templates, digest)}
     about, bad = table.texts, list(table.bad)

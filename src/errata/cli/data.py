@@ -85,20 +85,20 @@ def describe_file(
     """
     from errata.base.errors import ResultFileError
     from errata.benchmarks.describe import describe
-    from errata.benchmarks.fact_table import FactTable, read_facts
+    from errata.benchmarks.fact_table import FactTable
     from errata.benchmarks.sets import FACTS, RecordSet, read_records, what_is_in
     from errata.cli import show
 
     found: RecordSet | FactTable
     if file.suffix.lower() in (".csv", ".tsv"):
-        found = read_facts(file)
+        found = tables.facts_of(file)
     else:
         try:
             found = read_records(file, with_snippets=False)
         except ResultFileError:
             if file.is_dir() or what_is_in(file) not in FACTS:
                 raise
-            found = read_facts(file)
+            found = tables.facts_of(file)
     unit = found.unit if isinstance(found, FactTable) else "entry"
     tables.tell_bad_lines(found.bad, file, unit)
     made_of = describe(found)

@@ -42,7 +42,7 @@ def facts(
     where it was if it is started again.
     """
     from errata.base.errors import ConfigError
-    from errata.benchmarks.fact_table import BadLine, read_facts, require_table_ending, write_facts
+    from errata.benchmarks.fact_table import BadLine, require_table_ending, write_facts
     from errata.cli import show
 
     if known and not out:
@@ -51,7 +51,7 @@ def facts(
         require_table_ending(out)
         if out.resolve() == file.resolve():
             raise ConfigError(f"--out is {file} itself, which it would replace: name another file")
-    table = read_facts(file)
+    table = tables.facts_of(file)
     options.require_outputs(out)
     bad = [*table.bad]
     if known:

@@ -187,9 +187,9 @@ def _is_atlas(model: Model) -> bool:
 
 def _facts_of(file: Path, bad: list[BadLine]) -> list[Fact]:
     """The facts of a table that have an object; what is wrong with it is told."""
-    from errata.benchmarks.fact_table import BadLine, read_facts
+    from errata.benchmarks.fact_table import BadLine
 
-    table = read_facts(file)
+    table = tables.facts_of(file)
     without = [BadLine(row.line, "it has no object to recall") for row in table.rows if not row.fact.object]
     tables.tell_bad_lines([*table.bad, *without], file, table.unit)
     bad += [*table.bad, *without]

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import typer
 
 if TYPE_CHECKING:
-    from errata.benchmarks.fact_table import BadLine
+    from errata.benchmarks.fact_table import BadLine, FactTable, TableKind
     from errata.benchmarks.requests import RequestTable
 
 
@@ -28,15 +28,33 @@ def tell_bad_lines(bad: Sequence[BadLine], file: Path, unit: str, strict: bool =
         typer.echo(" ".join(told.split()), err=True)
 
 
+def tell_unread(unread: Sequence[str], file: Path, kind: TableKind[Any]) -> None:
+    """Name the columns that mean nothing, on standard error, if there are any."""
+    from errata.benchmarks.fact_table import told_unread
+
+    if unread:
+        typer.echo(f"{file}: {told_unread(unread, kind)}", err=True)
+
+
+def facts_of(file: Path) -> FactTable:
+    """A table of facts, of which columns that are not read are told."""
+    from errata.benchmarks.fact_table import FACTS, read_facts
+
+    table = read_facts(file)
+    tell_unread(table.unread, file, FACTS)
+    return table
+
+
 def requested(file: Path, strict: bool = False) -> RequestTable:
     """A table of requests, of which bad lines and contradictions are told.
 
     Raises:
         FactError: of the first bad line, if strict.
     """
-    from errata.benchmarks.requests import read_requests
+    from errata.benchmarks.requests import REQUESTS, read_requests
 
     table = read_requests(file)
+    tell_unread(table.unread, file, REQUESTS)
     tell_bad_lines(table.bad, file, table.unit, strict)
     for rows in table.contradictions:
         places = ", ".join(f"{row.line} ({row.rewrite.new_object})" for row in rows)

@@ -210,11 +210,11 @@ def _trace_table(
     json: bool,
 ) -> None:
     from errata.base.errors import ConfigError, FactError
-    from errata.benchmarks.fact_table import BadLine, read_facts
+    from errata.benchmarks.fact_table import BadLine
     from errata.cli import show
     from errata.tracing.config import TraceConfig
 
-    table = read_facts(file)
+    table = tables.facts_of(file)
     options.require_picture(out)
     options.require_outputs(save)
     config = TraceConfig(**settings)
