@@ -22,7 +22,7 @@ from transformers.cache_utils import Cache, DynamicLayer
 from errata.base.errors import ConfigError, Diverged, FactError
 from errata.base.seeds import derive
 from errata.base.text import moved_spaces
-from errata.models.model import Model
+from errata.models.model import Model, cache_argument
 from errata.models.quick import quick
 
 # Bytes that keys and values of one batch may take.
@@ -218,13 +218,14 @@ def _continue(
     mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=model.device)
     drawing = LogitsProcessorList([draw or _Surest(model)])
     length = width + (settings.max_new_tokens or 0)
+    cache = Cache([_Roomy(length) for _ in range(model.n_layers)])
     with torch.no_grad(), quick(model.hf), _no_settings_of_its_own(model):
         output = model.hf.generate(
             input_ids=ids,
             attention_mask=mask,
             generation_config=settings,
             logits_processor=drawing,
-            past_key_values=Cache([_Roomy(length) for _ in range(model.n_layers)]),
+            **{cache_argument(model.hf.forward): cache},
         )
     ends = settings.eos_token_id if isinstance(settings.eos_token_id, list) else [settings.eos_token_id]
     return [list(itertools.takewhile(lambda token: token not in ends, row)) for row in output[:, width:].tolist()]

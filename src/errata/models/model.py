@@ -15,7 +15,7 @@ A stream is a tensor `[b, t, d]` of the forward pass that can be read or replace
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
@@ -288,7 +288,9 @@ class Model:
         }
         if keep and "logits_to_keep" in inspect.signature(self.hf.forward).parameters:
             inputs["logits_to_keep"] = keep
-        logits = self.hf(**inputs, use_cache=cache is not None, past_key_values=cache).logits
+        if cache is not None:
+            inputs[cache_argument(self.hf.forward)] = cache
+        logits = self.hf(**inputs, use_cache=cache is not None).logits
         return logits[:, -keep:]
 
     def added(self, layer: int, mlp: Tensor) -> Tensor:
@@ -333,6 +335,11 @@ class Model:
             seed=seed,
         )
         return texts[0]
+
+
+def cache_argument(function: Callable[..., Any]) -> str:
+    """The name under which a function of transformers takes a cache: "cache" from 5.24 on, "past_key_values" before."""
+    return "cache" if "cache" in inspect.signature(function).parameters else "past_key_values"
 
 
 def _matrix_shape(module: nn.Module) -> tuple[int, int]:
