@@ -17,9 +17,9 @@ from transformers import PreTrainedModel
 Stream = tuple[str, int]
 Change = Callable[[Tensor], Tensor | None]
 
-# Blocks, embedding, and in a block attention, MLP and down-projection.
+# Blocks, embedding, and in a block attention (of hybrids, in even and odd ones), MLP and down-projection.
 _LLAMA = ("model.layers", "model.embed_tokens", "self_attn", "mlp", "mlp.down_proj")
-_PATHS = {
+_PATHS: dict[str, tuple] = {
     "gpt2": ("transformer.h", "transformer.wte", "attn", "mlp", "mlp.c_proj"),
     "gptj": ("transformer.h", "transformer.wte", "attn", "mlp", "mlp.fc_out"),
     "gpt_neox": ("gpt_neox.layers", "gpt_neox.embed_in", "attention", "mlp", "mlp.dense_4h_to_h"),
@@ -33,6 +33,11 @@ _PATHS = {
     ),
     "falcon": ("transformer.h", "transformer.word_embeddings", "self_attention", "mlp", "mlp.dense_4h_to_h"),
     "gpt_neo": ("transformer.h", "transformer.wte", "attn", "mlp", "mlp.c_proj"),
+    "qwen3_next": (*_LLAMA[:2], ("linear_attn", "self_attn"), *_LLAMA[3:]),
+    "qwen3_5": (*_LLAMA[:2], ("linear_attn", "self_attn"), *_LLAMA[3:]),
+    "lfm2": (*_LLAMA[:2], ("conv", "self_attn"), "feed_forward", "feed_forward.w2"),
+    "jamba": (*_LLAMA[:2], ("mamba", "self_attn"), "feed_forward", "feed_forward.down_proj"),
+    "bamba": (*_LLAMA[:2], ("mamba", "self_attn"), "feed_forward", "feed_forward.down_proj"),
 }
 # What a module is given ("entering" a block, "key" of a down-projection), or what it returns.
 _GIVEN = ("entering", "key")
@@ -47,7 +52,8 @@ def plain_run(
     inside = {"entering": "", "state": "", "attention": attention, "mlp": mlp, "key": down, "value": down}
     handles = []
     for part, layer in sorted(changes, key=lambda stream: _ORDER.index(stream[0])):
-        path = embedding if part == "embedding" else f"{blocks}.{layer}.{inside[part]}".removesuffix(".")
+        own = inside[part][layer % 2] if isinstance(inside.get(part), tuple) else inside.get(part)
+        path = embedding if part == "embedding" else f"{blocks}.{layer}.{own}".removesuffix(".")
         module, change = hf.get_submodule(path), _shaped(changes[part, layer], len(ids))
         handles.append(
             module.register_forward_pre_hook(_before(change))

@@ -1,4 +1,5 @@
-"""Families whose blocks are called in unusual ways, by every road that calls them, against plain forward passes.
+"""Families whose blocks are called in unusual ways, by every road that calls them, against plain forward passes; and
+hybrids, whose recurrent layers and convolutions cannot be resumed in the middle of a text.
 
 In float32: softmaxes and masks of some of them are in float32 whatever their dtype is.
 """
@@ -23,8 +24,10 @@ from plain_trace import plain_run
 from test_asking import QUESTIONS, one_by_one, same, variants_of
 from test_asking import ask_together as ask
 from test_trace_families import MIDDLE, PARTS, SAMPLES, largest_difference, plainly, require_something_moved, some
-from tiny import OTHER_FAMILIES, TEXT, byte_tokenizer, tiny
+from tiny import HYBRIDS, OTHER_FAMILIES, TEXT, byte_tokenizer, tiny
 
+pytestmark = pytest.mark.filterwarnings("ignore:.* cannot be resumed in the middle of a text:UserWarning")
+FAMILIES = (*OTHER_FAMILIES, *HYBRIDS)
 LAYERS, LAYER = 4, 1
 TEXTS = [line[:80] for line in TEXT.splitlines() if line]
 REWRITES = [  # of different lengths, so that rows of one batch are masked in front
@@ -42,7 +45,7 @@ def answer(model: Model, ids: list[int], changes: dict) -> torch.Tensor:
     return plain_run(model.hf, model.name, [ids], changes)[0].double()
 
 
-@pytest.mark.parametrize("family", OTHER_FAMILIES)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_a_trace_is_what_plain_passes_give(family):
     model = model_of(family)
     found = errata.trace(model, MIDDLE, parts=PARTS, samples=SAMPLES, noise="s2", window=2)
@@ -50,7 +53,20 @@ def test_a_trace_is_what_plain_passes_give(family):
     assert largest_difference(found, plainly(model, MIDDLE, (1, 4)), some(found, 5)) <= 2e-5
 
 
-@pytest.mark.parametrize("family", OTHER_FAMILIES)
+@pytest.mark.parametrize("family", HYBRIDS)
+def test_hybrids_differ_in_what_mixes_tokens_and_say_that_they_take_longer(family):
+    model = model_of(family)
+    assert len(set(model.anatomy.mixers)) == 2
+    assert [model.path(("attention", layer)).split(".")[-1] for layer in range(LAYERS)] == list(model.anatomy.mixers)
+    with pytest.warns(UserWarning, match="every block is run on whole texts"):
+        found = errata.trace(model, MIDDLE, samples=1)
+    assert found.settings["engine"] == "plain"
+    with pytest.raises(errata.ErrataError, match="train its MLP"):
+        errata.editor(model, "attention", layer=LAYER, epsilon=5e-4).edit(model, REWRITES[0])
+    assert "engine" not in errata.trace(model_of("bloom"), MIDDLE, samples=1).settings
+
+
+@pytest.mark.parametrize("family", FAMILIES)
 def test_integrated_gradients_are_those_of_plain_passes(family):
     model, fact = model_of(family), Fact("Rome", "Where is {} in", "Italy")
     found = errata.integrated_gradients(model, fact, points=3)
@@ -74,7 +90,7 @@ def test_integrated_gradients_are_those_of_plain_passes(family):
         assert found.norms[part][token, layer] == pytest.approx(wanted, rel=2e-4)
 
 
-@pytest.mark.parametrize("family", OTHER_FAMILIES)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_rome_writes_its_value_at_its_key(family):
     model, told = model_of(family), []
     moment = collect(model, [LAYER], TEXTS)[LAYER]
@@ -117,7 +133,7 @@ def test_rome_writes_its_value_at_its_key(family):
         assert not torch.allclose(edited[-1], plain[-1])
 
 
-@pytest.mark.parametrize("family", OTHER_FAMILIES)
+@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("method", ["ft", "kn"])
 def test_other_editors_edit_too(family, method):
     model = model_of(family)
@@ -130,7 +146,7 @@ def test_other_editors_edit_too(family, method):
     assert errata.base.fingerprint.tensor_digest(model.module(("key", 2)).weight) == before
 
 
-@pytest.mark.parametrize("family", OTHER_FAMILIES)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_many_edits_in_one_pass_are_each_on_its_own(family):
     model = model_of(family)
     variants = variants_of(model)
@@ -138,7 +154,7 @@ def test_many_edits_in_one_pass_are_each_on_its_own(family):
         same(got, one_by_one(model, edits), 5e-5)
 
 
-@pytest.mark.parametrize("family", OTHER_FAMILIES)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_texts_are_gone_on_with_as_hugging_face_does_it_alone(family):
     model, prompts = model_of(family), ["Rome", "The Space Needle is in the", "He wrote"]
     texts = generate(model, prompts, 6, greedy=True)

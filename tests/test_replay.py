@@ -346,14 +346,26 @@ def adding_in_place(block, states, **kwargs):
     return states.add_(plainly(block, states, **kwargs) - states)
 
 
-def without_cache(block, states, past_key_values=None, **kwargs):
-    return plainly(block, states, **kwargs)
+def cache_in(kwargs: dict) -> object:
+    """By the name that transformers gives it."""
+    return kwargs.get("cache", kwargs.get("past_key_values"))
 
 
-def with_a_cache_of_no_use(block, states, past_key_values=None, attention_mask=None, **kwargs):
+def without_it(kwargs: dict) -> dict:
+    return {name: None if value is cache_in(kwargs) else value for name, value in kwargs.items()}
+
+
+def without_cache(block, states, **kwargs):
+    return plainly(
+        block, states, **{name: None if value is cache_in(kwargs) else value for name, value in kwargs.items()}
+    )
+
+
+def with_a_cache_of_no_use(block, states, attention_mask=None, **kwargs):
     """Its keys and values are remembered, but not looked at."""
-    if past_key_values is not None:
-        plainly(block, states, past_key_values=past_key_values, attention_mask=attention_mask, **kwargs)
+    if cache_in(kwargs) is not None:
+        plainly(block, states, attention_mask=attention_mask, **kwargs)
+    kwargs = without_it(kwargs)
     length = states.shape[1]
     mask = torch.full((length, length), float("-inf"), dtype=states.dtype).triu(1)
     return plainly(block, states, attention_mask=mask[None, None], **kwargs)
@@ -373,42 +385,68 @@ def with_a_memory(block, states, **kwargs):
 
 
 def failing(error: type[Exception]):
-    def forward(block, states, past_key_values=None, **kwargs):
-        if past_key_values is not None and past_key_values.get_seq_length(block.self_attn.layer_idx):
+    def forward(block, states, **kwargs):
+        cache = cache_in(kwargs)
+        if cache is not None and cache.get_seq_length(block.self_attn.layer_idx):
             raise error("no such\nthing")
-        return plainly(block, states, past_key_values=past_key_values, **kwargs)
+        return plainly(block, states, **kwargs)
 
     return forward
 
 
-@pytest.mark.parametrize("forward", [without_cache, with_a_cache_of_no_use, without_positions, with_a_memory])
-def test_blocks_that_cannot_be_resumed_are_refused_by_name(forward):
+def refusing_a_cache(block, states, **kwargs):
+    if cache_in(kwargs) is not None:
+        raise IndexError("list index out of range")
+    return plainly(block, states, **kwargs)
+
+
+ERRORS = (TypeError, RuntimeError, IndexError, ValueError, AttributeError, KeyError)
+
+
+@pytest.mark.parametrize(
+    "forward",
+    [
+        *(without_cache, with_a_cache_of_no_use, without_positions, with_a_memory, refusing_a_cache),
+        *map(failing, ERRORS),
+    ],
+)
+@torch.no_grad()
+def test_blocks_that_cannot_be_resumed_are_run_on_whole_texts(forward):
     model = altered(forward)
-    with pytest.raises(UnsupportedModel, match=r"^model\.layers\.1: resumed in the middle") as caught:
-        record(model, model.batch([list(range(9)), list(range(9))]))
-    assert "altered cannot be replayed" in str(caught.value)
-    assert "\n" not in str(caught.value)
-
-
-@pytest.mark.parametrize("error", [TypeError, RuntimeError, IndexError, ValueError, AttributeError, KeyError])
-def test_blocks_that_fail_when_resumed_are_refused_by_name(error):
-    model = altered(failing(error))
     before = hooks_of(model)
-    with pytest.raises(UnsupportedModel, match=rf"^model\.layers\.1: .* fails with {error.__name__}") as caught:
-        record(model, model.batch([list(range(9))]))
-    assert "\n" not in str(caught.value)
+    for layer, token in ((0, 0), (1, 5), (2, LENGTH - 1), (0, 7)):
+        patched = [(part, one) for part in PATCHED for one in range(layer, 3)]
+        run = Replayed(model, layer=layer, token=token, patched=patched, seed=10 * layer + token)
+        assert run.recording.engine == "plain"
+        found, (wanted, logits) = run.resumed(), run.plain()
+        assert difference(found, wanted) <= 1e-10
+        assert difference(model.unembed(found)[:, -1], logits) <= 1e-10
+        assert difference(run.resumed(patched=False), wanted) > 1e-3
+    run = Replayed(model, layer=1, token=3, patched=[("mlp", 1)], tokens_at_once=15)
+    wanted, _ = run.plain()
+    for keep in range(1, LENGTH - 2):
+        assert difference(run.resumed(keep), wanted[:, -keep:]) <= 1e-10
     assert hooks_of(model) == before
 
 
-def test_a_model_that_takes_no_cache_of_keys_and_values_is_refused():
-    def forward(block, states, past_key_values=None, **kwargs):
-        if past_key_values is not None:
-            raise IndexError("list index out of range")
-        return plainly(block, states, **kwargs)
+def test_a_model_that_can_be_resumed_no_longer_is_run_on_whole_texts():
+    model = altered(plainly)
+    batch = model.batch([list(range(9))])
+    assert record(model, batch).engine == "replay"
+    model.blocks[1].forward = MethodType(with_a_memory, model.blocks[1])
+    assert record(model, batch).engine == "plain"
 
-    model = altered(forward)
-    with pytest.raises(UnsupportedModel, match="altered"):
-        record(model, model.batch([list(range(9))]))
+
+def by_number_of_rows(block, states, **kwargs):
+    return plainly(block, states, **kwargs) * len(states)
+
+
+def test_blocks_that_are_otherwise_called_on_their_own_are_refused_by_name():
+    model = altered(by_number_of_rows)
+    with pytest.raises(UnsupportedModel, match=r"^model\.layers\.1: called on its own, it comes out") as caught:
+        record(model, model.batch([list(range(9)), list(range(9))]))
+    assert "altered cannot be replayed" in str(caught.value)
+    assert "\n" not in str(caught.value)
 
 
 def test_a_whole_recording_passes_its_own_check():

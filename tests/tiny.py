@@ -9,6 +9,7 @@ import functools
 import json
 
 import torch
+import transformers
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
@@ -16,6 +17,13 @@ FAMILIES = ("gpt2", "gptj", "gpt_neox", "llama", "qwen3", "gemma3")
 ALL_FAMILIES = (*FAMILIES, "opt", "mistral", "qwen2", "gemma2", "phi3", "olmo2")
 # Masks that mean the reverse, masks for every row, ALiBi, attention of two kinds by turns.
 OTHER_FAMILIES = ("mpt", "xglm", "bloom", "falcon", "gpt_neo")
+VERSION = tuple(map(int, transformers.__version__.split(".")[:2]))
+# Recurrent layers or convolutions in every other block.
+HYBRIDS = (
+    *("qwen3_next", "lfm2", "bamba"),
+    *(("jamba",) if VERSION > (5, 0) else ()),  # before that, on a GPU alone
+    *(("qwen3_5",) if "qwen3_5_text" in CONFIG_MAPPING else ()),
+)
 VOCAB = 320
 WIDTH, HEADS, MLP_WIDTH, POSITIONS = 16, 2, 24, 96
 
@@ -45,6 +53,9 @@ def config_of(family: str, layers: int = 3, **changes):
     }
     ends = {"vocab_size": VOCAB, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": None}
     heads = {"head_dim": WIDTH // HEADS}
+    linear = {f"linear_{name}": 2 for name in ("num_value_heads", "num_key_heads")}
+    linear |= {f"linear_{name}": WIDTH // HEADS for name in ("key_head_dim", "value_head_dim")}
+    by_turns = [("linear_attention", "full_attention")[layer % 2] for layer in range(layers)]
     own = {
         "gpt2": gpt,
         "gptj": gpt | {"rotary_dim": 4},
@@ -91,8 +102,36 @@ def config_of(family: str, layers: int = 3, **changes):
             "window_size": 8,
             "attention_types": [[[("global", "local")[layer % 2] for layer in range(layers)], 1]],
         },
+        "qwen3_next": gated
+        | heads
+        | linear
+        | {"layer_types": by_turns, "num_experts": 0, "mlp_only_layers": [*range(layers)]},
+        "qwen3_5_text": gated | heads | linear | {"layer_types": by_turns},
+        "lfm2": gated
+        | {
+            "layer_types": [{"linear_attention": "conv"}.get(kind, kind) for kind in by_turns],
+            "block_auto_adjust_ff_dim": False,
+        },
+        "jamba": gated
+        | {
+            "num_experts": 1,
+            "num_experts_per_tok": 1,
+            "attn_layer_period": 2,
+            "attn_layer_offset": 1,
+            "mamba_d_state": 4,
+            "mamba_dt_rank": 4,
+        },
+        "bamba": gated
+        | {
+            "attn_layer_indices": [*range(1, layers, 2)],
+            "attn_rotary_emb": WIDTH // HEADS,
+            "mamba_n_heads": 4,
+            "mamba_d_head": 8,
+            "mamba_n_groups": 1,
+            "mamba_d_state": 4,
+        },
     }
-    name = {"gemma3": "gemma3_text"}.get(family, family)
+    name = {"gemma3": "gemma3_text", "qwen3_5": "qwen3_5_text"}.get(family, family)
     return CONFIG_MAPPING[name](**{**ends, **own[name], **changes})
 
 

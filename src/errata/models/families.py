@@ -3,9 +3,9 @@
 Nothing here looks at a model's name or at the names of its classes. One short forward pass is recorded,
 module by module; the parts are what behaves like them:
 
-- the blocks are the longest `ModuleList` whose members are of one class and hand the state on, each to
-  the next;
-- attention is the part of a block through which a later token sees an earlier one;
+- the blocks are the longest `ModuleList` whose members hand the state on, each to the next;
+- attention is the part of a block through which a later token sees an earlier one; hybrids have recurrent
+  layers or convolutions in its place in some blocks, and all else must be alike;
 - the MLP is the part that does not mix tokens and whose output one last linear map writes: the
   down-projection (value = W key, v = W k in the paper);
 - the final norm is what stands between the last state and the head.
@@ -42,7 +42,7 @@ class Anatomy:
     Attributes:
         embedding: the token embedding.
         blocks: the `ModuleList` of blocks.
-        attention: the attention module of a block.
+        attention: the attention module of a block, or what else mixes tokens there; of hybrids, of block 0.
         mlp: the MLP of a block; the down-projection itself where a block has no module for its MLP.
         down: the MLP's down-projection.
         final_norm: what the last state passes through on its way to the head.
@@ -53,6 +53,7 @@ class Anatomy:
         residual_scale: what both branches are multiplied by before they are added (Granite; else 1).
         logit_scale: what the head's output is multiplied by (Cohere, Granite; else 1).
         softcap: c where logits are c tanh(head / c) (Gemma 2; else None).
+        mixers: of a hybrid, whose blocks mix tokens in different ways, the attention of each block; else empty.
     """
 
     embedding: str
@@ -68,6 +69,11 @@ class Anatomy:
     residual_scale: float = 1.0
     logit_scale: float = 1.0
     softcap: float | None = None
+    mixers: tuple[str, ...] = ()
+
+    def attention_of(self, layer: int) -> str:
+        """The attention of one block."""
+        return self.mixers[layer] if self.mixers else self.attention
 
 
 def softcapped(head_output: Tensor, anatomy: Anatomy) -> Tensor:
@@ -110,7 +116,7 @@ def find_anatomy(hf: PreTrainedModel) -> Anatomy:
         head=names[head],
         logit_scale=scale,
         softcap=cap,
-        **_look_inside(hf, calls, f"{blocks}.0", ids),
+        **_look_inside_all(hf, calls, blocks, ids),
     )
 
 
@@ -159,10 +165,6 @@ def _find_blocks(hf: PreTrainedModel, calls: dict[str, _Call]) -> str:
     if not outermost:
         raise UnsupportedModel(f"{type(hf).__name__} has no list of blocks that its forward pass goes through")
     blocks = max(outermost, key=lambda name: len(ran[name]))
-    classes = {type(block) for block in ran[blocks]}
-    if len(classes) > 1:
-        listed = ", ".join(sorted(cls.__name__ for cls in classes))
-        raise UnsupportedModel(f"{blocks}: its blocks are of different classes ({listed}); a decoder's are alike")
     state = None
     for index in range(len(ran[blocks])):
         call = calls[f"{blocks}.{index}"]
@@ -211,6 +213,30 @@ def _find_logit_shape(hf: PreTrainedModel, raw: Tensor, logits: Tensor, head: st
     if _close(raw * scale, logits):
         return scale, None
     raise UnsupportedModel(f"{head}: the logits are not its output, nor a scaled or soft-capped form of it")
+
+
+def _look_inside_all(hf: PreTrainedModel, calls: dict[str, _Call], blocks: str, ids: Tensor) -> dict[str, Any]:
+    """The fields of `Anatomy` that lie inside a block; blocks may differ in what mixes tokens there, and in no more."""
+    first = _look_inside(hf, calls, f"{blocks}.0", ids)
+    mixers = []
+    for layer in range(len(hf.get_submodule(blocks))):
+        block = f"{blocks}.{layer}"
+        if f"{block}.{first['attention']}" in calls:
+            mixers.append(first["attention"])
+            continue
+        own = _look_inside(hf, calls, block, ids)
+        mixers.append(own.pop("attention"))
+        for name, value in own.items():
+            if name == "residual_scale":
+                alike = abs(value - first[name]) <= 1e-3 * first[name]  # measured, and so rounded
+            else:
+                alike = value == first[name]
+            if not alike:
+                raise UnsupportedModel(
+                    f"{block}: its {name} is {value!r}, that of {blocks}.0 is {first[name]!r}; blocks may differ in "
+                    "their attention alone"
+                )
+    return first | ({"mixers": tuple(mixers)} if len(set(mixers)) > 1 else {})
 
 
 def _look_inside(hf: PreTrainedModel, calls: dict[str, _Call], block: str, ids: Tensor) -> dict[str, Any]:
@@ -328,9 +354,10 @@ def verify(hf: PreTrainedModel, anatomy: Anatomy) -> None:
         UnsupportedModel: if a module does not fit; the message names it.
     """
     layers = [f"{anatomy.blocks}.{layer}" for layer in range(len(hf.get_submodule(anatomy.blocks)))]
-    inside = {anatomy.attention, anatomy.mlp, anatomy.down, anatomy.attention_norm, anatomy.mlp_norm} - {None}
+    mixers = [anatomy.attention_of(layer) for layer in range(len(layers))]
+    inside = {anatomy.mlp, anatomy.down, anatomy.attention_norm, anatomy.mlp_norm} - {None}
     paths = [anatomy.embedding, *layers, anatomy.final_norm, anatomy.head]
-    paths += [f"{block}.{name}" for block in layers for name in inside]
+    paths += [f"{block}.{name}" for block, mixer in zip(layers, mixers, strict=True) for name in {*inside, mixer}]
     modules = {path: _module_at(hf, path) for path in paths}
     ids = _probe_ids(modules[anatomy.embedding])
     with _recorded(modules, ids.device) as calls, _inference(hf):
@@ -338,8 +365,8 @@ def verify(hf: PreTrainedModel, anatomy: Anatomy) -> None:
     for path in paths:
         if path not in calls or calls[path].output is None or calls[path].input is None:
             raise UnsupportedModel(f"{path}: it does not run in a forward pass, or not on a tensor")
-    for block in layers:
-        _verify_block(calls, modules, anatomy, block)
+    for block, mixer in zip(layers, mixers, strict=True):
+        _verify_block(calls, modules, anatomy, block, mixer)
     with _inference(hf):
         normed = modules[anatomy.final_norm](calls[layers[-1]].output)
         again = softcapped(modules[anatomy.head](normed).to(logits.device), anatomy)
@@ -350,7 +377,9 @@ def verify(hf: PreTrainedModel, anatomy: Anatomy) -> None:
     _require_causal(hf, anatomy.blocks, ids, logits)
 
 
-def _verify_block(calls: dict[str, _Call], modules: dict[str, nn.Module], anatomy: Anatomy, block: str) -> None:
+def _verify_block(
+    calls: dict[str, _Call], modules: dict[str, nn.Module], anatomy: Anatomy, block: str, mixer: str
+) -> None:
     down, mlp = f"{block}.{anatomy.down}", f"{block}.{anatomy.mlp}"
     state, new_state = _tensor(calls[block].input), _tensor(calls[block].output)
     key, value = _tensor(calls[down].input), _tensor(calls[down].output)
@@ -363,12 +392,10 @@ def _verify_block(calls: dict[str, _Call], modules: dict[str, nn.Module], anatom
         raise UnsupportedModel(f"{down}: its weight times its input, plus bias, is not its output")
     if not _close(value, _tensor(calls[mlp].output)):
         raise UnsupportedModel(f"{mlp}: its output is not what its down-projection {down} writes")
-    attention = _tensor(calls[f"{block}.{anatomy.attention_norm or anatomy.attention}"].output)
+    attention = _tensor(calls[f"{block}.{anatomy.attention_norm or mixer}"].output)
     written = _tensor(calls[f"{block}.{anatomy.mlp_norm or anatomy.mlp}"].output)
     if not _adds_up(state, attention, written, new_state, anatomy.residual_scale):
-        raise UnsupportedModel(
-            f"{block}: its output is not its input plus what its {anatomy.attention} and {anatomy.mlp} write"
-        )
+        raise UnsupportedModel(f"{block}: its output is not its input plus what its {mixer} and {anatomy.mlp} write")
 
 
 def _module_at(hf: PreTrainedModel, path: str) -> nn.Module:

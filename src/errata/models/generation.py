@@ -12,6 +12,7 @@ import itertools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -27,6 +28,8 @@ from errata.models.quick import quick
 
 # Bytes that keys and values of one batch may take.
 _CACHE_AT_ONCE = {"cpu": 2**31, "cuda": 2**33}
+# How far logits of a padded prompt may be from those of the prompt alone, relative to the largest.
+_ALIKE = {torch.float64: 1e-5, torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 
 
 def generate(
@@ -80,7 +83,7 @@ def generate(
             )
     wanted = [max(0, min(max_new_tokens, max_new_tokens if length is None else length - len(row))) for row in rows]
     texts = dict(enumerate(prompts))
-    for chosen, new_tokens in _batches(model, [len(row) for row in rows], wanted):
+    for chosen, new_tokens in _batches(model, [len(row) for row in rows], wanted, _takes_padding(model)):
         settings = _settings(model, new_tokens)
         draw = None if greedy else _Draw([seeds[i] for i in chosen], new_tokens, top_k, temperature, model)
         with around(chosen) if around else contextlib.nullcontext():
@@ -128,8 +131,17 @@ def _check(max_new_tokens: int, length: int | None, top_k: int | None, temperatu
         raise ConfigError("greedy=True takes the most probable token, so top_k and temperature have no use")
 
 
-def _batches(model: Model, lengths: Sequence[int], wanted: Sequence[int]) -> Iterator[tuple[list[int], int]]:
-    """(indexes, new tokens): prompts that have room for all go together, as many as memory is for, others alone."""
+def _batches(
+    model: Model, lengths: Sequence[int], wanted: Sequence[int], padded: bool
+) -> Iterator[tuple[list[int], int]]:
+    """(indexes, new tokens): prompts that have room for all go together, as many as memory is for, others alone; those
+    of one length, if they cannot be padded."""
+    if not padded:
+        for length in sorted(set(lengths)):
+            some = [i for i, its in enumerate(lengths) if its == length]
+            for own, new in _batches(model, [length] * len(some), [wanted[i] for i in some], True):
+                yield [some[i] for i in own], new
+        return
     alone = [i for i, length in enumerate(lengths) if length + wanted[i] > model.max_length]
     roomy = [i for i, length in enumerate(lengths) if wanted[i] and length + wanted[i] <= model.max_length]
     per_token = 2 * model.n_layers * model.d_model * model.dtype.itemsize
@@ -213,22 +225,61 @@ def _continue(
     model: Model, rows: Sequence[Sequence[int]], settings: GenerationConfig, draw: _Draw | None
 ) -> list[list[int]]:
     """The new tokens alone, of prompts padded on the left."""
+    drawing = LogitsProcessorList([draw or _Surest(model)])
+    with torch.no_grad(), quick(model.hf), _no_settings_of_its_own(model):
+        output = _generate(model, rows, settings, _takes_padding(model), logits_processor=drawing)
+    ends = settings.eos_token_id if isinstance(settings.eos_token_id, list) else [settings.eos_token_id]
+    width = max(map(len, rows))
+    return [list(itertools.takewhile(lambda token: token not in ends, row)) for row in output[:, width:].tolist()]
+
+
+def _generate(model: Model, rows: Sequence[Sequence[int]], settings: GenerationConfig, roomy: bool, **how: Any) -> Any:
     width = max(map(len, rows))
     ids = torch.tensor([[model.pad_id] * (width - len(row)) + list(row) for row in rows], device=model.device)
     mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=model.device)
-    drawing = LogitsProcessorList([draw or _Surest(model)])
-    length = width + (settings.max_new_tokens or 0)
-    cache = Cache([_Roomy(length) for _ in range(model.n_layers)])
-    with torch.no_grad(), quick(model.hf), _no_settings_of_its_own(model):
-        output = model.hf.generate(
-            input_ids=ids,
-            attention_mask=mask,
-            generation_config=settings,
-            logits_processor=drawing,
-            **{cache_argument(model.hf.forward): cache},
-        )
-    ends = settings.eos_token_id if isinstance(settings.eos_token_id, list) else [settings.eos_token_id]
-    return [list(itertools.takewhile(lambda token: token not in ends, row)) for row in output[:, width:].tolist()]
+    if roomy:
+        length = width + (settings.max_new_tokens or 0)
+        how[cache_argument(model.hf.forward)] = Cache([_Roomy(length) for _ in range(model.n_layers)])
+    return model.hf.generate(input_ids=ids, attention_mask=mask, generation_config=settings, **how)
+
+
+_padding: WeakKeyDictionary[Model, dict[tuple[object, ...], bool]] = WeakKeyDictionary()
+
+
+def _takes_padding(model: Model) -> bool:
+    """Whether a prompt goes on in a batch, padded and with our cache, as it does alone: recurrent layers may not do so.
+
+    Measured once for a model with the attention that it has now.
+    """
+    known = _padding.setdefault(model, {})
+    kind = (id(model.hf), model.device, model.dtype, model.hf.config.get_text_config()._attn_implementation)
+    if kind not in known:
+        known[kind] = _measured(model)
+    return known[kind]
+
+
+@torch.no_grad()
+def _measured(model: Model) -> bool:
+    long = [(17 * i + 5) % model.vocab_size for i in range(min(6, model.max_length - 2))]
+    short = long[: len(long) // 2]
+    if not short:  # no room for a trial
+        return True
+    settings = GenerationConfig(
+        max_new_tokens=2, do_sample=False, pad_token_id=model.pad_id, return_dict_in_generate=True, output_logits=True
+    )
+    with _no_settings_of_its_own(model):
+        try:
+            both = _generate(model, [short, long], settings, roomy=True).logits
+        except torch.OutOfMemoryError:
+            raise
+        except Exception:  # whatever a foreign forward pass raises, it takes no such batch
+            return False
+        alone = _generate(model, [short], settings, roomy=False).logits
+    if both[0][0].argmax() != alone[0][0].argmax():  # or else the second tokens follow others
+        both, alone = both[:1], alone[:1]
+    found, want = (torch.stack([each[0] for each in logits]).float() for logits in (both, alone))
+    error = (found - want).abs().amax(-1) / want.abs().amax(-1).clamp_min(1e-30)
+    return bool((error <= _ALIKE.get(model.dtype, 5e-2))[want.isfinite().all(-1)].all())
 
 
 class _Roomy(DynamicLayer):

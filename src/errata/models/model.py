@@ -186,7 +186,7 @@ class Model:
         block = f"{self.anatomy.blocks}.{layer}"
         inside = {
             "state": "",
-            "attention": self.anatomy.attention,
+            "attention": self.anatomy.attention_of(layer),
             "mlp": self.anatomy.mlp,
             "key": self.anatomy.down,
             "value": self.anatomy.down,

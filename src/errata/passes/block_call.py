@@ -1,7 +1,8 @@
 """One block called on its own: with the arguments that it was given in a recorded run, cut to the tokens at hand.
 
 It knows no family. What a block is given beside its state depends on positions alone: masks, cosines and sines, indexes
-of positions, ALiBi. Earlier tokens are present through a cache that holds their keys and values.
+of positions, ALiBi. Earlier tokens are present through a cache that holds their keys and values (`Past`); or, where a
+block cannot be resumed so, as what enters it there, and it runs on them again (`Earlier`).
 """
 
 from __future__ import annotations
@@ -36,8 +37,8 @@ class Past(DynamicCache):
         rows = rows.to(self.keys_before.device) if isinstance(rows, Tensor) else rows
         return Past(self.keys_before[rows, :, :tokens], self.values_before[rows, :, :tokens])
 
-    def after(self, run: Callable[[DynamicCache], object]) -> Past:
-        """This and the keys and values of the tokens that `run` adds; it goes no further than them."""
+    def after(self, states: Tensor, run: Callable[[DynamicCache], object]) -> Past:
+        """This and the keys and values of the tokens with these states, which `run` adds; it goes no further."""
         collecting = _Collecting(self.keys_before, self.values_before)
         try:
             run(collecting)
@@ -65,6 +66,29 @@ class _Collecting(Past):
 
 
 @dataclass(frozen=True)
+class Earlier:
+    """Tokens before, for a block that cannot be resumed after them.
+
+    Attributes:
+        states: what enters the block there, `[r, tokens, d_model]`.
+    """
+
+    states: Tensor
+
+    def of(self, rows: Tensor | slice, tokens: int | None = None) -> Earlier:
+        """Those of some rows, their first tokens alone if so many are named."""
+        return Earlier(self.states[rows, :tokens])
+
+    def after(self, states: Tensor, run: Callable[[DynamicCache], object]) -> Earlier:
+        """These and the tokens with these states; nothing is run."""
+        return Earlier(torch.cat([self.states, states], 1))
+
+    def get_seq_length(self) -> int:
+        """How many tokens went before."""
+        return self.states.shape[1]
+
+
+@dataclass(frozen=True)
 class Call:
     """What Hugging Face handed to a block beside its state: what depends on positions alone.
 
@@ -72,26 +96,33 @@ class Call:
         arguments: all but the state, by name; of tensors the first row stands for all; the cache is `PAST`.
         rows: how many were recorded.
         length: of the recorded texts, in tokens.
+        whole: whether there was no cache: the block is to be called on whole texts, after `Earlier`.
     """
 
     arguments: Mapping[str, Any]
     rows: int
     length: int
+    whole: bool = False
 
-    def __call__(self, block: nn.Module, states: Tensor, token: int, past: Past) -> Tensor:
+    def __call__(self, block: nn.Module, states: Tensor, token: int, past: Past | Earlier) -> Tensor:
         """The block's output for states `[r, n, d_model]` of tokens `token` on, after `past`."""
         return run(block, states, self.at(token, len(states), states.shape[1], states.device), past)
 
     def at(self, token: int, rows: int, count: int, device: torch.device) -> dict[str, Any]:
-        """The arguments as they are for `count` tokens from `token` on, in so many rows."""
+        """The arguments as they are for `count` tokens from `token` on, in so many rows; of whole texts, for those
+        before them too."""
+        if self.whole:
+            token, count = 0, token + count
         return {name: self._at(name, value, token, rows, count, device) for name, value in self.arguments.items()}
 
     def _at(self, name: str, value: Any, token: int, rows: int, count: int, device: torch.device) -> Any:
         if isinstance(value, Tensor):
             value = value.to(device)
-        if is_mask(name):
+        if is_mask(name) and not (self.whole and value is None):
             if value is None:  # plain causality
                 whole = torch.ones(count, token + count, dtype=torch.bool, device=device).tril(token)[None, None]
+            elif value.dim() == 2:  # which tokens are there at all
+                return value[:1, token : token + count].expand(rows, -1)
             else:
                 whole = value[:1, ..., token : token + count, : token + count]
             return whole.expand(rows, -1, -1, -1)  # some blocks (XGLM) take no mask of one row for all
@@ -143,15 +174,23 @@ class Call:
 PAST = object()
 
 
-def run(block: nn.Module, states: Tensor, arguments: Mapping[str, Any], past: Past) -> Tensor:
+def run(block: nn.Module, states: Tensor, arguments: Mapping[str, Any], past: Past | Earlier) -> Tensor:
     """A block's output `[r, n, d_model]` for these states, these arguments and this past, where the states are.
 
     What a block on another device needs is brought there by the hooks that accelerate has put on it, but for the past,
     which is there.
     """
+    count = states.shape[1]
     given = {name: past if value is PAST else value for name, value in arguments.items()}
-    output = block(states.clone(), **given)  # a copy, for a block may go on to add into what it is given
-    return (output[0] if isinstance(output, tuple) else output).to(states.device)
+    # A copy, for a block may go on to add into what it is given.
+    entering = torch.cat([past.states, states], 1) if isinstance(past, Earlier) else states.clone()
+    output = block(entering, **given)
+    return (output[0] if isinstance(output, tuple) else output)[:, -count:].to(states.device)
+
+
+def unseen(past: Past | Earlier) -> int:
+    """How many tokens at the beginning of what a block computes are not those that were asked for."""
+    return past.get_seq_length() if isinstance(past, Earlier) else 0
 
 
 def is_mask(name: str) -> bool:

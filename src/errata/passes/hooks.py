@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from errata.models.model import Model, Stream
@@ -43,25 +44,30 @@ def hooked(model: Model, patches: Mapping[Stream, Patch]) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def hooked_block(model: Model, patches: Mapping[Stream, Patch], rows: int) -> Iterator[None]:
-    """As `hooked`, while blocks are called on their own: the batch size is given, as no embedding runs to tell it."""
+def hooked_block(model: Model, patches: Mapping[Stream, Patch], rows: int, begin: int = 0) -> Iterator[None]:
+    """As `hooked`, while blocks are called on their own: the batch size is given, as no embedding runs to tell it.
+
+    Tokens before `begin` are hidden from the functions.
+    """
     with contextlib.ExitStack() as stack:
         for stream in sorted(patches, key=lambda stream: _ORDER.index(stream[0])):
-            stack.callback(_register(model, stream, patches[stream], [rows]).remove)
+            stack.callback(_register(model, stream, patches[stream], [rows], begin).remove)
         yield
 
 
-def _register(model: Model, stream: Stream, patch: Patch, rows: list[int]) -> Any:
+def _register(model: Model, stream: Stream, patch: Patch, rows: list[int], begin: int = 0) -> Any:
     module, home = model.module(stream), model.device
 
     def patched(tensor: Tensor) -> Tensor | None:
-        seen = tensor.unflatten(0, (rows[0], -1)) if tensor.dim() == 2 else tensor
+        whole = tensor.unflatten(0, (rows[0], -1)) if tensor.dim() == 2 else tensor
+        seen = whole[:, begin:] if begin else whole
         new = patch(seen.to(home))
         if new is None:
             return None
         if new.shape != seen.shape:
             raise ValueError(f"the patch of {stream} returned shape {tuple(new.shape)} for {tuple(seen.shape)}")
-        return new.reshape(tensor.shape).to(tensor.device)
+        new = new.to(tensor.device)
+        return (torch.cat([whole[:, :begin], new], 1) if begin else new).reshape(tensor.shape)
 
     def before(module: nn.Module, args: tuple) -> tuple | None:
         new = patched(args[0])

@@ -5,13 +5,20 @@ each answer is work already done: blocks below the change and tokens before it a
 of one run, what enters and leaves every block, attention's keys and values, and what Hugging Face handed to each block
 beside its state. `step` then runs one block on the tokens from any one on, for rows as many as are wanted, each a
 variation of a recorded row: earlier tokens are present through their recorded keys and values alone.
+
+Blocks that cannot be resumed after keys and values (recurrent layers, convolutions, attention that takes no cache) are
+run whole instead: on the recorded states of earlier tokens and those at hand. It is slower, and gives the same. Which
+of the two a model needs is measured once (`engine_of`).
 """
 
 from __future__ import annotations
 
+import contextlib
 import inspect
+import warnings
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, Literal
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +26,7 @@ from transformers import DynamicCache
 
 from errata.base.errors import UnsupportedModel
 from errata.models.model import Batch, Model, Stream
-from errata.passes.block_call import PAST, Call, Past
+from errata.passes.block_call import PAST, Call, Earlier, Past
 from errata.passes.hooks import Patch, hooked, hooked_block
 
 # What a patch of a resumed block is given: the stream `[r, n, d]` of some of the rows, and which rows these are.
@@ -27,6 +34,13 @@ RowPatch = Callable[[Tensor, slice], Tensor]
 
 # How far a block resumed in the middle may be from its recorded output, relative to the largest feature of a token.
 _TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+
+
+Engine = Literal["replay", "plain"]
+
+_engines: WeakKeyDictionary[Model, dict[tuple[object, ...], Engine]] = WeakKeyDictionary()
+# Tokens of the text on which a model's engine is measured.
+_PROBED = 9
 
 
 class _Enough(Exception):
@@ -45,6 +59,7 @@ class Recording:
         kept: the other streams asked for, `[rows, length, d]`.
         tokens_at_once: `step` passes at most about so many tokens to a block in one call; rows that see many earlier
             tokens count for more.
+        engine: "replay", or "plain" where every block is run on whole texts.
     """
 
     def __init__(
@@ -53,7 +68,7 @@ class Recording:
         first: int,
         states: Mapping[int, Tensor],
         kept: Mapping[Stream, Tensor],
-        cache: DynamicCache,
+        cache: DynamicCache | None,
         calls: list[Call],
         tokens_at_once: int,
     ):
@@ -64,7 +79,9 @@ class Recording:
         self.length = states[first].shape[1]
         self.tokens_at_once = tokens_at_once
         self.calls = calls
-        self._past = {i: Past(layer.keys, layer.values) for i, layer in enumerate(cache.layers) if i >= first}
+        self.engine: Engine = "plain" if cache is None else "replay"
+        layers = cache.layers if cache else ()
+        self._past = {i: Past(layer.keys, layer.values) for i, layer in enumerate(layers) if i >= first}
 
     def step(
         self,
@@ -90,7 +107,8 @@ class Recording:
         """
         count = states.shape[1]
         # Keys and values of a token take about a sixteenth of what a block makes of one on its way.
-        share = max(1, self.tokens_at_once // (count + (token + count) // 16))
+        cost = count + (token + count) // 16 if self.engine == "replay" else token + count
+        share = max(1, self.tokens_at_once // cost)
         wanted = count if keep is None else min(keep, count)
         parts = []
         for begin in range(0, len(states), share):
@@ -99,7 +117,8 @@ class Recording:
                 (part, layer): (lambda tensor, patch=patch, chosen=chosen: patch(tensor, chosen))
                 for part, patch in (patches or {}).items()
             }
-            with hooked_block(self.model, bound, chosen.stop - begin):
+            before = token + count - wanted if self.engine == "plain" else 0
+            with hooked_block(self.model, bound, chosen.stop - begin, before):
                 parts.append(self._block(layer, states[chosen], token, rows[chosen], wanted))
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
@@ -123,11 +142,14 @@ class Recording:
         block, call, past = self.model.blocks[layer], self.calls[layer], self.past(layer, rows, token)
         others = states.shape[1] - keep
         if others:
-            past = past.after(lambda cache: call(block, states[:, :others], token, cache))
+            ahead = states[:, :others]
+            past = past.after(ahead, lambda cache: call(block, ahead, token, cache))
         return call(block, states[:, others:], token + others, past)
 
-    def past(self, layer: int, rows: Tensor, token: int) -> Past:
-        """Attention's keys and values in block `layer`, of the tokens before `token` in some rows."""
+    def past(self, layer: int, rows: Tensor, token: int) -> Past | Earlier:
+        """The tokens before `token` in some rows: attention's keys and values in block `layer`, or what enters it."""
+        if self.engine == "plain":
+            return Earlier(self.states[layer]).of(rows, token)
         return self._past[layer].of(rows, token)
 
     def check(self) -> None:
@@ -153,8 +175,9 @@ class Recording:
                 raise self._refusal(layer, "it comes out otherwise than in one piece")
 
     def _refusal(self, layer: int, what: str) -> UnsupportedModel:
+        how = "resumed in the middle of a text" if self.engine == "replay" else "called on its own"
         return UnsupportedModel(
-            f"{self.model.anatomy.blocks}.{layer}: resumed in the middle of a text, {what}, so {self.model.name} "
+            f"{self.model.anatomy.blocks}.{layer}: {how}, {what}, so {self.model.name} "
             "cannot be replayed from a recorded run; load it with attn_implementation='eager' if it has another"
         )
 
@@ -182,11 +205,71 @@ def record(
 
     Raises:
         ValueError: if the texts differ in length.
-        UnsupportedModel: if blocks cannot be resumed (see `Recording.check`).
+        UnsupportedModel: if blocks give other numbers even when they are called on whole texts.
     """
     if not bool(batch.attention_mask.all()):
         raise ValueError("a recording needs texts of one length: group them by their number of tokens")
-    cache = DynamicCache()
+    if engine_of(model) == "replay":
+        recording = _record(model, batch, patches or {}, keep, tokens_at_once, first, DynamicCache())
+        if not check:
+            return recording
+        with contextlib.suppress(UnsupportedModel):
+            recording.check()
+            return recording
+        _remember(model, "plain")
+    recording = _record(model, batch, patches or {}, keep, tokens_at_once, first, None)
+    if check:
+        recording.check()
+    return recording
+
+
+def engine_of(model: Model) -> Engine:
+    """How runs of a model are varied: "replay" where its blocks can be resumed, "plain" where they run on whole texts.
+
+    Measured once on a short text, for a model with the attention that it has now.
+    """
+    found = _engines.setdefault(model, {}).get(_kind(model))
+    if found is None:
+        length = min(_PROBED, model.max_length)
+        rows = [[(17 * i + 5 * row) % model.vocab_size for i in range(length)] for row in range(2)]
+        try:
+            _record(model, model.batch(rows), {}, (), None, 0, DynamicCache()).check()
+            found = _remember(model, "replay")
+        except UnsupportedModel:
+            found = _remember(model, "plain")
+    return found
+
+
+def tell_if_plain(model: Model) -> None:
+    """Warn that runs take longer, if they do."""
+    if engine_of(model) == "plain":
+        warnings.warn(
+            f"{model.name} cannot be resumed in the middle of a text (it has recurrent layers, convolutions or a cache "
+            "of its own), so every block is run on whole texts: the numbers are as exact, and take longer",
+            stacklevel=3,
+        )
+
+
+def _kind(model: Model) -> tuple[object, ...]:
+    attention = model.hf.config.get_text_config()._attn_implementation
+    return (id(model.hf), model.device, model.dtype, attention)
+
+
+def _remember(model: Model, engine: Engine) -> Engine:
+    _engines.setdefault(model, {})[_kind(model)] = engine
+    return engine
+
+
+def _record(
+    model: Model,
+    batch: Batch,
+    patches: Mapping[Stream, Patch],
+    keep: Iterable[Stream],
+    tokens_at_once: int | None,
+    first: int,
+    cache: DynamicCache | None,
+) -> Recording:
+    """As `record`, without a check; with no cache, to be run on as whole texts."""
     calls: list[Call] = []
     states: dict[int, Tensor] = {}
     kept: dict[Stream, Tensor] = {}
@@ -197,8 +280,8 @@ def record(
         state = arguments.pop(names[0])
         if len(calls) >= first:
             states[len(calls)] = state.to(model.device, copy=True)  # some blocks go on to add into it in place
-        given = {name: PAST if value is cache else value for name, value in arguments.items()}
-        calls.append(Call(given, *state.shape[:2]))
+        given = {name: PAST if cache is not None and value is cache else value for name, value in arguments.items()}
+        calls.append(Call(given, len(state), state.shape[1], whole=cache is None))
 
     def keeper(stream: Stream) -> Patch:
         def note(tensor: Tensor) -> None:
@@ -213,20 +296,20 @@ def record(
     watched = {**{stream: keeper(stream) for stream in keep}, ("state", model.n_layers - 1): end}
     handles = [block.register_forward_pre_hook(enter, with_kwargs=True) for block in model.blocks]
     try:
-        with hooked(model, {**(patches or {}), **watched}):
+        with hooked(model, {**patches, **watched}):
             model.forward(batch, keep=1, cache=cache)
     except _Enough:
         pass
     except (TypeError, ValueError, LookupError, AttributeError):
-        _require_plain_cache(model, batch)  # or else a patch has failed
+        if cache is not None:
+            _require_plain_cache(model, batch)  # or else a patch has failed
         raise
     finally:
         for handle in handles:
             handle.remove()
-    recording = Recording(model, first, states, kept, cache, calls, tokens_at_once or _tokens_at_once(model))
-    if check:
-        recording.check()
-    return recording
+    if cache is not None and len(cache.layers) < model.n_layers:
+        raise UnsupportedModel(f"{model.name} leaves no keys and values of some blocks, so it cannot be replayed")
+    return Recording(model, first, states, kept, cache, calls, tokens_at_once or _tokens_at_once(model))
 
 
 def same_states(found: Tensor, want: Tensor) -> bool:

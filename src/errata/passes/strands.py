@@ -143,11 +143,11 @@ class Passes:
         past = Past.none()
         rows, width = states.shape[:2]
         # Of tokens whose state nobody asks for, the last block's keys and values are enough.
-        begin = pack.begin if layer == model.n_layers - 1 else 0
+        begin = pack.begin if layer == model.n_layers - 1 and not self._calls.blocks[layer].whole else 0
         if begin:
             with _changed(model, here, pack, slice(begin)):
-                given = self._at(layer, pack, 0, begin, states.device)
-                past = past.after(lambda cache: run(block, states[:, :begin], given, cache))
+                given, ahead = self._at(layer, pack, 0, begin, states.device), states[:, :begin]
+                past = past.after(ahead, lambda cache: run(block, ahead, given, cache))
         with _changed(model, here, pack, slice(begin, None)), hooked_block(model, patches or {}, rows):
             given = self._at(layer, pack, begin, width, states.device)
             return Flow(run(block, states[:, begin:], given, past), begin)

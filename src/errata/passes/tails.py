@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -21,7 +21,7 @@ from torch.nn import functional
 
 from errata.base.errors import UnsupportedModel
 from errata.models.model import Model
-from errata.passes.block_call import PAST, MaskValues, Past, is_mask, run, token_axis
+from errata.passes.block_call import PAST, Call, Earlier, MaskValues, Past, is_mask, run, token_axis, unseen
 from errata.passes.hooks import hooked_block
 from errata.passes.replay import Recording, same_states
 
@@ -42,6 +42,7 @@ class Cut:
         labels: what to call the rows.
         past: of each block, keys and values of earlier tokens.
         arguments: of each block, what it was given beside its state.
+        calls: of each block that can only be run on whole texts, its call.
         witness: of the first row, what enters the first block and leaves each block, each `[1, n, d_model]`.
     """
 
@@ -49,9 +50,10 @@ class Cut:
     first: int
     token: int
     states: Tensor
-    past: tuple[Past, ...]
+    past: tuple[Past, ...] | tuple[Earlier, ...]
     arguments: tuple[dict[str, Any], ...]
     witness: tuple[Tensor, ...]
+    calls: tuple[Call, ...] = ()
 
 
 def cut(recording: Recording, rows: Mapping[int, int], tokens: tuple[int, int], layers: tuple[int, int]) -> Cut:
@@ -69,7 +71,7 @@ def cut(recording: Recording, rows: Mapping[int, int], tokens: tuple[int, int], 
     device = recording.model.device
     index = torch.tensor(list(rows.values()), device=device)
     try:
-        past = tuple(recording.past(layer, index, token) for layer in range(*layers))
+        past: Any = tuple(recording.past(layer, index, token) for layer in range(*layers))
     except (AttributeError, TypeError) as problem:  # there are none to be cut
         raise _refusal(recording.model, layers[0]) from problem
     known: dict[tuple[int, ...], dict[str, Any]] = {}  # most blocks are given the very same tensors
@@ -89,6 +91,7 @@ def cut(recording: Recording, rows: Mapping[int, int], tokens: tuple[int, int], 
         past=past,
         arguments=tuple(map(arguments, range(*layers))),
         witness=tuple(recording.states[layer][index[:1], token:end] for layer in range(layers[0], layers[1] + 1)),
+        calls=tuple(recording.calls[slice(*layers)]) if recording.engine == "plain" else (),
     )
 
 
@@ -131,11 +134,11 @@ class Chunk:
         others = 0 if keep is None else max(0, count - keep)
         past, block = lane.past[layer - lane.first].of(self.index), lane.model.blocks[layer]
         bound = {(part, layer): patch for part, patch in (patches or {}).items()}
-        with hooked_block(lane.model, bound, len(self.rows)):
-            if others:
-                earlier, states = states.split([others, count - others], 1)
-                before = lane.arguments_of(layer, self.index, 0, others)
-                past = past.after(lambda cache: run(block, earlier, before, cache))
+        if others:
+            earlier, states = states.split([others, count - others], 1)
+            before = lane.arguments_of(layer, self.index, 0, others)
+            past = past.after(earlier, lambda cache: run(block, earlier, before, cache))
+        with hooked_block(lane.model, bound, len(self.rows), unseen(past)):
             return run(block, states, lane.arguments_of(layer, self.index, others, count), past)
 
     def reached(self, layer: int, end: int) -> Tensor:
@@ -147,9 +150,9 @@ class Chunk:
         heard = torch.arange(width, device=self.counts.device) == (width - self.counts)[:, None]
         for index in range(layer, end):
             given = lane.arguments_of(index, self.index, 0, width)
-            masks = [value for name, value in given.items() if is_mask(name) and value is not None]
+            masks = [value for name, value in given.items() if is_mask(name) and value is not None and value.dim() == 4]
             for mask in masks[:1] or [torch.ones(1, 1, width, width, dtype=torch.bool, device=heard.device).tril()]:
-                seen = MaskValues.of(mask).is_seen(mask).any(1)[..., -width:]
+                seen = MaskValues.of(mask).is_seen(mask).any(1)[..., -width:, -width:]
                 heard = heard | (seen & heard[:, None]).any(-1)
         return heard
 
@@ -187,7 +190,8 @@ def join(model: Model, cuts: Sequence[Cut]) -> Tails:
         UnsupportedModel: if even a cut alone does not give what was recorded.
     """
     lanes = []
-    for some in _of_like_width(cuts):
+    alike = [[each] for each in cuts] if any(each.calls for each in cuts) else _of_like_width(cuts)
+    for some in alike:
         lane = _Lane.of(model, some)
         if lane.holds(some):
             lanes.append(lane)
@@ -236,6 +240,7 @@ class _Lane:
         states: `[r, n, d_model]`.
         past: of each block, of so many rows and p tokens, aligned at the last of these.
         arguments: of each block; its masks are `[r, 1, n, p + n]`, or one a head.
+        calls: as of the one cut that it is of, if its blocks run on whole texts.
     """
 
     model: Model
@@ -243,15 +248,21 @@ class _Lane:
     rows: tuple[int, ...]
     counts: Tensor
     states: Tensor
-    past: tuple[Past, ...]
+    past: tuple[Past, ...] | tuple[Earlier, ...]
     arguments: tuple[dict[str, Any], ...]
+    calls: tuple[Call, ...] = ()
 
     @classmethod
     def of(cls, model: Model, cuts: Sequence[Cut]) -> _Lane:
+        if cuts[0].calls:  # which go with no others
+            (own,) = cuts
+            counts = torch.full((len(own.labels),), own.states.shape[1], device=own.states.device)
+            return cls(model, own.first, own.labels, counts, own.states, own.past, own.arguments, own.calls)
         width = max(each.states.shape[1] for each in cuts)
         longest = max(each.token for each in cuts)
         known: dict[tuple[int, ...], dict[str, Any]] = {}
         layers = range(len(cuts[0].past))
+        past: list[tuple[Past, ...]] = [cast("tuple[Past, ...]", each.past) for each in cuts]
 
         def arguments(layer: int) -> dict[str, Any]:
             given = [each.arguments[layer] for each in cuts]
@@ -268,8 +279,8 @@ class _Lane:
             states=torch.cat([_front_repeated(each.states, -2, width) for each in cuts]),
             past=tuple(
                 Past(
-                    torch.cat([_front_zeros(each.past[layer].keys_before, longest) for each in cuts]),
-                    torch.cat([_front_zeros(each.past[layer].values_before, longest) for each in cuts]),
+                    torch.cat([_front_zeros(each[layer].keys_before, longest) for each in past]),
+                    torch.cat([_front_zeros(each[layer].values_before, longest) for each in past]),
                 )
                 for layer in layers
             ),
@@ -284,6 +295,10 @@ class _Lane:
 
     def arguments_of(self, layer: int, index: Tensor | slice, begin: int, end: int) -> dict[str, Any]:
         """What the block is given for some rows and the columns from `begin` to `end`."""
+        if self.calls:
+            token = self.past[layer - self.first].get_seq_length() + begin
+            rows = len(self.states[index])
+            return self.calls[layer - self.first].at(token, rows, end - begin, self.states.device)
         seen = self.past[layer - self.first].get_seq_length() + end
         return {
             name: _cut_joined(name, value, index, begin, end, seen)

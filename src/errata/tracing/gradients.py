@@ -35,7 +35,7 @@ from errata.base.versions import library_versions
 from errata.models.fingerprint import weights_digest
 from errata.models.frozen import frozen
 from errata.models.model import Model
-from errata.passes.replay import Recording, record
+from errata.passes.replay import Recording, record, tell_if_plain
 from errata.tracing.config import TraceConfig, each_once, several
 from errata.tracing.prepare import prepare
 from errata.tracing.result import CausalTrace
@@ -234,6 +234,7 @@ def integrated_gradients(
     config = GradientsConfig(**settings)
     prepared = prepare(model, fact, TraceConfig(answer=config.answer))
     budget = checked_memory(memory, model) // 2  # half for what autograd keeps, half for what a block holds meanwhile
+    tell_if_plain(model)
     keep = [(part, layer) for part in config.parts if part != "state" for layer in range(model.n_layers)]
     recording = record(model, model.batch([prepared.ids]), keep=keep)
     runs = _Runs(recording, config, prepared.target[0] if prepared.target else None)
@@ -261,7 +262,11 @@ def integrated_gradients(
         probability=runs.probability,
         norms=norms,
         sums=sums,
-        settings={**config.model_dump(mode="json"), "dtype": str(model.dtype).removeprefix("torch.")},
+        settings={
+            **config.model_dump(mode="json"),
+            "dtype": str(model.dtype).removeprefix("torch."),
+            **({"engine": "plain"} if recording.engine == "plain" else {}),
+        },
         model=model.name,
         fingerprint=weights_digest(model.hf),
     )

@@ -16,7 +16,7 @@ from torch import Tensor
 from errata.base.errors import ConfigError, Diverged
 from errata.models.memory import free_memory
 from errata.models.model import Model
-from errata.passes.replay import Recording, record
+from errata.passes.replay import Recording, engine_of, record
 from errata.tracing.config import TraceConfig
 from errata.tracing.noise import Disturbance
 from errata.tracing.prepare import Prepared
@@ -99,6 +99,7 @@ def trace_together(
         "tokens": list(config.tokens) if config.tokens else None,
         "dtype": str(model.dtype).removeprefix("torch."),
         "attention": model.hf.config._attn_implementation,
+        **({"engine": "plain"} if engine_of(model) == "plain" else {}),
     }
     return [
         CausalTrace(

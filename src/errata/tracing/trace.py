@@ -19,6 +19,7 @@ from typing import Any
 from errata.base.facts import Fact
 from errata.models.fingerprint import weights_digest
 from errata.models.model import Model
+from errata.passes.replay import tell_if_plain
 from errata.tracing.config import TraceConfig, chosen
 from errata.tracing.noise import measure
 from errata.tracing.prepare import prepare
@@ -61,4 +62,5 @@ def trace(
     disturbance = measure(config.corruption, model, subjects, own=fact.subject)
     budget = checked_memory(memory, model)
     fingerprint = weights_digest(model.hf)
+    tell_if_plain(model)
     return trace_together(model, [prepared], config, [disturbance], budget, fingerprint, progress)[0]

@@ -13,6 +13,7 @@ from errata.base.errors import UnsupportedModel
 from errata.editors.fine_tuning.config import FineTuningConfig
 from errata.models.model import Model
 from errata.models.weights import linear_matrix
+from errata.passes.block_call import Earlier
 from errata.passes.replay import record
 
 T = TypeVar("T")
@@ -50,18 +51,23 @@ def _before_attention(model: Model, layer: int) -> list[str]:
     Of a token that sees itself alone, queries change nothing; keys and values are remembered; what changes the block's
     output, but nothing that is remembered, comes after attention.
     """
-    block, root = model.blocks[layer], model.anatomy.attention.split(".")[0]
+    block, root = model.blocks[layer], model.anatomy.attention_of(layer).split(".")[0]
     inside = {path: module for path, module in block.named_modules() if path.split(".")[0] == root}
     maps = [path for path, module in inside.items() if linear_matrix(module) is not None]
     recording = record(model, model.batch([[model.vocab_size // 2]]), first=layer, check=False)
     past = recording.past(layer, torch.zeros(1, dtype=torch.long, device=model.device), 0)
+    if isinstance(past, Earlier):
+        raise UnsupportedModel(
+            f"{full_name(model, layer, root)}: {model.name} leaves no keys and values by which the maps that make them "
+            "could be told from others, so its attention cannot be trained: train its MLP (method 'ft')"
+        )
 
     def run(weights: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         def once(cache: Any) -> Tensor:
             return recording.calls[layer](block, recording.states[layer], 0, cache)
 
         def both() -> tuple[Tensor, Tensor]:
-            after = past.after(once)
+            after = past.after(recording.states[layer], once)
             return once(past), torch.cat([after.keys_before.flatten(), after.values_before.flatten()])
 
         return with_weights(block, weights, both)
