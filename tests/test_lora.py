@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import errno
 import json
 import os
@@ -13,13 +14,17 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import errata
+import errata.atlas
 from errata.base.errors import ConfigError, EditFileError, EditMismatch, OutputError
+from errata.base.tensor_files import read_tensors, write_tensors
 from errata.edits import Dense, Edit, LowRank, RankOne, lora, save_merged
 from errata.models import weights
 from errata.models.loading import load_pretrained
+from errata.models.model import Model
 from errata.models.saving import save_pretrained
 from test_edits import REWRITE, digests, down, model_of, random_edit
-from tiny import ALL_FAMILIES
+from tiny import ALL_FAMILIES, byte_tokenizer, tiny
 
 IDS = torch.arange(1, 25).reshape(2, 12)
 CASES = [(family, tied) for family in ALL_FAMILIES for tied in (False, True)]
@@ -371,3 +376,76 @@ def test_an_adapter_for_another_model_is_refused(tmp_path):
 def test_a_dense_change_of_a_zero_matrix_has_no_residual():
     zero = Dense("w", torch.zeros(3, 4))
     assert zero.residual(zero.truncated(1)) == 0.0
+
+
+# ---- the base that an adapter names ----
+
+
+def test_an_adapter_alone_is_enough_to_load_the_edited_model(tmp_path, monkeypatch):
+    """PEFT finds the base by what is written in the folder, wherever the edit was made and saved."""
+    model = model_of()
+    model.hf.save_pretrained(tmp_path / "deep" / "base")
+    model.tokenizer.save_pretrained(tmp_path / "deep" / "base")
+    monkeypatch.chdir(tmp_path / "deep")
+    loaded = load_pretrained("base")
+    edit = random_edit(loaded)
+    assert edit.source == {"path": str(tmp_path / "deep" / "base")}
+    edit.save(tmp_path / "e.safetensors")
+    monkeypatch.chdir(tmp_path)
+    edit = Edit.load(tmp_path / "e.safetensors")
+    assert edit.source == {"path": str(tmp_path / "deep" / "base")}
+    for number, changed in enumerate((edit, edit.scaled(2), Edit.combine([edit, random_edit(loaded, seed=5)]))):
+        folder = tmp_path / f"adapter{number}"
+        changed.to_lora(folder)
+        adapted = peft.AutoPeftModelForCausalLM.from_pretrained(folder)
+        with changed.applied(loaded):
+            assert apart(logits(adapted), logits(loaded.hf)) < 1e-5
+
+
+def test_the_atlas_is_named_by_its_folder(tmp_path):
+    atlas = errata.load_model()
+    edit = random_edit(atlas)
+    edit.to_lora(tmp_path / "a")
+    config = json.loads((tmp_path / "a" / lora.CONFIG).read_text())
+    assert config["base_model_name_or_path"] == str(errata.atlas.weights_folder())
+    adapted = peft.AutoPeftModelForCausalLM.from_pretrained(tmp_path / "a", dtype=torch.float32)
+    ids = torch.arange(20)[None]
+    with edit.applied(atlas), torch.no_grad():
+        assert apart(adapted(ids).logits, atlas.hf(ids).logits) < 1e-5
+
+
+def test_a_model_of_the_hub_is_named_by_its_id_and_revision(tmp_path):
+    hf = tiny("gpt2")
+    hf.config._name_or_path, hf.config._commit_hash = "someone/model", "0123abc"
+    model = Model(hf, byte_tokenizer(), "model")
+    edit = random_edit(model)
+    assert edit.source == {"hub": "someone/model", "revision": "0123abc"}
+    edit.to_lora(tmp_path / "a")
+    config = json.loads((tmp_path / "a" / lora.CONFIG).read_text())
+    assert (config["base_model_name_or_path"], config["revision"]) == ("someone/model", "0123abc")
+    assert Edit.from_lora(tmp_path / "a", model).source == edit.source
+
+
+def test_where_a_model_came_from_is_no_part_of_an_edit(tmp_path):
+    """The same edit has one id everywhere; files from before models kept their source are read."""
+    model = model_of()
+    edit = random_edit(model)
+    assert edit.source == {}
+    elsewhere = dataclasses.replace(edit, source={"path": "/models/gpt2"})
+    assert elsewhere == edit
+    edit.save(tmp_path / "old.safetensors")
+    header, tensors = read_tensors(tmp_path / "old.safetensors", "edit", 2, EditFileError)
+    del header["source"]
+    write_tensors(tmp_path / "old.safetensors", "edit", 1, header, tensors)
+    assert Edit.load(tmp_path / "old.safetensors").source == {}
+    edit.to_lora(tmp_path / "a")
+    config = json.loads((tmp_path / "a" / lora.CONFIG).read_text())
+    assert (config["base_model_name_or_path"], config["revision"]) == ("gpt2", None)
+
+
+def test_an_edit_for_another_model_says_which_to_load(tmp_path):
+    model = model_of()
+    edit = dataclasses.replace(random_edit(model), source={"path": "/models/gpt2"})
+    for other in (model_of(seed=3), model_of("llama"), Model(tiny("gpt2", n_inner=32), byte_tokenizer(), "wide")):
+        with pytest.raises(EditMismatch, match="made for: --model /models/gpt2, or load_model"):
+            edit.apply(other)

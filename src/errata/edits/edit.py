@@ -110,6 +110,8 @@ class Edit:
         notes: what the method reports, JSON-able (losses of every step, residuals); under "layout" which touched
             weights the model stores transposed or shares with another module, under "derived" what was done to
             the edit since it was made.
+        source: where a loader finds that model, {"path": folder} or {"hub": id, "revision": commit}; empty in older
+            files. It is no part of the content: equal edits may have been made from different folders.
 
     Raises:
         ConfigError: if there are no deltas, a delta's weight has no fingerprint, or config or notes are not
@@ -125,11 +127,12 @@ class Edit:
     versions: Mapping[str, str] = field(default_factory=library_versions)
     seed: int = 0
     notes: Mapping[str, Any] = field(default_factory=dict)
+    source: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "deltas", tuple(self.deltas))
         object.__setattr__(self, "rewrites", tuple(self.rewrites))
-        for name in ("config", "fingerprints", "versions", "notes"):
+        for name in ("config", "fingerprints", "versions", "notes", "source"):
             object.__setattr__(self, name, frozen(getattr(self, name)))
         if not self.deltas:
             raise ConfigError("an edit without any change of a weight is none: give at least one delta")
@@ -172,6 +175,7 @@ class Edit:
                 **({"layout": layout} if layout else {}),
                 **_start_token(model.start_token),
             },
+            source=model.source,
         )
 
     # ---- edits of edits ----
@@ -216,6 +220,7 @@ class Edit:
             fingerprints=fingerprints,
             model=edits[0].model,
             notes={**({"layout": layout} if layout else {}), **_start_token(edits[0].notes.get("start_token", ""))},
+            source=edits[0].source,
         )
 
     def scaled(self, factor: float) -> Edit:
@@ -489,11 +494,11 @@ class Edit:
             try:
                 weight, shape = model.weight(delta.weight), tuple(weights.matrix(model, delta.weight).shape)
             except ErrataError as error:
-                raise EditMismatch(f"{self} does not fit {model.name!r}: {error}") from error
+                raise EditMismatch(f"{self} does not fit {model.name!r}: {error}. {self._made_for}") from error
             if shape != delta.shape:
                 raise EditMismatch(
                     f"{self} does not fit {model.name!r}: {delta.weight} is {list(shape)} as [d_out, d_in], "
-                    f"the change is {list(delta.shape)}. Load the model it was made for, {self.model!r}"
+                    f"the change is {list(delta.shape)}. {self._made_for}"
                 )
             changes.setdefault(names.setdefault(id(weight), delta.weight), []).append(delta)
         return changes
@@ -503,9 +508,16 @@ class Edit:
             if self.fingerprints[name] not in (digest, _unedited(model, name, digest)):
                 raise EditMismatch(
                     f"{self} was made for other weights: {name} of {model.name!r} has not the bytes (or "
-                    f"the dtype) that it had in {self.model!r}. Load that model in that dtype, apply first "
-                    "the edits that it was made after, or make it again for this one"
+                    f"the dtype) that it had in {self.model!r}. {self._made_for}, in that dtype; apply first the edits "
+                    "that it was made after; or make it again for this one"
                 )
+
+    @property
+    def _made_for(self) -> str:
+        """What to do about another model."""
+        own = self.source.get("hub") or self.source.get("path") or self.model
+        named = self.model if self.model == "atlas" else own
+        return f"Load the model that it was made for: --model {named}, or load_model({named!r})"
 
     def _goes_on(self, model: Model) -> bool:
         """Whether its fingerprints are those of the model, as it is or as it was before any edit."""
@@ -541,7 +553,7 @@ class Edit:
         Raises:
             OutputError: if the file cannot be written.
         """
-        files.write(path, {"id": self.id, **self._header()}, self.deltas)
+        files.write(path, {"id": self.id, **self._header(), "source": self.source}, self.deltas)
 
     @classmethod
     def load(cls, path: str | Path) -> Edit:
@@ -569,7 +581,8 @@ class Edit:
         Args:
             folder: a new or an empty one, or one that holds an adapter of ours and nothing else.
             model: what the edit is for. It says whether weights are stored transposed (GPT-2), where an edit from
-                an older file does not (PEFT notices too, and warns), and names the adapter's base by its path.
+                an older file does not (PEFT notices too, and warns), and where its files are now. Without it, the
+                adapter's base is the folder, or the hub id and revision, of the model that the edit was made for.
             rank: truncate dense changes to this rank by SVD. None: refuse them.
 
         Returns:
@@ -584,19 +597,24 @@ class Edit:
         whole: dict[str, list[Delta]] = {}
         for delta in self.deltas:
             whole.setdefault(delta.weight, []).append(delta)
-        layout, base = self.notes.get("layout", {}), self.model
+        layout, source = self.notes.get("layout", {}), self.source
         if model is not None:
             self._changes(model)
-            layout = _layout(model, self.deltas)
-            base = getattr(model.hf.config, "name_or_path", "") or base
+            layout, source = _layout(model, self.deltas), model.source or source
         if shared := layout.get("shared"):
             raise ConfigError(
                 f"{shared[0]} is shared with another module, and an adapter would change it in one of the two places. "
                 "Write the whole model, merged"
             )
         written = self if rank is None else self.truncated(rank)
-        header = {"id": written.id, **written._header()}
-        lora.write(folder, written.deltas, header, base=base, transposed=bool(layout.get("transposed")))
+        lora.write(
+            folder,
+            written.deltas,
+            {"id": written.id, **written._header(), "source": source},
+            base=source.get("path") or source.get("hub") or self.model,
+            revision=source.get("revision"),
+            transposed=bool(layout.get("transposed")),
+        )
         return {name: _lost(deltas, [d for d in written.deltas if d.weight == name]) for name, deltas in whole.items()}
 
     @classmethod
@@ -630,6 +648,7 @@ class Edit:
                 method=header["method"],
                 rewrites=tuple(_rewrite(each) for each in header["rewrites"]),
                 **{name: header[name] for name in ("config", "fingerprints", "model", "versions", "seed", "notes")},
+                source={str(name): str(value) for name, value in header.get("source", {}).items()},
             )
         except (ErrataError, KeyError, TypeError, AttributeError) as error:
             raise EditFileError(f"{path} is a broken edit: {error}. Save it again") from error

@@ -48,7 +48,13 @@ PLAIN_BEGINNINGS = (None, True, False, "gaussian", "eva", "orthogonal")
 
 
 def write(
-    folder: str | Path, deltas: Iterable[Delta], header: Mapping[str, Any], *, base: str, transposed: bool
+    folder: str | Path,
+    deltas: Iterable[Delta],
+    header: Mapping[str, Any],
+    *,
+    base: str,
+    revision: str | None = None,
+    transposed: bool,
 ) -> None:
     """Write an adapter, whole or not at all. An adapter of ours at the same place is replaced.
 
@@ -56,7 +62,8 @@ def write(
         folder: where to.
         deltas: low-rank changes of linear maps.
         header: what the file is to say of its origin, JSON-able.
-        base: name or path of the model, for `base_model_name_or_path`.
+        base: hub id or path of the model, for `base_model_name_or_path`.
+        revision: the commit of a model on the hub.
         transposed: whether the model stores these weights as `[d_in, d_out]` (GPT-2).
 
     Raises:
@@ -74,6 +81,7 @@ def write(
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base,
+        "revision": revision,
         "r": rank,
         "lora_alpha": rank,
         "rank_pattern": others,

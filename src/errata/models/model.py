@@ -15,8 +15,11 @@ A stream is a tensor `[b, t, d]` of the forward pass that can be read or replace
 from __future__ import annotations
 
 import inspect
+import os
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -71,6 +74,8 @@ class Model:
         d_model: features of the state.
         d_mlp: features of a key.
         vocab_size: how many logits there are, which may be more than the tokenizer has tokens.
+        source: where a loader finds it: {"path": absolute folder}, or {"hub": id, "revision": commit}; empty for a live
+            model that came from nowhere.
         start_token: the token that `load_model` was asked to put before every text; empty if none.
         applied: the stack of edits that are on the weights now; `errata.edits` alone touches it.
 
@@ -94,6 +99,7 @@ class Model:
         self.name = name or type(hf).__name__
         self.applied: list = []
         self.start_token = ""
+        self.source = _source(hf)
         self.d_model, self.d_mlp = _matrix_shape(self.module(("key", 0)))
         self.vocab_size = _matrix_shape(hf.get_submodule(anatomy.head))[0]
 
@@ -335,6 +341,17 @@ class Model:
             seed=seed,
         )
         return texts[0]
+
+
+def _source(hf: PreTrainedModel) -> dict[str, str]:
+    """See `Model.source`; told when it is loaded, for a relative path is true only until the folder is changed."""
+    name = str(getattr(hf.config, "name_or_path", "") or "")
+    if Path(name).is_dir() and name:
+        return {"path": os.path.abspath(name)}
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
+        return {}
+    revision = getattr(hf.config, "_commit_hash", None)
+    return {"hub": name} | ({"revision": str(revision)} if revision else {})
 
 
 def cache_argument(function: Callable[..., Any]) -> str:
