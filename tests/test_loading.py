@@ -6,15 +6,20 @@ import json
 import shutil
 from pathlib import Path
 
+import peft
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tokenizers import processors
-from transformers import T5Config, T5ForConditionalGeneration
+from torch import nn
+from transformers import CONFIG_MAPPING, AutoModelForImageTextToText, T5Config, T5ForConditionalGeneration
 
+import errata
 from errata.base.errors import ConfigError, DeviceError, FactError, ModelNotFound, UnsupportedModel
 from errata.base.fingerprint import tensor_digest
 from errata.models.loading import load_pretrained, usable_device
-from tiny import FAMILIES, byte_tokenizer, llama_tokenizer, tiny
+from errata.statistics import SecondMoment
+from tiny import FAMILIES, byte_tokenizer, config_of, llama_tokenizer, randomised, tiny
 
 
 @pytest.fixture(scope="module")
@@ -294,3 +299,173 @@ def test_hints_of_another_shape_are_refused(hints):
     hf.config.errata = hints
     with pytest.raises(UnsupportedModel, match="'errata'"):
         load_pretrained((hf, byte_tokenizer())).hints  # noqa: B018
+
+
+# ---- weights and config that do not belong together ----------------------------------------------------
+
+
+def test_more_layers_in_the_files_than_in_the_config_are_refused(folder):
+    rewrite_config(folder, n_layer=2)
+    message = refusal(UnsupportedModel, folder)
+    assert "weights that its config has no place for, such as transformer.h.2." in message
+    assert "it says 2 layers" in message
+
+
+def test_other_weights_within_the_model_are_refused(tmp_path):
+    tiny("qwen2").save_pretrained(tmp_path)  # its attention has biases
+    byte_tokenizer().save_pretrained(tmp_path)
+    rewrite_config(tmp_path, model_type="llama", architectures=["LlamaForCausalLM"])
+    assert "no place for, such as model.layers.0.self_attn.k_proj.bias" in refusal(UnsupportedModel, tmp_path)
+
+
+def stored(folder: Path, change) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def test_weights_beside_the_model_are_said_to_be_left_out(folder):
+    stored(folder, lambda tensors: tensors.update({"v_head.summary.weight": torch.ones(1, 16)}))
+    with pytest.warns(UserWarning, match=r"1 weights .* such as v_head\.summary\.weight; they are left out"):
+        load_pretrained(folder)
+
+
+def test_buffers_of_older_versions_are_nothing_to_speak_of(folder):
+    def add(tensors):
+        tensors["transformer.h.0.attn.bias"] = torch.ones(1, 1, 8, 8, dtype=torch.uint8)
+        tensors["transformer.h.0.attn.masked_bias"] = torch.tensor(-1e4)
+
+    stored(folder, add)
+    load_pretrained(folder)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.int32, torch.float8_e4m3fn])
+def test_codes_without_a_quantisation_config_are_refused(folder, dtype):
+    name = "transformer.h.1.mlp.c_proj.weight"
+    stored(folder, lambda tensors: tensors.update({name: tensors[name].mul(9).to(dtype)}))
+    message = refusal(UnsupportedModel, folder)
+    assert f"{name} in model.safetensors is stored as" in message
+    assert "names no quantisation" in message
+
+
+# ---- quantised models ----------------------------------------------------------------------------------
+
+QUANTISATIONS = [
+    ({"quant_method": "bitsandbytes", "load_in_8bit": True}, "bitsandbytes, 8 bits"),
+    ({"quant_method": "bitsandbytes", "load_in_4bit": True}, "bitsandbytes, 4 bits"),
+    ({"quant_method": "gptq", "bits": 4, "group_size": 128}, "gptq, 4 bits"),
+    ({"quant_method": "awq", "bits": 4}, "awq, 4 bits"),
+    ({"quant_method": "fp8"}, "fp8"),
+    ({"quant_method": "torchao", "quant_type": "int8_weight_only"}, "torchao"),
+    ({"quant_method": "hqq"}, "hqq"),
+    ({"quant_method": "compressed-tensors", "config_groups": {}}, "compressed-tensors"),
+]
+
+
+@pytest.mark.parametrize(("config", "named"), QUANTISATIONS)
+def test_a_quantised_folder_is_called_so(folder, config, named):
+    rewrite_config(folder, quantization_config=config)
+    message = refusal(UnsupportedModel, folder)
+    assert f"the model is quantised ({named})" in message
+    assert "dequantize()" in message
+
+
+class Codes(nn.Module):
+    """A linear map as a library of quantised ones keeps it: no number here is a weight."""
+
+    def __init__(self, module: nn.Module, name: str, dtype: torch.dtype, packed: int, parameter: bool):
+        super().__init__()
+        weight = module.weight.detach()
+        codes = torch.zeros(weight.shape[0], weight.shape[1] // packed, dtype=dtype)
+        if parameter:
+            self.register_parameter(name, nn.Parameter(codes, requires_grad=False))
+        else:
+            self.register_buffer(name, codes)
+        self.register_buffer("scales", torch.ones(weight.shape[0]))
+        self.bias = module.bias
+        self._map = [module]
+
+    def forward(self, x):
+        return self._map[0](x)
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "packed", "parameter"),
+    [
+        ("weight", torch.int8, 1, True),  # bitsandbytes, 8 bits
+        ("weight", torch.uint8, 2, True),  # and 4
+        ("qweight", torch.int32, 8, False),  # GPTQ, AWQ
+        ("weight", torch.float8_e4m3fn, 1, True),  # fp8
+        ("W_q", torch.uint8, 2, True),  # HQQ
+        ("weight_packed", torch.int32, 8, True),  # compressed-tensors
+    ],
+)
+@pytest.mark.parametrize("told", [True, False])
+def test_a_live_quantised_model_is_called_so(name, dtype, packed, parameter, told):
+    hf = tiny("llama")
+    for block in hf.model.layers:
+        block.mlp.down_proj = Codes(block.mlp.down_proj, name, dtype, packed, parameter)
+    if told:
+        hf.config.quantization_config = {"quant_method": "some", "bits": 4}
+    message = refusal(UnsupportedModel, (hf, byte_tokenizer()))
+    assert message.startswith("model.layers.0.mlp.down_proj: Codes is quantised (")
+    assert ("some, 4 bits" if told else str(dtype).removeprefix("torch.")) in message
+
+
+def test_a_dequantised_model_is_no_quantised_one():
+    hf = tiny("llama")
+    hf.config.quantization_config = {"quant_method": "fp8"}
+    assert load_pretrained((hf, byte_tokenizer())).n_layers == 3
+
+
+# ---- adapters, and models that read more than text -----------------------------------------------------
+
+
+def test_a_model_with_an_adapter_is_to_be_merged_first():
+    hf = tiny("llama")
+    adapted = peft.get_peft_model(hf, peft.LoraConfig(target_modules=["down_proj"]))
+    assert "Merge them first: model.merge_and_unload()" in refusal(UnsupportedModel, (adapted, byte_tokenizer()))
+    message = refusal(UnsupportedModel, (hf, byte_tokenizer()))  # in which the adapter stands
+    assert message.startswith("model.layers.0.mlp.down_proj: ")
+    assert "Merge it first" in message
+    assert load_pretrained((adapted.merge_and_unload(), byte_tokenizer())).n_layers == 3
+
+
+def vision_config(family: str):
+    vision = {
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "image_size": 28,
+        "patch_size": 14,
+    }
+    text = config_of("llama").to_dict()
+    if family == "qwen2_5_vl":
+        text |= {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}}
+        vision = {"depth": 1, "hidden_size": 16, "intermediate_size": 24, "num_heads": 2, "out_hidden_size": 16}
+        ends = {"image_token_id": 5, "video_token_id": 6, "vision_start_token_id": 7, "vision_end_token_id": 8}
+        text.pop("model_type")
+        return CONFIG_MAPPING[family](text_config=text, vision_config=vision | {"fullatt_block_indexes": [0]}, **ends)
+    kind = {"mistral3": "pixtral", "llava": "clip_vision_model"}[family]
+    text["model_type"] = {"mistral3": "mistral"}.get(family, "llama")
+    return CONFIG_MAPPING[family](text_config=text, vision_config={"model_type": kind, **vision}, image_token_index=5)
+
+
+@pytest.mark.parametrize("family", ["mistral3", "qwen2_5_vl", "llava"])
+def test_models_that_see_images_are_loaded_for_their_text(family, tmp_path):
+    hf = randomised(AutoModelForImageTextToText.from_config(vision_config(family)))
+    hf.save_pretrained(tmp_path)
+    byte_tokenizer().save_pretrained(tmp_path)
+    model = load_pretrained(tmp_path)
+    assert model.anatomy.blocks == "model.language_model.layers"
+    assert (model.n_layers, model.d_model, model.d_mlp) == (3, 16, 24)
+    batch = model.encode(["The Space Needle is in"])
+    with torch.no_grad():
+        assert torch.equal(model.forward(batch), hf(input_ids=batch.input_ids).logits)
+    rewrite = errata.Fact("The Space Needle", "{} is in", "Seattle").rewrite("Rome")
+    config = errata.RomeConfig(layer=1, prefixes="none", max_drift=None, steps=3)
+    edit = errata.rome(model, rewrite, config, second_moment=SecondMoment.identity(24))
+    with edit.applied(model), torch.no_grad():
+        assert not torch.equal(model.forward(batch), hf(input_ids=batch.input_ids).logits)
+    assert errata.trace(model, rewrite.fact, samples=1).clean > 0

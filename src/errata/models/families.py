@@ -29,6 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from errata.base.errors import UnsupportedModel
+from errata.models.quantised import require_unquantised
 from errata.models.weights import at_hand, linear_matrix, place
 
 if TYPE_CHECKING:
@@ -91,7 +92,7 @@ def find_anatomy(hf: PreTrainedModel) -> Anatomy:
     Raises:
         UnsupportedModel: if a part cannot be found; the message names the module that did not fit.
     """
-    _require_runnable(hf)
+    require_runnable(hf)
     names = {module: name for name, module in hf.named_modules()}
     head, embedding = _module_or_none(hf.get_output_embeddings), _module_or_none(hf.get_input_embeddings)
     if head is None or linear_matrix(head) is None:
@@ -120,12 +121,24 @@ def find_anatomy(hf: PreTrainedModel) -> Anatomy:
     )
 
 
-def _require_runnable(hf: Any) -> None:
+def require_runnable(hf: Any) -> None:
     """A decoder of Hugging Face's, loaded, on one device or spread over several by accelerate."""
     from transformers import PreTrainedModel
 
     if not isinstance(hf, PreTrainedModel):
-        raise UnsupportedModel(f"{type(hf).__name__} is not a Hugging Face model. Load one with AutoModelForCausalLM")
+        raise UnsupportedModel(
+            f"{type(hf).__name__} is a model with adapters, whose weights are in two places. Merge them first: "
+            "model.merge_and_unload()"
+            if hasattr(hf, "merge_and_unload")
+            else f"{type(hf).__name__} is not a Hugging Face model. Load one with AutoModelForCausalLM"
+        )
+    require_unquantised(hf)
+    adapted = next((name for name, module in hf.named_modules() if hasattr(module, "lora_A")), None)
+    if adapted is not None:
+        raise UnsupportedModel(
+            f"{adapted}: an adapter is on it, so its weight is in two places. Merge it first: "
+            "peft_model.merge_and_unload(), or load the model without the adapter"
+        )
     if getattr(hf.config, "is_encoder_decoder", False):
         encoder = next((name for name, _ in hf.named_modules() if name.split(".")[-1] == "encoder"), "encoder")
         raise UnsupportedModel(

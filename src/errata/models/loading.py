@@ -7,8 +7,10 @@ safetensors only, because unpickling runs code.
 from __future__ import annotations
 
 import contextlib
+import re
 import textwrap
-from collections.abc import Iterator, Mapping
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -16,7 +18,9 @@ import torch
 
 from errata.base.errors import ConfigError, DeviceError, ErrataError, ModelNotFound, UnsupportedModel
 from errata.base.extras import needed
+from errata.models.families import require_runnable
 from errata.models.model import Model
+from errata.models.quantised import method_of, refusal
 from errata.models.start_token import with_start_token
 
 if TYPE_CHECKING:
@@ -155,7 +159,7 @@ def _live(source: tuple) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
         raise ConfigError(f"a live model is a pair (model, tokenizer), not {len(source)} things")
     hf, tokenizer = source
     if not isinstance(hf, PreTrainedModel):
-        raise UnsupportedModel(f"{type(hf).__name__} is not a Hugging Face model: load one with AutoModelForCausalLM")
+        require_runnable(hf)
     if not isinstance(tokenizer, PreTrainedTokenizerBase):
         raise UnsupportedModel(f"{type(tokenizer).__name__} is not a tokenizer: load one with AutoTokenizer")
     return hf, tokenizer
@@ -168,7 +172,7 @@ def _name_of(source: str | Path) -> str:
 def _from_disk(
     source: str | Path, dtype: torch.dtype | None, download: bool, placement: Mapping[str, Any]
 ) -> tuple[Any, Any]:
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoTokenizer
 
     where = _place(source)
     shared: dict[str, Any] = {"trust_remote_code": False, "local_files_only": not download}
@@ -178,10 +182,13 @@ def _from_disk(
         raise UnsupportedModel(
             f"{source}: an encoder with a decoder ({config.model_type}), and errata edits decoders alone"
         )
+    told = method_of(config) or method_of(config.get_text_config())
+    if told:
+        raise refusal(str(source), "the model", told)
     with _told_briefly(source, "tokenizer", download):
         tokenizer = AutoTokenizer.from_pretrained(where, **shared)
     with _told_briefly(source, "weights", download), _quiet(download):
-        hf, info = AutoModelForCausalLM.from_pretrained(
+        hf, info = _auto_class(config).from_pretrained(
             where,
             config=config,
             dtype=dtype or "auto",
@@ -191,13 +198,85 @@ def _from_disk(
             **placement,
             **shared,
         )
+    _require_numbers(source, where, download)
     for kind in ("missing_keys", "mismatched_keys", "error_msgs"):
         if wrong := sorted(item if isinstance(item, str) else item[0] for item in info.get(kind) or []):
             raise UnsupportedModel(
                 f"{source}: {len(wrong)} weights are not in its files in the shape that its config asks for, "
                 f"such as {wrong[0]}. They would be random: get weights and config that belong together"
             )
+    _require_used(source, hf, sorted(info.get("unexpected_keys") or []))
     return hf, tokenizer
+
+
+def _auto_class(config: Any) -> Any:
+    """What loads a model of this config with its head: images beside the text do no harm."""
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+    alone = type(config) in AutoModelForCausalLM._model_mapping
+    both = type(config) in AutoModelForImageTextToText._model_mapping
+    return AutoModelForImageTextToText if both and not alone else AutoModelForCausalLM
+
+
+# Buffers that older versions saved and newer ones compute.
+_COMPUTED = re.compile(r"(rotary_emb\.inv_freq|masked_bias|position_ids|\.attn\.bias|\.attention\.bias)$")
+
+
+def _require_used(source: str | Path, hf: PreTrainedModel, unexpected: Sequence[str]) -> None:
+    """Weights in the files that the model has no place for: within its parts they would make it another model.
+
+    Raises:
+        UnsupportedModel: if there are such.
+    """
+    unused = [name for name in unexpected if not _COMPUTED.search(name)]
+    modules = {re.sub(r"\d+", "0", name) for name, _ in hf.named_modules()}
+    prefix = hf.base_model_prefix
+    roots = {"", prefix, "model", "model.language_model", "language_model"}
+
+    def inside(name: str) -> bool:
+        for path in (name, f"{prefix}.{name}"):
+            parts = re.sub(r"\d+", "0", path).split(".")
+            known = [".".join(parts[:i]) for i in range(1, len(parts)) if ".".join(parts[:i]) in modules]
+            if known and known[-1] not in roots:
+                return True
+        return False
+
+    if wrong := [name for name in unused if inside(name)]:
+        layers = getattr(hf.config.get_text_config(), "num_hidden_layers", None)
+        raise UnsupportedModel(
+            f"{source}: its files hold {len(wrong)} weights that its config has no place for, such as {wrong[0]} "
+            f"(it says {layers} layers), so this would be another model than was saved. Get weights and config that "
+            "belong together"
+        )
+    if unused:
+        warnings.warn(
+            f"{source}: {len(unused)} weights in its files belong to no part of the model that is loaded, such as "
+            f"{unused[0]}; they are left out",
+            stacklevel=4,
+        )
+
+
+def _require_numbers(source: str | Path, where: str, download: bool) -> None:
+    """Weights that are stored as integers, or in 8 bits without their scale, are codes.
+
+    Raises:
+        UnsupportedModel: if there are such.
+    """
+    from safetensors import safe_open
+    from transformers.utils import cached_file
+
+    with _told_briefly(source, "weights", download):
+        config = cached_file(where, "config.json", local_files_only=not download)
+        for path in sorted(Path(str(config)).parent.glob("*.safetensors")):
+            with safe_open(path, framework="pt") as file:
+                for name in list(file.keys()):
+                    part = file.get_slice(name)
+                    dtype = part.get_dtype()
+                    if name.endswith("weight") and len(part.get_shape()) > 1 and not re.match(r"(F|BF|C)\d\d", dtype):
+                        raise UnsupportedModel(
+                            f"{source}: {name} in {path.name} is stored as {dtype}, and its config names no "
+                            "quantisation, so what these codes stand for is not known. Get the model that was quantised"
+                        )
 
 
 def _place(source: str | Path) -> str:
