@@ -1,14 +1,27 @@
-"""Files: what is read fits into memory, and what is written is whole or not there."""
+"""Files: what is read fits into memory, and what is written is whole or not there.
+
+A file is written in a hidden folder beside its place, `.NAME.XXXXXXXX.unwritten`, and renamed once it is whole. The
+writer holds a lock in that folder; a folder whose lock is free was left by a writer that was killed, and the next
+writer to the same place removes it.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import os
+import shutil
+import stat
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 from errata.base.errors import OutputError, ResultFileError
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
 
 MAX_BYTES = 512 * 2**20  # ten times CounterFact; what is made of a file takes several times as much memory
 
@@ -44,34 +57,72 @@ def content(path: str | Path, what: str, max_bytes: int = MAX_BYTES) -> bytes:
 
 @contextlib.contextmanager
 def written_whole(path: str | Path) -> Iterator[Path]:
-    """Yield a temporary path in the same folder, which takes the place of `path` if the block succeeds.
+    """Yield a temporary path beside `path`, which takes the place of `path` if the block succeeds.
 
     The folder is made if need be. After an exception nothing is left behind and `path` is as it was. A link is
-    followed: what it leads to is replaced.
+    followed: what it leads to is replaced. The file's permissions are those of any new file (umask), whatever the
+    block did to write it.
 
     Raises:
-        OutputError: if the folder cannot be made or written to, or what stands at `path` is no file.
+        OutputError: if the folder cannot be made or written to, was removed or moved meanwhile, or what stands at
+            `path` is no file.
     """
     target = _place(path)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=f".{target.name}.", suffix=target.suffix, dir=target.parent)
-        os.close(handle)
-        mask = os.umask(0)
-        os.umask(mask)
-        os.chmod(name, 0o666 & ~mask)
-    except OSError as error:
-        raise _cannot_write(path, error) from error
-    temporary = Path(name)
-    try:
-        yield temporary
-        os.replace(temporary, target)
+        with aside(target) as (folder, mode):
+            temporary = folder / f"new{target.suffix}"
+            os.close(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
+            yield temporary
+            os.chmod(temporary, mode)  # some writers put a file of their own there, which others may not read
+            os.replace(temporary, target)
+        require_there(path)
     except OutputError:
         raise
     except OSError as error:
         raise _cannot_write(path, error) from error
+
+
+@contextlib.contextmanager
+def aside(target: Path) -> Iterator[tuple[Path, int]]:
+    """Yield a hidden folder beside `target` and the permissions of a new file there; the folder is removed afterwards.
+
+    Folders that killed writers left there are removed first.
+
+    Raises:
+        OSError: if the folder cannot be made.
+    """
+    _remove_leftovers(target.parent)
+    name = target.name.encode()[:150].decode(errors="ignore")  # a hidden name has a longest length too
+    while True:
+        folder = Path(tempfile.mkdtemp(prefix=f".{name}.", suffix=_ENDING, dir=target.parent))
+        lock = os.open(folder / _LOCK, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            if _locked(lock) is not False and (folder / _LOCK).exists():
+                break
+        except BaseException:
+            os.close(lock)
+            raise
+        os.close(lock)  # taken for a leftover in the moment before it was locked
+    try:
+        os.write(lock, os.fsencode(target.name))
+        yield folder, stat.S_IMODE(os.fstat(lock).st_mode)
     finally:
-        temporary.unlink(missing_ok=True)
+        shutil.rmtree(folder, ignore_errors=True)
+        os.close(lock)
+
+
+def require_there(path: str | Path) -> None:
+    """Make sure that a path leads to what was written there, and was not removed since.
+
+    Raises:
+        OutputError: if it does not.
+    """
+    if not Path(path).exists():
+        raise OutputError(
+            f"{path} was written, but has been removed since, or its folder has been moved: write it again to a place "
+            "that stays"
+        )
 
 
 def require_writable(path: str | Path) -> None:
@@ -96,6 +147,49 @@ def write_text(path: str | Path, text: str) -> None:
     """
     with written_whole(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+_ENDING, _LOCK = ".unwritten", "lock"
+_OLD = 3600.0  # seconds after which a folder without a lock counts as left behind
+
+
+def _remove_leftovers(folder: Path) -> None:
+    """Remove what killed writers left in a folder. An old version that one had moved away is put back."""
+    with contextlib.suppress(OSError):
+        for left in [Path(entry.path) for entry in os.scandir(folder) if entry.name.endswith(_ENDING)]:
+            if not left.name.startswith("."):
+                continue
+            with contextlib.suppress(OSError):
+                _remove_leftover(left)
+
+
+def _remove_leftover(left: Path) -> None:
+    try:
+        lock = os.open(left / _LOCK, os.O_RDWR)
+    except FileNotFoundError:  # its writer is about to make it, or was killed before
+        if time.time() - left.stat().st_mtime > _OLD:
+            shutil.rmtree(left)
+        return
+    try:
+        free = _locked(lock)
+        if time.time() - os.fstat(lock).st_mtime > _OLD if free is None else free:
+            target = left.parent / os.fsdecode(os.read(lock, 1000) or b".")
+            if (left / "old").exists() and not target.exists():
+                os.replace(left / "old", target)
+            shutil.rmtree(left)
+    finally:
+        os.close(lock)
+
+
+def _locked(descriptor: int) -> bool | None:
+    """Whether a lock on an open file could be had, and is this process's now; None where there are no locks."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except (OSError, AttributeError):  # a file system without locks, or Windows
+        return None
+    return True
 
 
 class _Tried(Exception):

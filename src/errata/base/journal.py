@@ -81,12 +81,13 @@ class Journal:
         """Add a JSON-able record. It is on the disk when this returns, and not at all in the file if this raises.
 
         Raises:
-            OutputError: if it cannot be written, or the journal was closed.
+            OutputError: if it cannot be written, the journal was closed, or its file was removed or replaced.
             ValueError: if the record holds a number that is not finite.
         """
         if self._descriptor is None:
             raise OutputError(f"the journal {self.path} was closed: open it again to add to it")
         line = _line(record)
+        self.require_there()
         end = os.lseek(self._descriptor, 0, os.SEEK_END)
         try:
             if os.write(self._descriptor, line) < len(line):
@@ -97,6 +98,24 @@ class Journal:
                 os.ftruncate(self._descriptor, end)
             raise _cannot_write(self.path, error) from error
 
+    def require_there(self) -> None:
+        """Make sure that the path still leads to the open file: else records would go where nobody finds them.
+
+        Raises:
+            OutputError: if the file, or its folder, was removed, moved or replaced since the journal was opened.
+        """
+        if self._descriptor is None:
+            return
+        try:
+            there = os.path.samestat(os.stat(self.path), os.fstat(self._descriptor))
+        except OSError:
+            there = False
+        if not there:
+            raise OutputError(
+                f"{self.path} was removed, moved or replaced while it was being written, so what is added to it would "
+                "be lost: put it back and start again to go on, or begin another file"
+            )
+
     def close(self) -> None:
         """Let other writers in. Closing twice is allowed."""
         if self._descriptor is not None:
@@ -106,8 +125,12 @@ class Journal:
     def __enter__(self) -> Journal:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
+    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
+        try:
+            if error is None:
+                self.require_there()
+        finally:
+            self.close()
 
 
 def read_journal(path: str | Path, kind: str, version: int) -> tuple[dict[str, Any], list[dict[str, Any]]]:

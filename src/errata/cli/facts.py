@@ -99,8 +99,7 @@ def facts(
         show.as_json({**result, "bad": told, "written": str(out) if out else None})
     else:
         typer.echo(summary)
-        if out:
-            typer.echo(f"written: {out}")
+        show.written(out)
     if bad:
         typer.echo(f"left out: {len(bad)} of {len(table.rows) + len(table.bad)}", err=True)
         raise typer.Exit(1)

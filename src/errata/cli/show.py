@@ -17,6 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
+from errata.base.files import require_there
 from errata.plots.drawing import part_name
 from errata.tracing.result import ROLES
 
@@ -79,8 +80,13 @@ def line(text: str) -> None:
 
 
 def written(*paths: Path | None) -> None:
-    """Say which files there are now."""
+    """Say which files there are now.
+
+    Raises:
+        OutputError: if one is not there any more.
+    """
     for path in filter(None, paths):
+        require_there(path)
         line(f"written: {path}")
 
 

@@ -112,7 +112,6 @@ def evaluate(
 
         # The first journal is the lock of the folder.
         journals = {UNEDITED: opened(folder / "unedited.jsonl")}
-        _tidy(folder)
         if not (folder / "records.json").is_file() or read_back(folder / "records.json") != records:
             write_text(folder / "records.json", text)
         for name in sorted(editors, key=lambda name: not files[name].exists()):  # if one is refused, none is begun
@@ -166,13 +165,6 @@ def _require_kept(name: str, there: Iterable[Result]) -> None:
             f"{lost} results of {name} are there already without their edits, which cannot be kept any more: name "
             "another folder to keep edits, or go on without"
         )
-
-
-def _tidy(folder: Path) -> None:
-    """Remove what a kill left of files that were being written."""
-    for pattern in (".records.json.*.json", ".card.json.*.json", "edits/*/.*"):
-        for path in folder.glob(pattern):
-            path.unlink(missing_ok=True)
 
 
 def _checked(records: Sequence[AnyRecord]) -> str:

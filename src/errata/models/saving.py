@@ -8,13 +8,12 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import shutil
-import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from errata.base.errors import OutputError
+from errata.base.files import aside, require_there
 
 if TYPE_CHECKING:
     from errata.models.model import Model
@@ -55,7 +54,7 @@ def written_folder(path: str | Path, replaceable: Callable[[Path], bool] = lambd
 
     After an exception nothing is left behind and `path` is as it was. A folder that holds something is replaced
     only if `replaceable` says that it may be; of the old and the new, one is there at every moment, at worst (a
-    kill between two renames) the old one under a hidden name beside its place.
+    kill between two renames) the old one under a hidden name beside its place, from where the next writer puts it back.
 
     Raises:
         OutputError: if the place is taken, or cannot be written to.
@@ -63,27 +62,26 @@ def written_folder(path: str | Path, replaceable: Callable[[Path], bool] = lambd
     target = require_free(path, replaceable)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        aside = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-    except OSError as error:
-        raise _cannot_write(path, error) from error
-    new, old = aside / "new", aside / "old"
-    try:
-        new.mkdir()  # not the temporary folder itself, which only its owner may enter
-        yield new
-        if target.exists():
-            os.replace(target, old)
-        try:
-            os.replace(new, target)
-        except BaseException:
-            if old.exists():
-                os.replace(old, target)
-            raise
+        with aside(target) as (hidden, mode):
+            new, old = hidden / "new", hidden / "old"
+            new.mkdir()  # not the hidden folder itself, which only its owner may enter
+            yield new
+            for file in new.rglob("*"):
+                if file.is_file():
+                    file.chmod(mode)  # safetensors makes files that others may not read
+            if target.exists():
+                os.replace(target, old)
+            try:
+                os.replace(new, target)
+            except BaseException:
+                if old.exists():
+                    os.replace(old, target)
+                raise
+        require_there(path)
     except OutputError:
         raise
     except OSError as error:
         raise _cannot_write(path, error) from error
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
 
 
 def require_free(path: str | Path, replaceable: Callable[[Path], bool] = lambda folder: False) -> Path:

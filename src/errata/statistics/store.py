@@ -7,10 +7,8 @@ collected, its sums stand there in a file that ends in .unfinished.safetensors, 
 
 from __future__ import annotations
 
-import contextlib
 import json
 import re
-import time
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -178,7 +176,6 @@ def collect_cached(
         # Named for all layers that were asked for: a run that is killed between two of its last files finds it.
         every = short({str(layer): short(prints[layer]) for layer in wanted})
         unfinished = paths[missing[0]].with_name(f"{_file_name(model)}-{every}.unfinished.safetensors")
-        _clear_leftovers(unfinished)
         collected = collect(
             model, missing, corpus, max_tokens, length, which=which, progress=progress, checkpoint=unfinished
         )
@@ -216,11 +213,3 @@ def _require_same(path: str | Path, names: list[str]) -> None:
 
 def _file_name(model: Model) -> str:
     return re.sub(r"[^A-Za-z0-9._-]+", "-", model.name).strip("-.") or "model"
-
-
-def _clear_leftovers(unfinished: Path) -> None:
-    """Remove what kills in the middle of writing left; what another process writes now is younger than an hour."""
-    for path in unfinished.parent.glob(f".{unfinished.name}.*"):
-        with contextlib.suppress(OSError):
-            if time.time() - path.stat().st_mtime > 3600:
-                path.unlink()
