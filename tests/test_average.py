@@ -27,6 +27,13 @@ SETTINGS = {
 ENDINGS = ("json", "csv", "parquet")
 
 
+class StandIn(SimpleNamespace):
+    """As much of a trace as averages need."""
+
+
+StandIn.__name__ = "CausalTrace"
+
+
 def made(restored, subject=(0, 0), clean=0.9, corrupted=0.1, **changes):
     """A trace as far as averages see it: `restored` is an array for the part "state", or one for each part."""
     if not isinstance(restored, dict):
@@ -46,7 +53,7 @@ def made(restored, subject=(0, 0), clean=0.9, corrupted=0.1, **changes):
         "known": None,
         **changes,
     }
-    return SimpleNamespace(
+    return StandIn(
         **fields,
         roles=CausalTrace.roles.fget(SimpleNamespace(**fields)),
         total_effect=clean - corrupted,

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from errata.base.arguments import checked
+from errata.base.autocast import without_autocast
 from errata.base.errors import OutputError
 from errata.editors.editor import Editor
 from errata.editors.registry import method_of
@@ -77,12 +79,15 @@ if TYPE_CHECKING:
     rome = _rome
 else:
 
+    @checked(model="Model")
     @wraps(_rome)
     def rome(model: Model, *arguments: Any, second_moment: SecondMoments | None = None, **settings: Any) -> Any:
         """As `errata.editors.rome.rome`, and the atlas brings its own second moment."""
         return _rome(model, *arguments, second_moment=_with_own_corpus(model, second_moment), **settings)
 
 
+@checked(model="Model", second_moment="SecondMoment|callable|dict")
+@without_autocast
 def editor(
     model: Model, method: str = "rome", *, second_moment: SecondMoments | None = None, seed: int = 0, **settings: Any
 ) -> Editor:

@@ -6,6 +6,7 @@ import hashlib
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from errata.base.arguments import require
 from errata.base.errors import FactError
 from errata.base.text import joined, moved_spaces, plain
 
@@ -147,6 +148,7 @@ class Rewrite:
     new_object: str
 
     def __post_init__(self) -> None:
+        require(self.fact, "Fact", "Rewrite: fact")
         if not isinstance(self.new_object, str) or not self.new_object.strip():
             raise FactError("the new object is empty: say what the model should answer instead, as in 'Paris'")
         require_characters("new object", self.new_object)

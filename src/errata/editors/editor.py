@@ -6,6 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, overload
 
+from errata.base.arguments import checked
+from errata.base.autocast import without_autocast
 from errata.base.errors import ErrataError
 from errata.base.facts import Rewrite
 from errata.edits.edit import Edit
@@ -36,6 +38,8 @@ class Editor:
     @overload
     def edit(self, model: Model, rewrites: Sequence[Rewrite]) -> list[Edit]: ...
 
+    @checked(model="Model")
+    @without_autocast
     def edit(self, model: Model, rewrites: Rewrite | Sequence[Rewrite]) -> Edit | list[Edit]:
         """The edit of a rewrite, or those of several, each as if it were alone; the model is left as it was.
 

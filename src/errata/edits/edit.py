@@ -26,6 +26,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from errata.base.arguments import checked, require
+from errata.base.autocast import without_autocast
 from errata.base.errors import (
     ConfigError,
     EditFileError,
@@ -130,6 +132,8 @@ class Edit:
     source: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        require(self.deltas, ["RankOne|LowRank|Dense"], "Edit: deltas")
+        require(self.rewrites, ["Rewrite"], "Edit: rewrites")
         object.__setattr__(self, "deltas", tuple(self.deltas))
         object.__setattr__(self, "rewrites", tuple(self.rewrites))
         for name in ("config", "fingerprints", "versions", "notes", "source"):
@@ -144,6 +148,8 @@ class Edit:
                 )
 
     @classmethod
+    @checked(model="Model", deltas=["RankOne|LowRank|Dense"], rewrites=["Rewrite"])
+    @without_autocast
     def of(
         cls,
         model: Model,
@@ -181,6 +187,8 @@ class Edit:
     # ---- edits of edits ----
 
     @classmethod
+    @checked(edits=["Edit"], model="Model")
+    @without_autocast
     def combine(cls, edits: Iterable[Edit], model: Model | None = None) -> Edit:
         """One edit that does what these do, one applied after the other.
 
@@ -223,6 +231,7 @@ class Edit:
             source=edits[0].source,
         )
 
+    @without_autocast
     def scaled(self, factor: float) -> Edit:
         """The edit with factor · ΔW for every ΔW: 0.5 is half of it, -1 its opposite.
 
@@ -231,6 +240,8 @@ class Edit:
         """
         return self._derived([delta.scaled(factor) for delta in self.deltas], {"scaled": factor})
 
+    @checked(model="Model")
+    @without_autocast
     def restricted(self, layers: Iterable[int], model: Model) -> Edit:
         """The edit without its changes outside these layers, counted from 0 as in `model`.
 
@@ -257,6 +268,7 @@ class Edit:
                 rewrites += its_rewrites
         return self._derived(deltas, {"restricted": wanted}, rewrites=tuple(rewrites), config={"parts": parts})
 
+    @without_autocast
     def truncated(self, rank: int) -> Edit:
         """The edit with every dense change cut to this rank by SVD; others stay.
 
@@ -305,6 +317,8 @@ class Edit:
 
     # ---- on and off a model ----
 
+    @checked(model="Model")
+    @without_autocast
     def apply(self, model: Model) -> None:
         """Put the edit on the model, all of it or (on any error) nothing.
 
@@ -369,6 +383,8 @@ class Edit:
             raise
         _undone.setdefault(model, set()).discard(self.id)
 
+    @checked(model="Model")
+    @without_autocast
     def undo(self, model: Model) -> None:
         """Take the edit off: the touched weights are again, byte for byte, what they were.
 
@@ -390,6 +406,8 @@ class Edit:
         model.applied.pop()
         _undone.setdefault(model, set()).add(self.id)
 
+    @checked(model="Model")
+    @without_autocast
     def remove(self, model: Model, *, force: bool = False) -> None:
         """Take the edit off from among others, or (on any error) leave everything as it is.
 
@@ -446,6 +464,7 @@ class Edit:
                     "and undoing would throw that away. Load the model again"
                 )
 
+    @checked(model="Model")
     @contextlib.contextmanager
     def applied(self, model: Model) -> Iterator[Model]:
         """The model with the edit on it, for the time of a `with` block.
@@ -459,6 +478,8 @@ class Edit:
         finally:
             self.undo(model)
 
+    @checked(model="Model")
+    @without_autocast
     def relative_norm(self, model: Model) -> float:
         """‖ΔW‖ / ‖W‖ in Frobenius norms, over all touched weights together, W as it is now.
 
@@ -470,6 +491,8 @@ class Edit:
         change = math.hypot(*(d[0].norm() if len(d) == 1 else float(_sum(d).norm()) for d in changes.values()))
         return change / size if size else math.inf
 
+    @checked(model="Model")
+    @without_autocast
     def rounding(self, model: Model) -> float:
         """‖(Ŵ − W) − ΔW‖ / ‖ΔW‖ over all touched weights together: what their dtypes make of the change put on W as it
         is now. 0 if nothing is changed.
@@ -572,6 +595,8 @@ class Edit:
             )
         return edit
 
+    @checked(model="Model")
+    @without_autocast
     def to_lora(self, folder: str | Path, *, model: Model | None = None, rank: int | None = None) -> dict[str, float]:
         """Write a LoRA adapter that `peft.PeftModel.from_pretrained(hf, folder)` loads; whole or not at all.
 
@@ -618,6 +643,8 @@ class Edit:
         return {name: _lost(deltas, [d for d in written.deltas if d.weight == name]) for name, deltas in whole.items()}
 
     @classmethod
+    @checked(model="Model")
+    @without_autocast
     def from_lora(cls, folder: str | Path, model: Model) -> Edit:
         """The edit that a plain LoRA adapter is, for this model. No code is run, and PEFT is not needed.
 

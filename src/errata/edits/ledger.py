@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from errata.base.arguments import checked
+from errata.base.autocast import without_autocast
 from errata.base.facts import Rewrite
 from errata.models.saving import save_pretrained
 
@@ -39,6 +41,7 @@ class AppliedEdit:
     contradicts: tuple[int, ...]
 
 
+@checked(model="Model")
 def ledger(model: Model) -> tuple[AppliedEdit, ...]:
     """The edits that are on the model now, in the order in which they were applied."""
     edits: list[Edit] = [entry.edit for entry in model.applied]
@@ -79,6 +82,8 @@ def warn_of_contradictions(earlier: Iterable[Edit], later: Edit) -> None:
             )
 
 
+@checked(model="Model")
+@without_autocast
 def save_merged(model: Model, folder: str | Path) -> None:
     """Write the model with the edits that are on it, whole or not at all: `from_pretrained` loads the folder.
 

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from pydantic import Field
 
+from errata.base.autocast import without_autocast
 from errata.base.config import Config
 from errata.base.errors import Diverged, EditMismatch, ErrataError, FactError
 from errata.base.facts import Fact
@@ -78,6 +79,7 @@ class Measured:
     edits: Mapping[str, Sequence[Edit | None]]
 
 
+@without_autocast
 def measure(
     model: Model, records: Sequence[AnyRecord], editors: Mapping[str, Editor], before: bool, measures: Measures
 ) -> Measured:

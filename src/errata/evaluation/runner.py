@@ -14,6 +14,8 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+from errata.base.arguments import checked
+from errata.base.autocast import without_autocast
 from errata.base.errors import ConfigError
 from errata.base.files import write_text
 from errata.base.interrupt import deferred_interrupt
@@ -44,6 +46,8 @@ TOGETHER = 16  # records of a chunk: more fill batches better, and more is lost 
 _BEGUN = ("begun",)  # of a header, what may differ when a run goes on
 
 
+@checked(model="Model", records=["Record|ZsreRecord"])
+@without_autocast
 def evaluate(
     model: Model,
     records: Sequence[AnyRecord],

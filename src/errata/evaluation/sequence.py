@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from errata.base.arguments import checked
+from errata.base.autocast import without_autocast
 from errata.base.errors import ConfigError, EditFileError, EditMismatch, ErrataError, ResultFileError
 from errata.base.facts import Fact, Rewrite, as_plain
 from errata.base.interrupt import deferred_interrupt
@@ -97,6 +99,7 @@ def edits_folder(path: str | Path) -> Path:
     return Path(path).with_name(f"{Path(path).name}.edits")
 
 
+@without_autocast
 def recalled(model: Model, facts: Sequence[Fact]) -> list[bool]:
     """Whether every token of each fact's object is the model's most probable one.
 
@@ -111,6 +114,8 @@ def _scored(model: Model, facts: Sequence[Fact]) -> list[Score]:
     return score(model, texts, objects, [fact.separator for fact in facts])
 
 
+@checked(model="Model", rewrites=["Rewrite"], untouched=["Fact"], config="RomeConfig", second_moment="SecondMoment")
+@without_autocast
 def edit_in_sequence(
     model: Model,
     rewrites: Sequence[Rewrite],

@@ -21,6 +21,8 @@ from typing import TYPE_CHECKING, Any, cast, get_args
 import numpy as np
 from numpy.typing import NDArray
 
+from errata.base.arguments import checked
+from errata.base.autocast import without_autocast
 from errata.base.errors import ConfigError, EditMismatch, ErrataError, FactError, ResultFileError
 from errata.base.facts import as_plain
 from errata.base.interrupt import deferred_interrupt
@@ -130,6 +132,8 @@ class SiteScores:
         save(self.figure(), path)
 
 
+@checked(model="Model", records=["Record"], config="RomeConfig")
+@without_autocast
 def sweep_sites(
     model: Model,
     records: Sequence[Record],

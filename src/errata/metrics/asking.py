@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from errata.base.autocast import without_autocast
 from errata.edits.edit import Edit
 from errata.metrics.edited import run_edited
 from errata.models.model import Model
@@ -52,6 +53,7 @@ class Passage:
 Answers = tuple[Score, ...]  # of a question's targets, in order
 
 
+@without_autocast
 def ask_together(
     model: Model, questions: Sequence[Question | Passage], variants: Sequence[Sequence[Edit | None]]
 ) -> list[list[Answers]]:

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Literal
 
+from errata.base.autocast import without_autocast
 from errata.benchmarks.records import Record
 from errata.metrics.asking import Answers, Question
 from errata.metrics.summary import Estimate, Method, estimate, harmonic_score
@@ -92,6 +93,7 @@ def record_scores(said: RecordAnswers, probability: Probability = "per_token") -
     )
 
 
+@without_autocast
 def score_record(model: Model, record: Record, probability: Probability = "per_token") -> RecordScores:
     """Score one record on the model as it stands, by itself and in the plain way.
 

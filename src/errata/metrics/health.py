@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from errata.base.autocast import without_autocast
 from errata.base.errors import ConfigError, FactError
 from errata.base.facts import Fact, Rewrite
 from errata.base.seeds import derive
@@ -87,6 +88,7 @@ class Probed:
     surprise: Tensor
 
 
+@without_autocast
 def ask(model: Model, rewrite: Rewrite, essence: str) -> Asked:
     """What the model says about a fact, as it stands.
 
@@ -101,6 +103,7 @@ def ask(model: Model, rewrite: Rewrite, essence: str) -> Asked:
     return Asked(math.exp(score(model, [rewrite.text], [rewrite.new_object], [rewrite.separator])[0].total), own[-1])
 
 
+@without_autocast
 def probe(model: Model, texts: Sequence[str]) -> Probed:
     """What the model says of texts, as it stands.
 
@@ -146,6 +149,7 @@ def compare(asked: tuple[Asked, Asked], probed: tuple[Probed, Probed], max_drift
     )
 
 
+@without_autocast
 def healths(
     model: Model,
     rewrites: Sequence[Rewrite],
@@ -193,6 +197,7 @@ def healths(
     return found
 
 
+@without_autocast
 def alone(model: Model, edits: Sequence[Edit], seed: int = 0) -> list[Health]:
     """The health of edits of one rewrite each, as `healths`, on texts of the model's own.
 

@@ -14,6 +14,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
+from errata.base.autocast import without_autocast
 from errata.base.errors import ConfigError, FactError
 from errata.benchmarks.fact_table import FactRow
 from errata.models.generation import generate, prompt_ids
@@ -43,6 +44,7 @@ class Knowledge:
     known: bool
 
 
+@without_autocast
 def knows(
     model: Model,
     rows: Sequence[FactRow],

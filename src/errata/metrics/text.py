@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch.nn import functional
 
+from errata.base.autocast import without_autocast
 from errata.base.errors import ConfigError, FactError
 from errata.base.extras import needed
 from errata.models.model import Model
@@ -127,6 +128,7 @@ class Surprise:
         return _exp(self.mean)
 
 
+@without_autocast
 def perplexity(
     model: Model, texts: str | Sequence[str], *, window: int | None = None, stride: int | None = None
 ) -> Surprise:

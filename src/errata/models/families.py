@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import torch
 from torch import Tensor, nn
 
+from errata.base.autocast import without_autocast
 from errata.base.errors import UnsupportedModel
 from errata.models.quantised import require_unquantised
 from errata.models.weights import at_hand, linear_matrix, place
@@ -86,6 +87,7 @@ def softcapped(head_output: Tensor, anatomy: Anatomy) -> Tensor:
 # ---- finding ------------------------------------------------------------------------------------------
 
 
+@without_autocast
 def find_anatomy(hf: PreTrainedModel) -> Anatomy:
     """The parts of a live decoder. The model is left as it was; a few short forward passes are run.
 
@@ -356,6 +358,7 @@ def _residual_scale(state: Tensor, attention: Tensor, mlp: Tensor, new_state: Te
 # ---- verifying ----------------------------------------------------------------------------------------
 
 
+@without_autocast
 def verify(hf: PreTrainedModel, anatomy: Anatomy) -> None:
     """Measure, in every layer, that the parts do what `Anatomy` says of them.
 

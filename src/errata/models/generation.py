@@ -20,6 +20,7 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 from transformers.cache_utils import Cache, DynamicLayer
 
+from errata.base.autocast import without_autocast
 from errata.base.errors import ConfigError, Diverged, FactError
 from errata.base.seeds import derive
 from errata.base.text import moved_spaces
@@ -32,6 +33,7 @@ _CACHE_AT_ONCE = {"cpu": 2**31, "cuda": 2**33}
 _ALIKE = {torch.float64: 1e-5, torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 
 
+@without_autocast
 def generate(
     model: Model,
     prompts: Sequence[str],

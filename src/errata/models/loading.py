@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 
+from errata.base.autocast import without_autocast
 from errata.base.errors import ConfigError, DeviceError, ErrataError, ModelNotFound, UnsupportedModel
 from errata.base.extras import needed
 from errata.models.families import require_runnable
@@ -38,6 +39,7 @@ DeviceMap = str | Mapping[str, str | int | torch.device]
 _STRATEGIES = ("auto", "balanced", "balanced_low_0", "sequential")
 
 
+@without_autocast
 def load_pretrained(
     source: str | Path | tuple[PreTrainedModel, PreTrainedTokenizerFast],
     dtype: str | torch.dtype = "auto",

@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 
+from errata.base.autocast import without_autocast
 from errata.base.errors import ConfigError, FactError, UnsupportedModel
 from errata.models.families import Anatomy, find_anatomy, softcapped, verify
 from errata.models.tokens import encode
@@ -83,6 +84,7 @@ class Model:
         UnsupportedModel: if its parts cannot be found or do not behave as a decoder's should.
     """
 
+    @without_autocast
     def __init__(
         self,
         hf: PreTrainedModel,
@@ -281,6 +283,7 @@ class Model:
         if len(ids) > self.max_length:
             raise FactError(f"{name} has {len(ids)} tokens; {self.name} reads at most {self.max_length}. Shorten it")
 
+    @without_autocast
     def forward(self, batch: Batch, keep: int = 0, cache: Cache | None = None) -> Tensor:
         """Logits `[b, t, v]` of the model as it stands, or `[b, keep, v]` at the last `keep` positions alone.
 
@@ -299,6 +302,7 @@ class Model:
         logits = self.hf(**inputs, use_cache=cache is not None).logits
         return logits[:, -keep:]
 
+    @without_autocast
     def added(self, layer: int, mlp: Tensor) -> Tensor:
         """What block `layer` adds to the state for an output `[..., d_model]` of its MLP."""
         path = self.anatomy.mlp_norm
@@ -306,6 +310,7 @@ class Model:
         normed = mlp if norm is None else norm(mlp).to(mlp.device)
         return normed if self.anatomy.residual_scale == 1.0 else normed * self.anatomy.residual_scale
 
+    @without_autocast
     def unembed(self, states: Tensor) -> Tensor:
         """Logits `[..., v]` that the head reads off states `[..., d_model]` of the last block."""
         normed = self.hf.get_submodule(self.anatomy.final_norm)(states)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from errata.base.autocast import without_autocast
 from errata.base.errors import FactError
 from errata.base.text import joined, moved_spaces
 from errata.models.model import Model
@@ -96,6 +97,7 @@ def _ends_in_marker(tokenizer: PreTrainedTokenizerFast, text: str) -> bool:
     return text.endswith(markers)
 
 
+@without_autocast
 def score(
     model: Model,
     prompts: Sequence[str],

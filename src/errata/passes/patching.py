@@ -7,10 +7,12 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from errata.base.autocast import without_autocast
 from errata.models.model import Batch, Model, Stream
 from errata.passes.hooks import Patch, hooked
 
 
+@without_autocast
 def run(
     model: Model, batch: Batch, patches: Mapping[Stream, Patch] | None = None, positions: Tensor | None = None
 ) -> Tensor:

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from errata.base.autocast import without_autocast
 from errata.models.model import Batch, Model, Stream
 from errata.passes.hooks import Patch, hooked
 
@@ -15,6 +16,7 @@ class _Enough(Exception):
     """Everything asked for has been read."""
 
 
+@without_autocast
 def read(model: Model, batch: Batch, streams: Iterable[Stream]) -> dict[Stream, Tensor]:
     """The named streams of one forward pass, each `[b, t, d]`, detached, without gradients.
 

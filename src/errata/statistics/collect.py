@@ -16,6 +16,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from errata.base.arguments import checked
+from errata.base.autocast import without_autocast
 from errata.base.errors import ConfigError, StaleStatistics
 from errata.base.interrupt import deferred_interrupt
 from errata.models.model import Batch, Model
@@ -39,6 +41,8 @@ Progress = Callable[[int, int], None]  # (tokens read, tokens wanted)
 _Flags = Callable[[Sequence[int]], list[bool]]
 
 
+@checked(model="Model")
+@without_autocast
 def collect(
     model: Model,
     layers: Iterable[int],

@@ -19,6 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from errata.base.arguments import checked
+from errata.base.autocast import without_autocast
 from errata.base.errors import ConfigError, StaleStatistics
 from errata.statistics.fingerprint import LABELS, different
 
@@ -102,6 +104,8 @@ class SecondMoment:
         return cls(torch.eye(d, dtype=torch.float64), 0, None)
 
     @classmethod
+    @checked(moments=["SecondMoment"])
+    @without_autocast
     def merged(cls, moments: Sequence[SecondMoment]) -> SecondMoment:
         """The second moment of all tokens of several, such as of the shards of a corpus.
 
@@ -136,6 +140,7 @@ class SecondMoment:
             }
         return cls(torch.as_tensor(matrix), count, first.layer, common)
 
+    @without_autocast
     def with_ridge(self, ridge: float) -> SecondMoment:
         """The same C, solved with a ridge of at least `ridge` times the mean of its diagonal.
 
@@ -149,6 +154,7 @@ class SecondMoment:
         """d_mlp."""
         return self.matrix.shape[0]
 
+    @without_autocast
     def solve(self, keys: Tensor) -> Tensor:
         """C⁻¹k in float64, for one key `[d_mlp]` or several `[n, d_mlp]`.
 

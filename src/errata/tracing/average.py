@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from errata.base.arguments import checked
 from errata.base.errors import ConfigError
 from errata.base.extras import needed
 from errata.tracing.corruption import MEASURED
@@ -245,6 +246,7 @@ class AverageEffects:
         return average_files.read(path)
 
 
+@checked(traces=["CausalTrace"])
 def average_effects(
     traces: Iterable[CausalTrace],
     *,

@@ -27,6 +27,8 @@ import torch
 from pydantic import Field, field_validator
 from torch import Tensor
 
+from errata.base.arguments import checked
+from errata.base.autocast import without_autocast
 from errata.base.config import Config
 from errata.base.errors import ConfigError, Diverged, ResultFileError
 from errata.base.facts import Fact
@@ -200,6 +202,8 @@ def _from_record(values: Mapping[str, Any], header: Mapping[str, Any]) -> Integr
     )
 
 
+@checked(model="Model", fact="Fact")
+@without_autocast
 @torch.inference_mode(False)  # a caller in inference mode gets gradients all the same
 def integrated_gradients(
     model: Model,

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from errata.base.arguments import checked
+from errata.base.autocast import without_autocast
 from errata.base.errors import ConfigError, Diverged, FactError, ResultFileError
 from errata.base.facts import Fact
 from errata.base.interrupt import deferred_interrupt
@@ -45,6 +47,8 @@ class TracedFacts:
     refused: tuple[tuple[int, str], ...]
 
 
+@checked(model="Model", facts=["Fact"], config="TraceConfig")
+@without_autocast
 def trace_facts(
     model: Model,
     facts: Sequence[Fact],

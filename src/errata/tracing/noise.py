@@ -27,6 +27,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from errata.base.autocast import without_autocast
 from errata.base.errors import ConfigError, FactError
 from errata.base.fingerprint import tensor_digest
 from errata.models.model import Model
@@ -99,6 +100,7 @@ class Disturbance:
         return self.mean + spread
 
 
+@without_autocast
 def measure(
     corruption: Corruption, model: Model, subjects: Iterable[str] = (), *, own: str | None = None
 ) -> Disturbance:
@@ -140,6 +142,7 @@ def measure(
     return Disturbance(corruption, _width(model), level, sigma, measured_on=where, measured_tokens=len(ids))
 
 
+@without_autocast
 def subject_sigma(model: Model, subjects: Iterable[str]) -> float:
     """σ: the standard deviation of all numbers in the embeddings of the subjects' tokens.
 

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from errata.base.autocast import without_autocast
 from errata.base.errors import ConfigError, Diverged
 from errata.models.memory import free_memory
 from errata.models.model import Model
@@ -55,6 +56,7 @@ def rows_at_once(model: Model, length: int, config: TraceConfig, memory: int) ->
     return max(2, memory // 2 // per_row)
 
 
+@without_autocast
 @torch.no_grad()
 def trace_together(
     model: Model,

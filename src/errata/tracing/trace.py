@@ -16,6 +16,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from errata.base.arguments import checked
+from errata.base.autocast import without_autocast
 from errata.base.facts import Fact
 from errata.models.fingerprint import weights_digest
 from errata.models.model import Model
@@ -27,6 +29,8 @@ from errata.tracing.result import CausalTrace
 from errata.tracing.runs import Progress, checked_memory, trace_together
 
 
+@checked(model="Model", fact="Fact", config="TraceConfig")
+@without_autocast
 def trace(
     model: Model,
     fact: Fact,

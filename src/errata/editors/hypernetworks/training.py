@@ -18,6 +18,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
+from errata.base.autocast import without_autocast
 from errata.base.config import Config
 from errata.base.errors import ConfigError, Diverged, FactError, ResultFileError
 from errata.base.interrupt import deferred_interrupt
@@ -115,6 +116,7 @@ class Curve:
 Progress = Callable[[int, int, Curve], None]
 
 
+@without_autocast
 def train(
     model: Model,
     method: str,

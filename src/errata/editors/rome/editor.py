@@ -12,6 +12,8 @@ from typing import Any, Literal, overload
 
 import torch
 
+from errata.base.arguments import checked
+from errata.base.autocast import without_autocast
 from errata.base.errors import ConfigError, ErrataError, FactError, StaleStatistics
 from errata.base.facts import Rewrite
 from errata.base.fingerprint import tensor_digest
@@ -64,7 +66,9 @@ def rome(
 
 
 # A caller in inference mode gets gradients all the same.
-@torch.inference_mode(False)  # type: ignore[misc]  # the other settings are spelt out here alone
+@checked(model="Model", config="RomeConfig", second_moment="SecondMoment|callable|dict")  # type: ignore[misc]
+@without_autocast  # the other settings are spelt out here alone
+@torch.inference_mode(False)
 def rome(
     model: Model,
     rewrites: Rewrite | Sequence[Rewrite],
