@@ -17,7 +17,7 @@ from errata.edits.edit import Edit
 from errata.metrics.asking import Question
 from errata.models.generation import generate
 from errata.models.scoring import score, target_ids
-from errata.models.tokens import encode, locate
+from errata.models.tokens import after_prefix, encode, locate
 from errata.tracing.config import TraceConfig
 from errata.tracing.prepare import prepare
 from errata.tracing.result import load_traces
@@ -339,7 +339,7 @@ def test_what_is_scored_traced_and_edited_is_one_text(fact):
 def test_a_prefix_leaves_the_tokens_of_a_subject_without_spaces():
     for name in ("unigram", "byte_fallback", "llama", "bytes"):
         tokenizer = ZOO[name]()
-        context = Context.of(Fact("東京", "{}カ", "京"), "It rained. ")
+        context = Context.of(Fact("東京", "{}カ", "京"), "It rained. ", tokenizer)
         span = locate(tokenizer, context.text, context.start, context.subject)
         assert "".join(span.tokens[span.first : span.last + 1]).replace(" ", "")[:1] == "東", name
         assert not any(token == " " for token in span.tokens[span.first - 1 : span.last + 1]), (name, span.tokens)
@@ -388,6 +388,17 @@ def test_a_start_token_that_the_text_has_is_not_doubled(name):
     with pytest.warns(UserWarning, match="left out"):
         span = locate(tokenizer, text, text.index("Needle"), "Needle")
     assert "".join(span.tokens[span.first : span.last + 1]).strip() == "Needle"
+
+
+@pytest.mark.parametrize("name", ["llama", "byte_level", "unigram", "byte_fallback"])
+def test_a_prefix_goes_behind_a_start_token_that_is_written_out(name):
+    tokenizer = ZOO[name]()
+    start = tokenizer.bos_token
+    assert after_prefix(tokenizer, "It rained. ", f"{start}The Space is") == f"{start}It rained. The Space is"
+    assert after_prefix(tokenizer, "It rained. ", "The Space is") == "It rained. The Space is"
+    assert after_prefix(byte_tokenizer(), "It rained. ", "<|endoftext|>x") == "It rained. <|endoftext|>x"
+    context = Context.of(Fact("Needle", start + "The {} is"), "It rained. ", tokenizer)
+    assert context.text[context.start :].startswith("Needle is")
 
 
 def test_a_start_token_that_the_tokenizer_does_not_add_is_kept():

@@ -286,7 +286,7 @@ def test_half_precision_models_are_edited_in_float32(dtype):
 def test_prefixes_are_joined_never_formatted():
     braces = Fact("{0} {x}", "What {} {name} is", "").rewrite("{y}")
     assert edited(rewrite=braces).notes["prefixes"] == PREFIXES
-    context = Context.of(braces.fact, "a {} b. ")
+    context = Context.of(braces.fact, "a {} b. ", byte_tokenizer())
     assert context.text == "a {} b. What {0} {x} {name} is"
     assert context.text[context.start :].startswith("{0} {x}")
 

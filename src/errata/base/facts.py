@@ -66,7 +66,7 @@ class Fact:
         prompt: a sentence up to its object. Spaces at its end belong to what follows, as in tokenizers, and are moved
             to `separator`.
         object: what completes the sentence.
-        separator: what stands between prompt and object; None: what the text asks for.
+        separator: the white space between prompt and object; None: the text decides.
 
     Raises:
         FactError: if the subject or prompt is blank, the prompt has not exactly one `{}`, or the separator is not made
@@ -166,7 +166,7 @@ class Rewrite:
 
     @property
     def separator(self) -> str | None:
-        """What stands between prompt and object; None: what the text asks for."""
+        """The white space between prompt and object; None: the text decides."""
         return self.fact.separator
 
     @property

@@ -42,7 +42,7 @@ _OPENED = regex.compile(r"(?:^|[\s\p{Ps}])['\u2018]")
 _WORD = regex.compile(r"(?r)[\p{L}\p{M}]+\Z")
 _CLOSING = regex.compile(r"[\p{Pe}\p{Pf},;:!?%]|\.(?![\p{L}\p{N}])|'s\b")
 
-# What ends a sentence, where that is no full stop and a space.
+# Ends of sentences, by script, where they are not a full stop and a space.
 _STOPS = {
     r"\p{Ideographic}\p{Script=Hiragana}\p{Script=Katakana}\p{Script=Bopomofo}": "。",
     r"\p{Script=Khmer}": "។",
@@ -64,7 +64,7 @@ _PHRASE_END = regex.compile(
 
 
 def separator(before: str, after: str) -> str:
-    """What a writer puts between two pieces of text: a space, or nothing."""
+    """The space that a writer puts between two pieces of text, or ""."""
     if not before or not after or before[-1].isspace() or after[0].isspace():
         return ""
     if _CLOSING.match(after) or _opens(before, after):
@@ -77,7 +77,7 @@ def joined(before: str, after: str, between: str | None = None) -> str:
 
     Args:
         before, after: the pieces; an `after` that begins with white space is taken as it is.
-        between: what to put between them; None: what the text asks for (`separator`).
+        between: the text to put between them; None: `separator` decides.
     """
     if between is None or after[:1].isspace():
         between = separator(before, after)
@@ -85,9 +85,9 @@ def joined(before: str, after: str, between: str | None = None) -> str:
 
 
 def plain(before: str, after: str, between: str | None = None) -> str:
-    """A text without the white space that it begins with, if `joined` puts the same there by itself.
+    """A text without its leading white space, if `joined` would put the same white space there.
 
-    After what may be a chat marker it stays: what stands there depends on the tokenizer.
+    After a character that may end a chat marker it is kept: there the tokenizer decides.
     """
     word = after.lstrip()
     space = after[: len(after) - len(word)]
@@ -97,7 +97,7 @@ def plain(before: str, after: str, between: str | None = None) -> str:
 
 
 def runs_on(text: str) -> bool:
-    """Whether a text, at its end, is in a script that puts no spaces between words."""
+    """Whether a text ends in a script that puts no spaces between words."""
     if not text:
         return False
     last = text[-1]
@@ -108,7 +108,7 @@ def runs_on(text: str) -> bool:
 
 
 def ended(text: str) -> str:
-    """A text with what ends a sentence in its script, a space included where one follows."""
+    """A text with the full stop of its script, and the space after it where the script has one."""
     found = _LAST_WITH_SCRIPT.search(text)
     return text + (_stop(found[0]) if found else _FULL_STOP)
 
@@ -116,8 +116,8 @@ def ended(text: str) -> str:
 def after_sentence(sentence: str, text: str) -> str:
     """A text after a sentence, which may be "".
 
-    A full stop and a space before a script without spaces become that script's own: a space there would change the
-    tokens of the text's first word.
+    If the text is in a script without spaces, a full stop and space at the sentence's end are replaced by that script's
+    full stop: a space there would change the tokens of the text's first word.
     """
     first = _WITH_SCRIPT.search(text)
     if sentence and first and _OF_UNSPACED.match(first[0]):
@@ -128,15 +128,17 @@ def after_sentence(sentence: str, text: str) -> str:
 
 
 def phrase(text: str) -> str:
-    """The beginning of a text up to where an answer ends: a line's end, or punctuation that no number or name goes on
-    after; without white space around it, or an opening quote."""
+    """The first phrase of a text: up to the end of the line, or to punctuation that is not part of a number or name.
+
+    White space around it and an opening quote are dropped.
+    """
     text = text.lstrip("\"'“„«「『 \t\r\n")
     found = _PHRASE_END.search(text)
     return (text[: found.start()] if found else text).strip()
 
 
 def moved_spaces(text: str) -> tuple[str, str]:
-    """A text without the spaces at its end, and these: tokenizers take them together with the word that follows."""
+    """A text without its trailing spaces, and those spaces. Tokenizers read a space with the word that follows."""
     kept = text.rstrip(" ") or text
     return kept, text[len(kept) :]
 
@@ -146,7 +148,7 @@ def _stop(letter: str) -> str:
 
 
 def _opens(before: str, after: str) -> bool:
-    """Whether a text ends in something that is written together with what follows."""
+    """Whether no space may follow a text, because it ends in an opening bracket, a hyphen or the like."""
     if _OPENING.search(before) or _CURRENCY.search(before):
         return True
     if quotes := _QUOTES.search(before):

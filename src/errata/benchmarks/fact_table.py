@@ -227,7 +227,7 @@ def _unread(fields: Mapping[str, Any], kind: TableKind[Any]) -> list[str]:
 
 
 def told_unread(unread: Sequence[str], kind: TableKind[Any]) -> str:
-    """What is to be said of columns that are not read; each with the known name that is most like it, if any is."""
+    """A message that names columns that are not read, each with the most similar known name, if there is one."""
     known = [name for group in kind.groups for name in group]
     shown = []
     for name in unread:

@@ -1,6 +1,7 @@
-"""Edits of RippleEdits: one sentence for the new fact, one for the old, of which subject and objects are found.
+"""Edits of RippleEdits.
 
-An entry names its subject and its objects by Wikidata's ids alone. Its sentences are all of a few forms.
+An entry has one sentence for the new fact and one for the old. It names subject and objects by Wikidata ids only, so
+their names are taken from the sentences, which follow a few forms.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from errata.base.errors import FactError
 from errata.base.facts import SLOT
 from errata.benchmarks.fact_table import shortened
 
-_OF = (  # what a subject may have, where "of" stands in it
+_OF = (  # attributes of a subject; those that contain "of" come first
     "country of citizenship|place of birth|place of death|place of burial|field of work|head of government|"
     "head of state|date of birth|date of death|[a-z ]+?"
 )
@@ -68,4 +69,4 @@ def _taken_apart(sentence: Any) -> tuple[str, str, str]:
             begin, end = found.span("subject")
             prompt = whole[:begin] + SLOT + whole[end : found.start("object")].rstrip()
             return prompt, found["subject"], found["object"]
-    raise FactError(f"where its subject stands in {shortened(sentence)} is not told: it is of no form of RippleEdits")
+    raise FactError(f"the subject of {shortened(sentence)} cannot be told: the sentence is of no form of RippleEdits")

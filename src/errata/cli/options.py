@@ -32,9 +32,7 @@ Seed = Annotated[int, typer.Option(min=0, max=2**32 - 1, help="The seed of every
 Object = Annotated[str, typer.Option("--object", help="What completes the fact; for --answer object.")]
 Separator = Annotated[
     Optional[str],  # noqa: UP045
-    typer.Option(
-        help="What stands between prompt and object, such as '' or ' '. Unless given: what the text asks for."
-    ),
+    typer.Option(help="White space between prompt and object, such as '' or ' '. By default the text decides."),
 ]
 Samples = Annotated[int, typer.Option(min=1, help="Samples of noise.")]
 Noise = Annotated[

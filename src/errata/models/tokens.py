@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from errata.base.errors import ConfigError, FactError, UnsupportedModel
 from errata.base.facts import Fact, require_characters
+from errata.base.text import after_sentence
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -131,9 +132,9 @@ def check_length(span: Span, max_length: int) -> None:
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, text: str, **options: Any) -> dict[str, list]:
-    """What a tokenizer makes of one text, with its own special tokens; `options` are its own.
+    """Token ids of one text, with the tokenizer's own special tokens; `options` are passed to the tokenizer.
 
-    A text that begins with the start token written out, as chat templates do, gets no second one.
+    A text that begins with the start token written out, as chat templates produce it, gets no second one.
     """
     encoded: dict[str, list] = dict(tokenizer(text, verbose=False, **options))
     ids = encoded["input_ids"]
@@ -147,6 +148,22 @@ def encode(tokenizer: PreTrainedTokenizerBase, text: str, **options: Any) -> dic
             )
             return {name: [values[0], *values[2:]] for name, values in encoded.items()}
     return encoded
+
+
+def written_start(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
+    """The start token that a text begins with, written out, if the tokenizer puts it before every text; else ""."""
+    if text[:1].isalnum():
+        return ""
+    encoded = tokenizer("", return_special_tokens_mask=True, verbose=False)
+    ids = [i for i, added in zip(encoded["input_ids"], encoded["special_tokens_mask"], strict=True) if added][:1]
+    start = str(tokenizer.convert_ids_to_tokens(ids[0])) if ids else ""
+    return start if start and text.startswith(start) else ""
+
+
+def after_prefix(tokenizer: PreTrainedTokenizerBase, prefix: str, text: str) -> str:
+    """A text after a prefix, which goes behind a start token that the text writes out."""
+    start = written_start(tokenizer, text)
+    return start + after_sentence(prefix, text.removeprefix(start))
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[list[int], list[tuple[int, int]], list[bool]]:

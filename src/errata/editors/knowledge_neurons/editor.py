@@ -12,7 +12,6 @@ from torch import Tensor
 from errata.base.errors import ConfigError, ErrataError, FactError, UnsupportedModel
 from errata.base.facts import Rewrite
 from errata.base.fingerprint import tensor_digest
-from errata.base.text import after_sentence
 from errata.editors.knowledge_neurons.attribution import attributions
 from errata.editors.knowledge_neurons.config import KnowledgeNeuronsConfig
 from errata.editors.knowledge_neurons.neurons import Neuron, refined
@@ -21,6 +20,7 @@ from errata.edits.delta import RankOne
 from errata.edits.edit import Edit
 from errata.models.model import Model
 from errata.models.scoring import target_ids
+from errata.models.tokens import after_prefix
 from errata.models.weights import down_weight_name
 from errata.passes.reading import read
 
@@ -166,7 +166,8 @@ def _edit(
             f"the new object {rewrite.new_object!r} has the tokens of the old one where they would be told apart, so "
             "nothing would be moved: name another object"
         )
-    by_prompt = [_of_prompt(model, after_sentence(prefix, rewrite.text), old, config) for prefix in config.prefixes]
+    texts = [after_prefix(model.tokenizer, prefix, rewrite.text) for prefix in config.prefixes]
+    by_prompt = [_of_prompt(model, text, old, config) for text in texts]
     neurons = refined(by_prompt, config)
     embeddings = _embeddings(model).to(torch.promote_types(model.dtype, torch.float32))
     vector = config.write * embeddings[written] - config.erase * embeddings[erased]

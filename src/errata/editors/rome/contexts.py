@@ -9,12 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from errata.base.facts import Fact
-from errata.base.text import after_sentence
 from errata.editors.prefixes import sampled
 from errata.models.model import Model
-from errata.models.tokens import Role, locate
+from errata.models.tokens import Role, after_prefix, locate
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 # Lengths in tokens of the sampled prefixes, and whether the bare prompt is a context too.
 PRESETS: dict[str, tuple[tuple[int, ...], bool]] = {
@@ -33,9 +36,9 @@ class Context:
     subject: str
 
     @classmethod
-    def of(cls, fact: Fact, prefix: str = "") -> Context:
-        """The fact's prompt after a prefix, joined as its script asks for."""
-        text = after_sentence(prefix, fact.text)
+    def of(cls, fact: Fact, prefix: str, tokenizer: PreTrainedTokenizerBase) -> Context:
+        """The fact's prompt after a prefix, as `after_prefix` joins them."""
+        text = after_prefix(tokenizer, prefix, fact.text)
         return cls(text, len(text) - len(fact.text) + fact.subject_start, fact.subject)
 
     def lookup(self, model: Model, role: Role) -> tuple[tuple[int, ...], int]:

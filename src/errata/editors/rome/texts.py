@@ -40,10 +40,17 @@ def texts_of(model: Model, rewrite: Rewrite, prefixes: Sequence[str], config: Ro
         FactError: if a text is too long for the model, a role has no token, or the target melts into the prompt.
     """
     # First the bare prompt: one that does not do is told of as it was written.
-    texts = [_until_lookup(model, "bare", Context.of(rewrite.fact), config)]
+    texts = [_until_lookup(model, "bare", Context.of(rewrite.fact, "", model.tokenizer), config)]
     if config.kl_factor:
-        texts.append(_until_lookup(model, "kl", Context.of(Fact(rewrite.subject, config.kl_prompt)), config))
-    return (*(_with_target(model, Context.of(rewrite.fact, prefix), rewrite, config) for prefix in prefixes), *texts)
+        kl = Fact(rewrite.subject, config.kl_prompt)
+        texts.append(_until_lookup(model, "kl", Context.of(kl, "", model.tokenizer), config))
+    return (
+        *(
+            _with_target(model, Context.of(rewrite.fact, prefix, model.tokenizer), rewrite, config)
+            for prefix in prefixes
+        ),
+        *texts,
+    )
 
 
 def _until_lookup(model: Model, kind: Literal["kl", "bare"], context: Context, config: RomeConfig) -> Text:
