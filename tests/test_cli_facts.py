@@ -44,6 +44,18 @@ def written(folder):
     return sorted(path.name for path in folder.iterdir())
 
 
+def test_names_of_columns(run, tmp_path):
+    (tmp_path / "a.csv").write_text("Subject,PROMPT,Answer\nRome,{} is in,Italy\n")
+    done = run("a.csv", "--out", "b.jsonl")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert json.loads((tmp_path / "b.jsonl").read_text())["object"] == "Italy"
+    (tmp_path / "a.csv").write_text("Subject,PROMPT,Solution\nRome,{} is in,Italy\n")
+    done = run("a.csv", "--out", "b.jsonl")
+    assert "a.csv: columns that are not read: 'solution' (the nearest that is: 'relation')" in done.stderr
+    (tmp_path / "a.csv").write_text("subject,prompt,objekt\nRome,{} is in,Italy\n")
+    refused(run("a.csv", "--out", "b.jsonl"), "no column 'objekt', which is like 'object'")
+
+
 @pytest.mark.parametrize("ending", ["csv", "tsv", "jsonl"])
 def test_a_table_is_converted(run, table, tmp_path, ending):
     done = run(table, "--out", tmp_path / f"t.{ending}")

@@ -383,6 +383,37 @@ def test_flat_records_without_numbers_go_by_their_place(tmp_path):
     assert not found.bad
 
 
+def test_flat_questions_have_answers_of_their_own(tmp_path):
+    question = changed(FLAT, case_id=..., ground_truth=..., locality_ground_truth=["Boston", "Bern"])
+    several = changed(question, subject="Needle", locality_ground_truth="Boston")
+    found = read_records(write(tmp_path, [question, several, changed(question, locality_prompt=...)]))
+    assert found.kind == "zsre"
+    assert found.records == (
+        ZsreRecord(
+            0,
+            Fact("The Space Needle", "{} is located in the city of").rewrite("Paris"),
+            ("Where is it? The Space Needle stands in",),
+            (("Pike Place Market is in", "Boston"), ("The Gum Wall is in", "Bern")),
+        ),
+    )
+    assert [each.reason.partition(":")[0] for each in found.bad] == [
+        "it has 2 locality_prompt and 1 locality_ground_truth",
+        "it has no locality_prompt",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"), [("counterfact_flat2", "counterfact"), ("wikibigedit", "zsre"), ("zsre2", "zsre")]
+)
+def test_more_samples(name, kind):
+    path = DATA / f"{name}_sample.json"
+    if not path.is_file():
+        pytest.skip(f"the sample is not here ({path})")
+    found = read_records(path)
+    assert (found.kind, len(found.records) + len(found.bad)) == (kind, 200)
+    assert len(found.bad) <= 5, found.bad
+
+
 def test_a_folder_of_multi_counterfact(tmp_path):
     write(tmp_path, [NESTED], "multi_counterfact.json")
     assert read_records(tmp_path).records == (NEEDLE,)

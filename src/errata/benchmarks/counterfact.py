@@ -28,7 +28,7 @@ from typing import Any
 from errata.base.errors import ConfigError, FactError
 from errata.base.facts import Fact, Rewrite
 from errata.base.files import written_whole
-from errata.benchmarks.entries import optional_text, require_keys, text_in, texts_in
+from errata.benchmarks.entries import case_id, optional_text, require_keys, text_in, texts_in
 from errata.benchmarks.fact_table import separator_in, shortened, with_slot
 from errata.benchmarks.records import Record
 
@@ -50,7 +50,7 @@ def nested_record(entry: Mapping[str, Any]) -> Record:
     new, new_id = _target(asked, "target_new")
     relation, rewrite = optional_text(asked, "relation_id"), _rewrite(asked, old, new)
     paraphrase, neighborhood, attribute, generation = (texts_in(entry, key) for key in _PROMPTS)
-    return Record(_case_id(entry), relation, rewrite, paraphrase, neighborhood, attribute, generation, (old_id, new_id))
+    return Record(case_id(entry), relation, rewrite, paraphrase, neighborhood, attribute, generation, (old_id, new_id))
 
 
 def flat_record(entry: Mapping[str, Any], place: int) -> Record:
@@ -73,7 +73,7 @@ def flat_record(entry: Mapping[str, Any], place: int) -> Record:
                     f"{shortened(rewrite.fact.object)}, by which locality_prompt is scored: leave that prompt out"
                 )
     paraphrase, neighborhood = texts_in(entry, "rephrase_prompt"), texts_in(entry, "locality_prompt")
-    relation, number = optional_text(entry, "relation_id"), _case_id({"case_id": place, **entry})
+    relation, number = optional_text(entry, "relation_id"), case_id({"case_id": place, **entry})
     return Record(number, relation, rewrite, paraphrase, neighborhood, attribute=(), generation=())
 
 
@@ -108,15 +108,6 @@ def _entry(record: Record) -> dict[str, Any]:
         },
         **{key: getattr(record, key.removesuffix("_prompts")) for key in _PROMPTS},
     }
-
-
-def _case_id(entry: Mapping[str, Any]) -> int:
-    found = entry["case_id"]
-    if type(found) is not int:
-        raise FactError(f"its case_id is a whole number, not {type(found).__name__}")
-    if found < 0:
-        raise FactError(f"its case_id is {found}, and they count from 0")
-    return found
 
 
 def _target(asked: Mapping[str, Any], key: str) -> tuple[str, str]:

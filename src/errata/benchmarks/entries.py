@@ -111,6 +111,20 @@ def texts_in(entry: Mapping[str, Any], key: str) -> tuple[str, ...]:
     return tuple(whole_text(each, f"{key}[{index}]") for index, each in enumerate(value))
 
 
+def case_id(entry: Mapping[str, Any]) -> int:
+    """The number of a record.
+
+    Raises:
+        FactError: if it is not a whole number from 0.
+    """
+    found = entry["case_id"]
+    if type(found) is not int:
+        raise FactError(f"its case_id is a whole number, not {type(found).__name__}")
+    if found < 0:
+        raise FactError(f"its case_id is {found}, and they count from 0")
+    return found
+
+
 def whole_text(value: Any, name: str, may_be_blank: bool = False) -> str:
     """A value that is a text, as it is.
 

@@ -1,5 +1,6 @@
-"""Sets of benchmark records, read from `.json` or `.jsonl` in any of three schemas, which the entries show themselves:
-CounterFact nested or flat (`counterfact.py`), or zsRE (`zsre.py`). A bad entry is told of and spoils no other.
+"""Sets of benchmark records, read from `.json` or `.jsonl` in any of four schemas, which the entries show themselves:
+CounterFact nested or flat (`counterfact.py`), zsRE, or flat questions (`zsre.py`). A bad entry is told of and spoils no
+other.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from errata.benchmarks.entries import NoEntry, named_through, read_json
 from errata.benchmarks.fact_table import BadLine, column_name
 from errata.benchmarks.records import Record, ZsreRecord
 from errata.benchmarks.snippets import Snippets, read_snippets
-from errata.benchmarks.zsre import zsre_record
+from errata.benchmarks.zsre import flat_question, zsre_record
 
 FILES = (
     "counterfact.json",
@@ -27,14 +28,16 @@ FILES = (
     "zsre.json",
 )  # what a folder is looked through for
 
-Schema = Literal["nested", "flat", "zsre"]
+Schema = Literal["nested", "flat", "zsre", "questions"]
 Some = TypeVar("Some", Record, ZsreRecord)
 
 _SCHEMAS: dict[Schema, frozenset[str]] = {  # keys of which any one shows the schema
     "nested": frozenset({"paraphrase_prompts", "neighborhood_prompts", "attribute_prompts", "generation_prompts"}),
     "flat": frozenset({"rephrase_prompt", "locality_prompt"}),
     "zsre": frozenset({"src", "loc", "loc_ans"}),
+    "questions": frozenset(),  # flat, but no old object in any entry
 }
+_QUESTIONS = ("zsre", "questions")
 _OTHERS: tuple[tuple[set[str], str], ...] = (  # keys that all stand in an entry, and what it is then
     ({"kind", "version"}, "a result of errata"),
     ({"target_id", "samples"}, "attribute snippets, which stand beside records"),
@@ -114,9 +117,9 @@ def read_records(
         raise ResultFileError(f"there is no good record in {file}: entry {bad[0].line}: {bad[0].reason}")
     records: Any = _chosen([found[case] for case in sorted(found)], limit, sample)
     beside = file.with_name(snippet_file.FILE)
-    wanted = with_snippets and schema != "zsre" and beside.is_file()
+    wanted = with_snippets and schema not in _QUESTIONS and beside.is_file()
     return RecordSet(
-        "zsre" if schema == "zsre" else "counterfact",
+        "zsre" if schema in _QUESTIONS else "counterfact",
         records,
         tuple(bad),
         digest,
@@ -125,7 +128,7 @@ def read_records(
 
 
 def what_is_in(path: str | Path) -> str:
-    """What a file of JSON looks like: "nested", "flat" or "zsre" if it holds records, else what else, or "".
+    """The schema of a JSON file of records: "nested", "flat", "zsre" or "questions"; of others what they hold, or "".
 
     Raises:
         ResultFileError: if it cannot be read.
@@ -190,7 +193,9 @@ def _looks_like(entries: Sequence[Any]) -> str:
         return _OTHERS[0][1]
     schemas = Counter(name for entry in objects for name, keys in _SCHEMAS.items() if not keys.isdisjoint(entry))
     if schemas:
-        return schemas.most_common(1)[0][0]
+        schema = schemas.most_common(1)[0][0]
+        asked = schema == "flat" and any("locality_ground_truth" in entry for entry in objects)
+        return "questions" if asked and not any("ground_truth" in entry for entry in objects) else schema
     for keys, name in _OTHERS:
         if any(keys <= entry.keys() for entry in objects):
             return name
@@ -209,6 +214,8 @@ def _record(schema: Schema, number: int, entry: Any) -> Record | ZsreRecord:
     entry = named_through(entry)
     if schema == "zsre":
         return zsre_record(entry, number - 1)
+    if schema == "questions":
+        return flat_question(entry, number - 1)
     return nested_record(entry) if schema == "nested" else flat_record(entry, number - 1)
 
 
