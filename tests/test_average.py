@@ -362,7 +362,7 @@ def test_damaged_files_are_refused(tmp_path, ending):
     lengths = [0, 1, 8, 20, len(whole) // 3, len(whole) // 2, len(whole) - 99, len(whole) - 9, len(whole) - 1]
     for length in lengths:
         path.write_bytes(whole[:length])
-        with pytest.raises(ResultFileError, match="holds no averages of ours"):
+        with pytest.raises(ResultFileError, match="not a whole file of averages"):
             AverageEffects.load(path)
     path.write_bytes(b"\xff\xfe" + whole)
     with pytest.raises(ResultFileError):
@@ -382,7 +382,7 @@ def test_other_files_are_refused(tmp_path):
     found.to_frame().to_parquet(tmp_path / "foreign.parquet")
     (tmp_path / "foreign.json").write_text("[1, 2]")
     for ending in ENDINGS:
-        with pytest.raises(ResultFileError, match="holds no averages of ours"):
+        with pytest.raises(ResultFileError, match="not a whole file of averages"):
             AverageEffects.load(tmp_path / f"foreign.{ending}")
 
 
@@ -395,7 +395,7 @@ def test_other_files_are_refused(tmp_path):
         (lambda content: content.pop("fingerprint"), "fingerprint"),
         (lambda content: content["sites"].pop("mlp"), "do not fit together"),
         (lambda content: content["sites"]["mlp"]["low"].pop(), "not of one size"),
-        (lambda content: content["sites"]["mlp"].update(mean="x"), "holds no averages"),
+        (lambda content: content["sites"]["mlp"].update(mean="x"), "not a whole file of averages"),
         (lambda content: content["means"]["clean"].pop("low"), "low"),
     ],
 )

@@ -411,7 +411,7 @@ def test_templates_are_read(tmp_path):
         ("t.json", '{"r": {"templates": ["{} a"]}, "r": {"templates": ["{} b"]}}', FactError, "two entries 'r'"),
         ("t.json", '{" ": {"templates": ["{} a"]}}', FactError, "without a name"),
         ("t.json", "[]", ResultFileError, "has no templates"),
-        ("t.json", "{", ResultFileError, "is no JSON"),
+        ("t.json", "{", ResultFileError, "not JSON"),
         ("t.csv", "relation,template,kind\nr,{} is,odd\n", ResultFileError, "must be one of"),
         ("t.csv", "relation,template\nr,{} is\nr,is\n", FactError, "line 3: the prompt 'is' has 0 places"),
         ("t.csv", "relation,template,kind\nr,{} is,prompt\nr,{} was,prompt\n", FactError, "keep one"),

@@ -180,7 +180,7 @@ def test_how_edits_that_were_made_move_a_text(errata):
     refused(errata(*edits), "give it with --probe")
     for option in (["--out", "x"], ["--limit", "3"], ["--executor", "ray"], ["--no-health"]):
         refused(errata(*edits, "--probe", "p.txt", *option), "without options of a run")
-    refused(errata("--edit", "p.txt", "--probe", "p.txt"), "no whole safetensors file")
+    refused(errata("--edit", "p.txt", "--probe", "p.txt"), "not a whole safetensors file")
     refused(errata("--edit", "none", "--probe", "p.txt"), "there is no file none")
 
 

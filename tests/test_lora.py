@@ -334,10 +334,10 @@ def reconfigured(folder, **changes):
     ("damage", "says"),
     [
         (lambda folder: (folder / lora.TENSORS).rename(folder / "adapter_model.bin"), "can run code"),
-        (lambda folder: (folder / lora.TENSORS).write_bytes(b"cut"), "no whole safetensors"),
+        (lambda folder: (folder / lora.TENSORS).write_bytes(b"cut"), "not a whole safetensors"),
         (lambda folder: (folder / lora.CONFIG).unlink(), "there is no adapter_config.json"),
-        (lambda folder: (folder / lora.CONFIG).write_text("{"), "cannot be read"),
-        (lambda folder: (folder / lora.CONFIG).write_text("[]"), "cannot be read"),
+        (lambda folder: (folder / lora.CONFIG).write_text("{"), "config of an adapter"),
+        (lambda folder: (folder / lora.CONFIG).write_text("[]"), "config of an adapter"),
         (lambda folder: reconfigured(folder, peft_type="IA3"), "'IA3'"),
         (lambda folder: reconfigured(folder, r="four"), "broken"),
         (lambda folder: reconfigured(folder, r=3), "rank 4, 3 by"),

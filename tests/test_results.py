@@ -114,7 +114,7 @@ def test_records_of_any_text_are_read_back(tmp_path):
 @pytest.mark.parametrize("text", ["", "{}x", "3", "null", '["x"]', "[{}]", '[{"case_id": 1, "rewrite": {"fact": 3}}]'])
 def test_records_that_are_none(text, tmp_path):
     (tmp_path / "r.json").write_text(text)
-    with pytest.raises(ResultFileError, match="begin another folder"):
+    with pytest.raises(ResultFileError, match="Begin another folder"):
         read_back(tmp_path / "r.json")
 
 
@@ -169,14 +169,14 @@ def test_rows_are_in_the_order_in_which_they_were_begun(tmp_path):
     ("spoil", "message"),
     [
         (lambda folder: (folder / "unedited.jsonl").unlink(), "is no run folder"),
-        (lambda folder: (folder / "records.json").unlink(), "records.json does not hold"),
+        (lambda folder: (folder / "records.json").unlink(), "records.json is broken"),
         (lambda folder: (folder / "records.json").write_text("[]"), "line 2 of"),
         (lambda folder: (folder / "unedited.jsonl").write_text(""), "ends within its first line"),
         (lambda folder: (folder / "unedited.jsonl").write_text('{"kind": "traces", "version": 1}\n'), "traces"),
         (lambda folder: (folder / "unedited.jsonl").write_text('{"kind": "evaluation", "version": 9}\n'), "Upgrade"),
         (
             lambda folder: (folder / "unedited.jsonl").write_text('{"kind": "evaluation", "version": 1}\n'),
-            "of which kind",
+            "Field required",
         ),
         (lambda folder: (folder / "editors" / "x.jsonl").write_text("hello\n"), "not written by errata"),
         (lambda folder: _of_another_run(folder, {"fingerprint": "ff00"}), "rome.jsonl is of another run .*fingerprint"),

@@ -172,8 +172,8 @@ def test_a_part_that_is_whole_or_too_long(server, tmp_path):
         ({"schema": "snippets"}, CONTENT, "is no counterfact.json"),
         ({"schema": "facts"}, b"[]", "is no counterfact.json"),
         ({"schema": "vocabulary"}, b'{"a": "b"}', "a number for each word"),
-        ({"schema": "array", "file": "idf.npy"}, b"\x93NUMPY", "no array"),
-        ({"schema": "array", "file": "idf.npy"}, b"", "no array"),
+        ({"schema": "array", "file": "idf.npy"}, b"\x93NUMPY", "array of numbers"),
+        ({"schema": "array", "file": "idf.npy"}, b"", "array of numbers"),
     ],
 )
 def test_what_came_is_checked(server, tmp_path, fields, content, reason):

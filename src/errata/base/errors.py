@@ -6,9 +6,17 @@ Every message says what was wrong, why it matters and what to do. The command li
 
 from __future__ import annotations
 
+from errata.base.display import shown
+
 
 class ErrataError(Exception):
-    """Base of every error that a user can cause and mend."""
+    """Base of every error that a user can cause and mend.
+
+    A message may repeat what a user or a file gave: control characters are shown escaped, and a long one is cut.
+    """
+
+    def __str__(self) -> str:
+        return shown(super().__str__())
 
 
 class FactError(ErrataError, ValueError):

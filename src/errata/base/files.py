@@ -16,7 +16,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from errata.base.errors import OutputError, ResultFileError
+from errata.base.errors import ConfigError, OutputError, ResultFileError
 
 try:
     import fcntl
@@ -53,6 +53,18 @@ def content(path: str | Path, what: str, max_bytes: int = MAX_BYTES) -> bytes:
     if found[:2] in (b"\xff\xfe", b"\xfe\xff"):
         raise ResultFileError(f"{path} is UTF-16, and files of {what} are UTF-8: save it again as UTF-8")
     return found
+
+
+def expanded(path: str | Path) -> Path:
+    """A path with the user's home folder for ~.
+
+    Raises:
+        ConfigError: if it begins with ~ and the name of nobody on this machine.
+    """
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise ConfigError(f"{path} begins with ~, and there is no such user here: write the folder out") from error
 
 
 @contextlib.contextmanager

@@ -17,6 +17,7 @@ from typing import Any
 
 from errata.base.errors import OutputError, ResultFileError
 from errata.base.files import content, written_whole
+from errata.base.reading import format_of, load_json
 
 try:
     import fcntl
@@ -175,8 +176,8 @@ def _line(value: Mapping[str, Any]) -> bytes:
 def _object(line: bytes) -> dict[str, Any] | None:
     """The JSON object on a line; None if it is not one."""
     try:
-        value = json.loads(line.decode())
-    except (ValueError, RecursionError):
+        value = load_json(line.decode())
+    except ValueError:
         return None
     return value if isinstance(value, dict) else None
 
@@ -193,8 +194,12 @@ def _parsed(path: Path, stored: bytes, kind: str) -> tuple[dict[str, Any] | None
             raise _foreign(path, kind)
         return None, [], 0
     header, *records = values
-    if header is None or "kind" not in header or not isinstance(header.get("version"), int):
+    if header is None or "kind" not in header:
         raise _foreign(path, kind)
+    try:
+        format_of(header)
+    except (KeyError, ValueError):
+        raise _foreign(path, kind) from None
     if header["kind"] != kind:
         raise ResultFileError(f"{path} holds {header['kind']!r}, not {kind!r}: give a file that was saved as {kind!r}")
     if None in records:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from errata.base.errors import ErrataError, OutputError
 from errata.base.files import written_whole
+from errata.base.reading import format_of, load_json, taking_apart
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -38,6 +39,21 @@ def write_tensors(
             raise OutputError(f"cannot write {path}: {error}. Make room, or choose another folder") from error
 
 
+def read_safetensors(path: Path, what: str, error: type[ErrataError]) -> tuple[dict[str, str], dict[str, Tensor]]:
+    """The metadata and tensors of any safetensors file.
+
+    Raises:
+        error: if the file is missing, cut short or something else, or holds tensors of a type that torch has not.
+    """
+    from safetensors import safe_open
+
+    with taking_apart(path, "a whole safetensors file", error, "Fetch or save it again"):
+        if not path.is_file():
+            raise error(f"there is no file {path}. Give the path of {what}")
+        with safe_open(path, framework="pt") as stored:
+            return stored.metadata() or {}, {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
+
+
 def read_tensors(
     path: str | Path, kind: str, version: int, error: type[ErrataError]
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -47,22 +63,11 @@ def read_tensors(
         error: if the file is missing, cut short, not ours, of another kind, or of a newer format than
             `version`.
     """
-    from safetensors import SafetensorError, safe_open
-
     path = Path(path)
-    if not path.is_file():
-        raise error(f"there is no file {path}. Give the path of a saved {kind}")
+    metadata, tensors = read_safetensors(path, f"a saved {kind}", error)
     try:
-        with safe_open(path, framework="pt") as stored:
-            metadata = stored.metadata() or {}
-            tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError, ValueError) as cause:
-        raise error(
-            f"{path} is no whole safetensors file ({cause}): cut short, or something else. Fetch or save it again"
-        ) from cause
-    try:
-        header = json.loads(metadata[KEY])
-        found, its_version = header["kind"], int(header["version"])
+        header = load_json(metadata[KEY])
+        found, its_version = header["kind"], format_of(header)
     except (KeyError, TypeError, ValueError) as cause:
         raise error(f"{path} was not written by errata: it has no header of ours. Give a saved {kind}") from cause
     if found != kind:

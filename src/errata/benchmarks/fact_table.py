@@ -26,6 +26,7 @@ import io
 import json
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -38,6 +39,7 @@ OBJECTS = ("object", "attribute", "answer", "target", "target_true", "ground_tru
 LISTS = ("ground_truth",)  # fields that may hold a list, of which the first text counts
 _SEPARATORS = {"none": "", "space": " "}
 _ALIKE = 0.8  # from this likeness on, by difflib, an unknown name is taken to be a misspelt one
+MOST_BROKEN = 100  # lines; each costs a pass over all that follow, in search of a whole one
 MAX_FIELD = 2**24  # characters of one field of a .csv or .tsv file; it may go over several lines
 _DIALECTS = {".csv": "excel", ".tsv": "excel-tab"}  # comma or tab, quotes doubled
 
@@ -308,9 +310,12 @@ def _lines_of_columns(dialect: str, path: Path, text: str, kind: TableKind[Any])
 def _records(lines: list[str], dialect: str) -> Iterator[tuple[int, list[str] | str]]:
     """(first line, fields or why there are none) of each record that is not blank."""
     csv.field_size_limit(max(csv.field_size_limit(), MAX_FIELD))
-    begin = 0
+    begin = broken = 0
     while begin < len(lines):
-        reader = csv.reader(lines[begin:], dialect, strict=True)
+        if broken == MOST_BROKEN:
+            yield begin + 1, f"{len(lines) - begin:,} lines from here on are not read, after {broken} that are broken"
+            return
+        reader = csv.reader(islice(lines, begin, None), dialect, strict=True)
         start = begin
         try:
             for fields in reader:
@@ -320,6 +325,7 @@ def _records(lines: list[str], dialect: str) -> Iterator[tuple[int, list[str] | 
             return
         except csv.Error as error:
             yield start + 1, f"cannot be taken apart ({error}): write a quote within quotes twice, and close quotes"
+            broken += 1
             begin = start + 1  # an open quote has swallowed lines that may be good
 
 

@@ -138,13 +138,10 @@ def _count_words(path: Path) -> int:
 
 
 def _count_numbers(path: Path) -> int:
-    import numpy as np
+    from errata.base.arrays import read_array
 
-    try:
-        array = np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        raise ResultFileError(f"it is no array of numpy ({error})") from error
-    if getattr(array, "ndim", 0) != 1 or array.dtype.kind != "f":
+    array = read_array(path)
+    if array.ndim != 1 or array.dtype.kind != "f":
         raise ResultFileError("it is no row of numbers")
     return len(array)
 

@@ -22,6 +22,7 @@ from typing import Any
 from errata.base.errors import FactError, ResultFileError
 from errata.base.facts import Fact, require_characters
 from errata.base.files import content
+from errata.base.reading import taking_apart
 from errata.benchmarks.fact_table import TableKind, field_text, read_rows, told_unread
 
 KINDS = ("template", "generation", "prompt")
@@ -69,11 +70,10 @@ def read_templates(path: str | Path) -> tuple[dict[str, Wordings], str]:
         return _of_table(path)
     stored = content(path, "templates")
     try:
-        entries = json.loads(stored, object_pairs_hook=lambda pairs: _once(path, pairs))
-    except (ValueError, RecursionError) as error:
-        if isinstance(error, FactError):
-            raise
-        raise ResultFileError(f"{path} is no JSON in UTF-8 ({error}): mend it") from error
+        with taking_apart(path, "JSON in UTF-8", advice="Mend it"):
+            entries = json.loads(stored, object_pairs_hook=lambda pairs: _once(path, pairs))
+    except ResultFileError as error:
+        raise (error.__cause__ if isinstance(error.__cause__, FactError) else error) from None
     if not isinstance(entries, dict) or not entries:
         raise ResultFileError(
             f'{path} has no templates: it is {{"made by": {{"templates": ["{{}} is made by", ...]}}}}'

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import sys
 import warnings
 from typing import Annotated, NoReturn
@@ -9,6 +10,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from errata import __version__
+from errata.base.display import shown
 from errata.base.errors import ErrataError
 from errata.cli import (
     average,
@@ -79,6 +81,10 @@ def main() -> None:
     standard error says what); 130, interrupted.
     """
     warnings.showwarning = _warn  # type: ignore[assignment]
+    for stream in (sys.stdout, sys.stderr):  # what they cannot show is replaced; half a character becomes an escape
+        if isinstance(stream, io.TextIOWrapper):
+            utf8 = stream.encoding.casefold().replace("-", "") == "utf8"
+            stream.reconfigure(errors="backslashreplace" if utf8 else "replace")
     if len(sys.argv) == 1:
         sys.argv.append("--help")
     try:
@@ -89,6 +95,8 @@ def main() -> None:
         _leave(2, f"error: {error}")
     except OSError as error:  # a name too long, a disk that fails: the user's to mend
         _leave(2, f"error: {error.strerror or error}: {error.filename or ''}")
+    except MemoryError as error:
+        _leave(2, f"error: out of memory{f' ({error})' if str(error) else ''}: ask for less at once")
     except Exception as error:
         if type(error).__name__ == "OutOfMemoryError":  # torch's, which may not be there yet
             what = str(error).partition(". ")[0]
@@ -100,11 +108,11 @@ def main() -> None:
 
 def _warn(message: Warning | str, *details: object) -> None:
     """A warning as one line, without the place in the code."""
-    print(f"warning: {' '.join(str(message).split())}", file=sys.stderr)
+    print(f"warning: {shown(' '.join(str(message).split()))}", file=sys.stderr)
 
 
 def _leave(code: int, message: str) -> NoReturn:
-    print(" ".join(message.split()), file=sys.stderr)
+    print(shown(" ".join(message.split())), file=sys.stderr)
     sys.exit(code)
 
 

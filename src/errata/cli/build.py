@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
 
+from errata.base.display import tell
 from errata.cli import options, tables
 
 if TYPE_CHECKING:
@@ -138,7 +139,7 @@ def build(
             show.table(("no record, because", "facts", "such as"), rows)
         show.written(out)
     if given.bad:
-        typer.echo(f"left out: {len(given.bad)} lines", err=True)
+        tell(f"left out: {len(given.bad)} lines", err=True)
         raise typer.Exit(1)
 
 
@@ -191,9 +192,9 @@ def _tell_unused(maker: Maker, given: _Given, templates: Path, texts: Path) -> N
     from errata.benchmarks.triples import folded
 
     for name in maker.unused:
-        typer.echo(f"{templates}: there are templates for {name!r}, and no fact", err=True)
+        tell(f"{templates}: there are templates for {name!r}, and no fact", err=True)
     if strangers := given.texts.keys() - {folded(fact.subject) for fact in maker.facts}:
-        typer.echo(f"{texts}: of {len(strangers)} subjects there are texts, and no fact", err=True)
+        tell(f"{texts}: of {len(strangers)} subjects there are texts, and no fact", err=True)
 
 
 def _lines(path: Path) -> tuple[list[str], str]:

@@ -10,6 +10,7 @@ from typing import Annotated, Optional
 
 import typer
 
+from errata.base.display import tell
 from errata.cli import options, tables
 
 app = typer.Typer(help="Get published sets, and see what sets of records are made of.", no_args_is_help=True)
@@ -119,5 +120,5 @@ def describe_file(
         show.line(f"{file}: {made_of.kind}; relations: {made_of.relations or 'none named'}")
         show.table(("", "all", "different", "per relation", "per record"), rows)
     if found.bad:
-        typer.echo(f"left out: {len(found.bad)} of {len(found.bad) + made_of.records}", err=True)
+        tell(f"left out: {len(found.bad)} of {len(found.bad) + made_of.records}", err=True)
         raise typer.Exit(1)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Optional
 
 import typer
 
+from errata.base.display import tell
 from errata.base.text import phrase
 from errata.benchmarks.fact_table import BadLine
 from errata.cli import moments, options, tables
@@ -148,7 +149,7 @@ def edit(
     if not json and edits:
         show.written(out, lora, merge)
     if table and (table.bad or refused):
-        typer.echo(f"left out: {len(table.bad) + len(refused)} of {len(table.bad) + len(table.rows)}", err=True)
+        tell(f"left out: {len(table.bad) + len(refused)} of {len(table.bad) + len(table.rows)}", err=True)
         raise typer.Exit(1)
 
 
@@ -359,7 +360,7 @@ def _tell_one(model: Model, made: Edit, also: Sequence[str], told: Mapping[str, 
         after = _says(model, prompts, to, rewrite.separator)
     norm = made.relative_norm(model)
     if after[0][1] < 0.5:
-        typer.echo(
+        tell(
             f"warning: the edit is weak: P({to}) is {show.percent(after[0][1])} after it, {show.percent(before[0][1])} "
             f"before. {_ADVICE['layer' in told]}",
             err=True,
@@ -435,7 +436,7 @@ def _together(model: Model, edits: Sequence[Edit], sequential: bool) -> list[flo
     probabilities = [math.exp(each.total) for each in found]
     weak = sum(p < 0.5 for p in probabilities)
     if weak:
-        typer.echo(
+        tell(
             f"warning: with all edits on, {weak} of {len(edits)} new objects have less than 50 %: several edits of one "
             "subject mix unless each is made with the earlier ones on (--sequential)",
             err=True,

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, Optional
 
 import typer
 
+from errata.base.display import tell as say
 from errata.cli import moments, options
 
 if TYPE_CHECKING:
@@ -173,7 +174,7 @@ def evaluate(
         )
     _show(out, json)
     if found and found.bad:
-        typer.echo(f"left out: {len(found.bad)} of the file's entries", err=True)
+        say(f"left out: {len(found.bad)} of the file's entries", err=True)
         raise typer.Exit(1)
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Optional
 
 import typer
 
+from errata.base.display import tell
 from errata.cli import options, tables
 
 if TYPE_CHECKING:
@@ -98,10 +99,10 @@ def facts(
         told = [{table.unit: each.line, "reason": each.reason} for each in bad]
         show.as_json({**result, "bad": told, "written": str(out) if out else None})
     else:
-        typer.echo(summary)
+        tell(summary)
         show.written(out)
     if bad:
-        typer.echo(f"left out: {len(bad)} of {len(table.rows) + len(table.bad)}", err=True)
+        tell(f"left out: {len(bad)} of {len(table.rows) + len(table.bad)}", err=True)
         raise typer.Exit(1)
 
 
@@ -110,6 +111,7 @@ def ask(
 ) -> list[str]:
     """How the model goes on from each fact. What it said is kept as it comes, and not asked again."""
     from errata.base.journal import Journal
+    from errata.base.reading import of_type, taking_apart
     from errata.cli import show
     from errata.metrics.knowledge import continuations
     from errata.models.fingerprint import weights_digest
@@ -122,7 +124,10 @@ def ask(
         "max_new_tokens": max_new_tokens,
     }
     with Journal.open(progress, KIND, VERSION, header) as journal, show.progress("asking", "facts") as bar:
-        said = {record["line"]: record["continuation"] for record in journal.records}
+        said = {}
+        with taking_apart(progress, "a file of continuations", advice="Remove it: all facts are asked again"):
+            for record in journal.records:
+                said[of_type(record["line"], int)] = of_type(record["continuation"], str)
         left = [row for row in rows if row.line not in said]
         bar(len(said), len(rows))
         try:
@@ -133,6 +138,6 @@ def ask(
                 said[left[index].line] = continuation
                 bar(len(said), len(rows))
         except KeyboardInterrupt:
-            typer.echo(f"{len(said)} of {len(rows)} facts are asked: start again to go on", err=True)
+            tell(f"{len(said)} of {len(rows)} facts are asked: start again to go on", err=True)
             raise
     return [said[row.line] for row in rows]

@@ -8,6 +8,7 @@ from typing import Annotated, Optional
 
 import typer
 
+from errata.base.display import tell
 from errata.cli import options
 
 
@@ -45,4 +46,4 @@ def generate(
             {"model": loaded.name, "prompt": prompt, "text": text, "edits": [e.id for e in edits], "seed": seed}
         )
     else:
-        typer.echo(text)
+        tell(text)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
@@ -17,6 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
+from errata.base.display import printable
 from errata.base.files import require_there
 from errata.plots.drawing import part_name
 from errata.tracing.result import ROLES
@@ -33,8 +35,17 @@ def console() -> Console:
 
 
 def as_json(value: Any) -> None:
-    """One JSON object on standard output."""
-    sys.stdout.write(json.dumps(value, ensure_ascii=False, indent=1, allow_nan=False) + "\n")
+    """One JSON object on standard output, with escapes for what a terminal would obey or its encoding has not."""
+    text = json.dumps(value, ensure_ascii=False, indent=1, allow_nan=False)
+    plain = str(sys.stdout.encoding).casefold().replace("-", "") == "utf8"
+    sys.stdout.write(re.sub(_NO_TEXT if plain else r"[^\n -~]", _json_escape, text) + "\n")
+
+
+_NO_TEXT = "[\x7f-\x9f\ud800-\udfff\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]"
+
+
+def _json_escape(found: re.Match[str]) -> str:
+    return json.dumps(found[0])[1:-1] if found[0] != "\x7f" else "\\u007f"
 
 
 @contextlib.contextmanager
@@ -76,7 +87,7 @@ def going_on(what: str, unit: str) -> Iterator[Callable[[int, int], None]]:
 
 def line(text: str) -> None:
     """A sentence, which wraps."""
-    console().print(text, highlight=False, markup=False)
+    console().print(printable(text), highlight=False, markup=False)
 
 
 def written(*paths: Path | None) -> None:
@@ -97,11 +108,15 @@ def percent(probability: float) -> str:
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[str]], title: str | None = None) -> None:
     """A table of texts, which wrap."""
-    shown = Table(title=title, title_justify="left", header_style="bold")
+    shown = Table(
+        title=None if title is None else Text(printable(title), style="italic"),
+        title_justify="left",
+        header_style="bold",
+    )
     for column in columns:
-        shown.add_column(Text(column), overflow="fold")
+        shown.add_column(Text(printable(column)), overflow="fold")
     for row in rows:
-        shown.add_row(*map(Text, row))
+        shown.add_row(*(Text(printable(cell)) for cell in row))
     console().print(shown)
 
 
@@ -124,7 +139,7 @@ def effects(trace: CausalTrace) -> None:
         shown.add_column(str(layer), justify="right")
     first, last = trace.subject
     for index, (token, line) in enumerate(zip(trace.tokens, values, strict=True)):
-        name = Text(token.strip() or repr(token)) + ("*" if first <= index <= last else "")
+        name = Text(printable(token.strip()) or repr(token)) + ("*" if first <= index <= last else "")
         cells = [Text(_points(line[i]), style="bold reverse" if (index, i) == best else "") for i in chosen]
         shown.add_row(name, *cells)
     console().print(shown)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional, cast
 
 import typer
 
+from errata.base.display import tell as say
 from errata.cli import moments, options, tables
 
 if TYPE_CHECKING:
@@ -164,7 +165,7 @@ def sequence(
         _show_sequence(found, len(known))
         show.written(out, save, edits_folder(save))
     if bad:
-        typer.echo(f"left out: {len(bad)} lines", err=True)
+        say(f"left out: {len(bad)} lines", err=True)
         raise typer.Exit(1)
 
 

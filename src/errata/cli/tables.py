@@ -6,11 +6,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import typer
+from errata.base.display import abridged, tell
 
 if TYPE_CHECKING:
     from errata.benchmarks.fact_table import BadLine, FactTable, TableKind
     from errata.benchmarks.requests import RequestTable
+
+MOST_TOLD = 100  # bad lines; the others are counted
 
 
 def tell_bad_lines(bad: Sequence[BadLine], file: Path, unit: str, strict: bool = False) -> None:
@@ -21,11 +23,14 @@ def tell_bad_lines(bad: Sequence[BadLine], file: Path, unit: str, strict: bool =
     """
     from errata.base.errors import FactError
 
-    for each in sorted(bad, key=lambda one: one.line):
+    for number, each in enumerate(sorted(bad, key=lambda one: one.line)):
         told = f"{file}, {unit} {each.line}: {each.reason}"
         if strict:
             raise FactError(told)
-        typer.echo(" ".join(told.split()), err=True)
+        if number < MOST_TOLD:
+            tell(abridged(" ".join(told.split())), err=True)
+    if len(bad) > MOST_TOLD:
+        tell(f"{file}: and {len(bad) - MOST_TOLD:,} more bad {'entries' if unit == 'entry' else f'{unit}s'}", err=True)
 
 
 def tell_unread(unread: Sequence[str], file: Path, kind: TableKind[Any]) -> None:
@@ -33,7 +38,7 @@ def tell_unread(unread: Sequence[str], file: Path, kind: TableKind[Any]) -> None
     from errata.benchmarks.fact_table import told_unread
 
     if unread:
-        typer.echo(f"{file}: {told_unread(unread, kind)}", err=True)
+        tell(f"{file}: {told_unread(unread, kind)}", err=True)
 
 
 def facts_of(file: Path) -> FactTable:
@@ -58,7 +63,7 @@ def requested(file: Path, strict: bool = False) -> RequestTable:
     tell_bad_lines(table.bad, file, table.unit, strict)
     for rows in table.contradictions:
         places = ", ".join(f"{row.line} ({row.rewrite.new_object})" for row in rows)
-        typer.echo(
+        tell(
             f"{file}: {rows[0].rewrite.text!r} is to have several answers, which mix unless each edit is made with "
             "the earlier ones on: "
             f"{table.unit}s {places}",

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Optional
 
 import typer
 
+from errata.base.display import tell
 from errata.cli import options, tables
 
 if TYPE_CHECKING:
@@ -233,7 +234,7 @@ def _trace_table(
         found = options.averaged(traces, min_effect, unknown)
     except ConfigError as error:  # the traces are kept all the same
         found = None
-        typer.echo(f"no averages: {error}", err=True)
+        tell(f"no averages: {error}", err=True)
     if out and found:
         found.plot(out)
     bad = [*table.bad, *refused, *late]
@@ -255,7 +256,7 @@ def _trace_table(
             show.line(show.averages_summary(found))
         show.written(out if found else None, save)
     if bad:
-        typer.echo(f"left out: {len(bad)} of {len(table.rows) + len(table.bad)}", err=True)
+        tell(f"left out: {len(bad)} of {len(table.rows) + len(table.bad)}", err=True)
     if bad or not found:
         raise typer.Exit(1)
 

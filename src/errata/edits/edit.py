@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from typing_extensions import NotRequired, TypedDict
 
 from errata.base.arguments import checked, require
 from errata.base.autocast import without_autocast
@@ -38,6 +39,7 @@ from errata.base.errors import (
 )
 from errata.base.facts import Fact, Rewrite
 from errata.base.fingerprint import tensor_digest
+from errata.base.reading import of_type, taking_apart
 from errata.base.versions import library_versions
 from errata.edits import files, lora
 from errata.edits.delta import Delta, Dense
@@ -53,6 +55,36 @@ COMBINED = "combined"
 
 # Notes on what an edit does, which an edit derived from it does not do.
 MEASURED = ("health", "residual", "rounding", "read_at_mean_key", "read_at_bare_prompt", "delta_norm")
+
+
+class _Layout(TypedDict, total=False):
+    """Which touched weights the model stores otherwise than most do."""
+
+    transposed: list[str]
+    shared: list[str]
+
+
+class _Notes(TypedDict, total=False):
+    """The notes that the package itself reads."""
+
+    layout: _Layout
+    derived: list[dict[str, Any]]
+    start_token: str
+    health: dict[str, Any] | None
+
+
+class _Header(TypedDict):
+    """What a file says of an edit, besides its tensors."""
+
+    method: str
+    rewrites: list[dict[str, str]]
+    config: dict[str, Any]
+    fingerprints: dict[str, str]
+    model: str
+    versions: dict[str, str]
+    seed: int
+    notes: _Notes
+    source: NotRequired[dict[str, str]]
 
 
 class StartTokenDiffers(UserWarning):
@@ -588,7 +620,9 @@ class Edit:
         """
         header, deltas = files.read(path)
         edit = cls._from_header(header, deltas, path)
-        if edit.id != header.get("id"):
+        with taking_apart(path, "a whole edit", EditFileError, "Save it again"):
+            found = edit.id  # cannot be had of text that has half a character
+        if found != header.get("id"):
             raise EditFileError(
                 f"{path} has been changed since it was saved: its content does not have the id that it "
                 "names. Fetch or save it again"
@@ -669,7 +703,8 @@ class Edit:
 
     @classmethod
     def _from_header(cls, header: Mapping[str, Any], deltas: tuple[Delta, ...], path: str | Path) -> Edit:
-        try:
+        with taking_apart(path, "a whole edit", EditFileError, "Save it again"):
+            of_type(header, _Header)
             return cls(
                 deltas=deltas,
                 method=header["method"],
@@ -677,8 +712,6 @@ class Edit:
                 **{name: header[name] for name in ("config", "fingerprints", "model", "versions", "seed", "notes")},
                 source={str(name): str(value) for name, value in header.get("source", {}).items()},
             )
-        except (ErrataError, KeyError, TypeError, AttributeError) as error:
-            raise EditFileError(f"{path} is a broken edit: {error}. Save it again") from error
 
     def _header(self) -> dict[str, Any]:
         """All that is not a tensor."""

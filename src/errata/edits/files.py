@@ -13,7 +13,8 @@ from typing import Any
 
 from torch import Tensor
 
-from errata.base.errors import ConfigError, EditFileError
+from errata.base.errors import EditFileError
+from errata.base.reading import of_type, taking_apart
 from errata.base.tensor_files import read_tensors, write_tensors
 from errata.edits.delta import KINDS, Delta
 
@@ -41,20 +42,14 @@ def read(path: str | Path) -> tuple[dict[str, Any], tuple[Delta, ...]]:
             that can be no change of a weight (shapes, NaN).
     """
     header, tensors = read_tensors(path, "edit", VERSION, EditFileError)
-    try:
+    with taking_apart(path, "a whole edit", EditFileError, "Its tensors are not what its header says: save it again"):
         deltas = tuple(_delta(i, entry, tensors) for i, entry in enumerate(header.pop("deltas")))
         if {f"{i}.{part}" for i, delta in enumerate(deltas) for part in delta.tensors()} != set(tensors):
             raise KeyError("tensors that belong to no delta")
-    except ConfigError as error:
-        raise EditFileError(f"{path} is a broken edit: {error}") from error
-    except (KeyError, TypeError, AttributeError) as error:
-        raise EditFileError(
-            f"{path} is a broken edit: its tensors are not what its header says. Save it again"
-        ) from error
     return header, deltas
 
 
 def _delta(number: int, entry: dict[str, str], tensors: dict[str, Tensor]) -> Delta:
     prefix = f"{number}."
     parts = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
-    return KINDS[entry["kind"]](entry["weight"], **parts)
+    return KINDS[entry["kind"]](of_type(entry["weight"], str), **parts)

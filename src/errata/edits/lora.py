@@ -18,8 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from errata.base.errors import ConfigError, EditFileError, ErrataError, OutputError
-from errata.base.tensor_files import KEY
+from errata.base.errors import ConfigError, EditFileError, OutputError
+from errata.base.reading import format_of, load_json, of_type, taking_apart
+from errata.base.tensor_files import KEY, read_safetensors
 from errata.edits.delta import Delta, Dense, LowRank, RankOne
 from errata.models.saving import written_folder
 
@@ -117,15 +118,11 @@ def read(folder: str | Path) -> tuple[tuple[Delta, ...], dict[str, Any], dict[st
     folder = Path(folder)
     config = _config(folder)
     tensors, metadata = _tensors(folder)
-    try:
+    with taking_apart(folder, "a whole adapter", EditFileError, "Save it again"):
         deltas = _deltas(tensors, config, folder)
-        header = json.loads(metadata[KEY]) if KEY in metadata else None
-        if header is not None and int(header["version"]) > VERSION:
+        header = of_type(load_json(metadata[KEY]), dict[str, Any]) if KEY in metadata else None
+        if header is not None and format_of(header) > VERSION:
             raise EditFileError(f"{folder} is of format {header['version']}, newer than {VERSION}. Upgrade errata")
-    except EditFileError:
-        raise
-    except (ErrataError, KeyError, TypeError, ValueError, ArithmeticError, AttributeError, re.error) as error:
-        raise EditFileError(f"{folder} is a broken adapter: {error}. Save it again") from error
     named = ("r", "lora_alpha", "use_rslora", "base_model_name_or_path", "peft_version")
     return deltas, {name: config[name] for name in named if config.get(name) is not None}, header
 
@@ -162,11 +159,9 @@ def _stacked(deltas: Iterable[Delta]) -> dict[str, tuple[Tensor, Tensor]]:
 def _config(folder: Path) -> dict[str, Any]:
     if not (folder / CONFIG).is_file():
         raise EditFileError(f"there is no {CONFIG} in {folder}. Give the folder of a saved LoRA adapter")
-    try:
-        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-        kind = config.get("peft_type")
-    except (OSError, ValueError, AttributeError) as error:
-        raise EditFileError(f"{folder / CONFIG} cannot be read: {error}. Fetch or save the adapter again") from error
+    with taking_apart(folder / CONFIG, "the config of an adapter", EditFileError, "Fetch or save the adapter again"):
+        config = of_type(load_json((folder / CONFIG).read_bytes()), dict[str, Any])
+    kind = config.get("peft_type")
     if kind != "LORA":
         raise EditFileError(f"{folder} is an adapter of type {kind!r}: only LoRA can be read as an edit")
     for name, reason in MORE_THAN_LOW_RANK.items():
@@ -188,19 +183,14 @@ def _no_plain_change(folder: Path, name: str, value: Any, reason: str) -> EditFi
 
 
 def _tensors(folder: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    from safetensors import SafetensorError, safe_open
-
     path = folder / TENSORS
     if not path.is_file():
         pickled = (
             " The pickled .bin is not read: unpickling can run code." if (folder / "adapter_model.bin").exists() else ""
         )
         raise EditFileError(f"there is no {TENSORS} in {folder}.{pickled} Save the adapter with PEFT as safetensors")
-    try:
-        with safe_open(path, framework="pt") as stored:
-            return {name: stored.get_tensor(name) for name in stored.keys()}, stored.metadata() or {}  # noqa: SIM118
-    except (SafetensorError, OSError, ValueError) as error:
-        raise EditFileError(f"{path} is no whole safetensors file ({error}). Fetch or save it again") from error
+    metadata, tensors = read_safetensors(path, "an adapter's tensors", EditFileError)
+    return tensors, metadata
 
 
 def _deltas(tensors: dict[str, Tensor], config: Mapping[str, Any], folder: Path) -> tuple[Delta, ...]:

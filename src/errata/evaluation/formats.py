@@ -10,11 +10,13 @@ import csv
 import io
 import json
 import math
+import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from itertools import groupby
 from typing import Any
 
+from errata.base.display import printable, unformulated
 from errata.evaluation.report import Column, Row, Source, Table
 from errata.metrics.summary import Estimate, Method
 
@@ -143,7 +145,8 @@ def as_csv(table: Table) -> str:
     writer = csv.writer(written, lineterminator="\n")
     writer.writerow([*heads, *(f"{column.name}_{field}" for column in table.columns for field in fields)])
     for row in _all(table):
-        cells = [row.run, row.model, row.name, row.source, row.measured, row.of]
+        names = map(unformulated, (str(row.run), row.model, row.name))
+        cells = [*names, row.source, row.measured, row.of]
         cells += [row.failures, row.disabling, row.seconds]
         for column in table.columns:
             found = row.values.get(column.name)
@@ -243,7 +246,8 @@ def _piped(*cells: str) -> str:
 
 
 def _unpiped(text: str) -> str:
-    return " ".join(text.split()).replace("\\", "\\\\").replace("|", "\\|").replace("*", "\\*").replace("_", "\\_")
+    plain = printable(" ".join(text.split())).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    return re.sub(r"([\\|*_`\[\]])", r"\\\1", plain)
 
 
 def _rules(panel: Panel) -> Iterator[str]:

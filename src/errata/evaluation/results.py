@@ -20,11 +20,16 @@ import re
 from collections.abc import Container, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+from typing_extensions import NotRequired, TypedDict
 
 from errata.base.errors import ConfigError, ResultFileError
 from errata.base.facts import Fact, Rewrite, as_plain
+from errata.base.files import content
 from errata.base.journal import read_journal
+from errata.base.reading import load_json, of_type, reason_of, taking_apart
 from errata.benchmarks.records import Record, ZsreRecord
 from errata.evaluation.run import digest
 from errata.metrics import counterfact, zsre
@@ -40,6 +45,37 @@ COUNTERFACT_NUMBERS = ("es", "em", "ps", "pm", "ns", "nm", "ats", "atm", "ge", "
 ZSRE_NUMBERS = ("efficacy", "paraphrase", "specificity")
 
 AnyRecord = Record | ZsreRecord
+
+
+class _Line(TypedDict):
+    """A result as a line of a file."""
+
+    case: int
+    answers: dict[str, list[list[Annotated[list[float | None], Field(min_length=3, max_length=3)]]]] | None
+    texts: list[str]
+    entropy: float | None
+    reference: float | None
+    essence: float | None
+    health: dict[str, float | bool | None] | None
+    error: str | None
+    edit: str | None
+    seconds: dict[str, float]
+
+
+class _Records(TypedDict):
+    kind: Literal["counterfact", "zsre"]
+    count: NotRequired[int]
+    digest: str
+
+
+class _Header(TypedDict):
+    """What a file says of its run, as far as it is read."""
+
+    model: str
+    records: _Records
+    generation: NotRequired[dict[str, Any] | None]
+    config: NotRequired[dict[str, Any]]
+    editor: NotRequired[str]
 
 
 @dataclass(frozen=True)
@@ -87,6 +123,7 @@ class Result:
     @classmethod
     def from_line(cls, line: Mapping[str, Any]) -> Result:
         """Raises KeyError, TypeError or ValueError if it is no line of ours."""
+        of_type(line, _Line)
         values = {name: line[name] for name in cls.__dataclass_fields__}
         if values["answers"] is not None:
             said = {
@@ -146,12 +183,6 @@ class Run:
             )
         records = {record.case_id: record for record in read_back(folder / "records.json")}
         unedited = _results(folder / "unedited.jsonl", UNEDITED, records)
-        told = unedited.settings.get("records")
-        if not isinstance(told, dict) or told.get("kind") not in ("counterfact", "zsre"):
-            raise ResultFileError(
-                f"{folder / 'unedited.jsonl'} does not say of which kind its records are, so its numbers have no "
-                "names: measure again into another folder"
-            )
         files = [path for path in (folder / "editors").glob("*.jsonl") if _has_header(path)]
         files.sort(key=lambda path: (_begun(path), path.name))
         edited = {path.stem: _results(path, path.stem, records) for path in files}
@@ -192,7 +223,7 @@ def _require_one_run(folder: Path, unedited: Results, edited: Sequence[Results])
     Raises:
         ResultFileError: if one does not.
     """
-    records = (folder / "records.json").read_text(encoding="utf-8")  # `written_out`, by this errata or an earlier one
+    records = content(folder / "records.json", "records").decode()  # `written_out`, by this errata or an earlier one
     if unedited.settings["records"].get("digest") != digest(records):
         raise ResultFileError(
             f"{folder / 'records.json'} holds other records than {folder / 'unedited.jsonl'} is of: it was "
@@ -219,6 +250,10 @@ def _finite(value: float | None) -> float | None:
 
 def _score(total: float | None, n_tokens: int, hits: int) -> Score:
     """A log-probability that is no number, from a model that an edit broke, counts as that of the impossible."""
+    if type(n_tokens) is not int or type(hits) is not int or not 0 <= hits <= n_tokens or n_tokens < 1:
+        raise ValueError("a score of no such number of tokens")
+    if total is not None and total > 1e-3:  # rounding may leave it above 0
+        raise ValueError("a log-probability above 0")
     return Score(-math.inf if total is None else float(total), n_tokens, hits)
 
 
@@ -247,25 +282,26 @@ def read_back(path: Path) -> list[AnyRecord]:
     Raises:
         ResultFileError: if it is missing, or not ours.
     """
-    try:
-        return [_record(entry) for entry in json.loads(path.read_text(encoding="utf-8"))]
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        raise ResultFileError(f"{path} does not hold the records of a run ({error}): begin another folder") from error
+    with taking_apart(path, "a file of the records of a run", advice="Begin another folder"):
+        return [_record(entry) for entry in load_json(path.read_bytes())]
 
 
 def _record(entry: Mapping[str, Any]) -> AnyRecord:
+    of_type(entry["case_id"], int)
     inner = entry["rewrite"]
     rewrite = Rewrite(Fact(**inner["fact"]), inner["new_object"])
     if "locality" in entry:
-        pairs = tuple((prompt, answer) for prompt, answer in entry["locality"])
-        return ZsreRecord(entry["case_id"], rewrite, tuple(entry["paraphrase"]), pairs)
+        pairs = tuple((prompt, answer) for prompt, answer in of_type(entry["locality"], list[list[str]]))
+        return ZsreRecord(entry["case_id"], rewrite, tuple(of_type(entry["paraphrase"], list[str])), pairs)
     kinds = ("paraphrase", "neighborhood", "attribute", "generation", "object_ids")
-    return Record(entry["case_id"], entry["relation"], rewrite, *(tuple(entry[kind]) for kind in kinds))
+    return Record(
+        entry["case_id"], entry["relation"], rewrite, *(tuple(of_type(entry[kind], list[str | None])) for kind in kinds)
+    )
 
 
 def _has_header(path: Path) -> bool:
     """Whether its first line is whole: of a run that is just beginning, or was killed then, it may not be."""
-    with open(path, "rb") as file:
+    with taking_apart(path, "a file of results"), open(path, "rb") as file:
         return file.readline().endswith(b"\n")
 
 
@@ -276,6 +312,8 @@ def _begun(path: Path) -> float:
 
 def _results(path: Path, name: str, records: Mapping[int, AnyRecord]) -> Results:
     settings, lines = read_journal(path, KIND, FORMAT)
+    with taking_apart(path, "a file of results", advice="Measure again into another folder"):
+        of_type(settings, _Header)
     return Results(name, settings, by_case(lines, records, path))
 
 
@@ -291,10 +329,10 @@ def by_case(lines: Sequence[Mapping[str, Any]], records: Container[int], path: P
             result = Result.from_line(line)
             if result.case in found or result.case not in records:
                 raise ValueError("a case that is there twice, or does not belong here")
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except Exception as error:
             raise ResultFileError(
-                f"line {number} of {path} does not fit its header ({error}): it was changed by hand. Begin another "
-                "folder"
+                f"line {number} of {path} does not fit its header ({reason_of(error)}): it was "
+                "changed by hand. Begin another folder"
             ) from error
         found[result.case] = result
     return found

@@ -6,6 +6,7 @@ import hashlib
 import json
 from typing import Any
 
+from errata.base.display import shown
 from errata.base.errors import ResultFileError
 from errata.base.fingerprint import tensor_digest
 from errata.base.versions import library_versions
@@ -52,5 +53,6 @@ def broken(path: object, line: object) -> ResultFileError:
     """What is said of a record that no run has written."""
     text = json.dumps(line, ensure_ascii=False)
     return ResultFileError(
-        f"{path} holds a record that does not fit its header ({text[:80]}): it was changed by hand. Begin another file"
+        f"{path} holds a record that does not fit its header ({shown(text[:80])}): it was changed by hand. "
+        "Begin another file"
     )

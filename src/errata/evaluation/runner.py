@@ -20,6 +20,7 @@ from errata.base.errors import ConfigError
 from errata.base.files import write_text
 from errata.base.interrupt import deferred_interrupt
 from errata.base.journal import Journal
+from errata.base.reading import load_json, of_type
 from errata.benchmarks.records import Record
 from errata.editors.editor import Editor
 from errata.evaluation.executors import Chunk, Executor, Here, Work
@@ -200,8 +201,8 @@ def _write_card(folder: Path, settings: Mapping[str, Any], editors: Mapping[str,
     """The run card, with the editors of earlier runs."""
     path = folder / "card.json"
     try:
-        before = json.loads(path.read_text(encoding="utf-8"))
-        settings, known = before["settings"], dict(before["editors"])
+        before = load_json(path.read_bytes())
+        settings, known = of_type(before["settings"], dict[str, Any]), of_type(before["editors"], dict[str, Any])
     except (OSError, ValueError, KeyError, TypeError):
         known = {}
     told = {name: {"editor": editor.method, "config": dict(editor.config)} for name, editor in editors.items()}

@@ -12,10 +12,12 @@ import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import Field
+from typing_extensions import TypedDict
 
 from errata.base.arguments import checked
 from errata.base.autocast import without_autocast
@@ -23,6 +25,7 @@ from errata.base.errors import ConfigError, EditFileError, EditMismatch, ErrataE
 from errata.base.facts import Fact, Rewrite, as_plain
 from errata.base.interrupt import deferred_interrupt
 from errata.base.journal import Journal, read_journal
+from errata.base.reading import of_type, taking_apart
 from errata.editors.rome import RomeConfig, rome
 from errata.editors.rome.prepare import settled
 from errata.edits.edit import Edit
@@ -39,6 +42,24 @@ if TYPE_CHECKING:
 KIND = "sequential edits"
 FORMAT = 1
 NEWEST = 10  # edits over which the recall of the newest is averaged: by itself it is yes or no
+
+
+class _Header(TypedDict):
+    """What a file says of its run, as far as it is read."""
+
+    model: str
+    every: Annotated[int, Field(ge=1)]
+    rewrites: Annotated[int, Field(ge=1)]
+    untouched: Annotated[int, Field(ge=1)]
+
+
+class _Line(TypedDict):
+    edits: int
+    edit: str | None
+    reason: str | None
+    recalled: bool | None
+    lost: list[int] | None
+    untouched_lost: list[int] | None
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,6 +93,8 @@ class SequenceScores:
             ResultFileError: if the file is missing, not ours, or broken.
         """
         settings, lines = read_journal(path, KIND, FORMAT)
+        with taking_apart(path, f"a file of {KIND}", advice="Begin another file"):
+            of_type(settings, _Header)
         return _counted(settings, _checked(lines, settings, path))
 
     def figure(self, title: str | None = None) -> Figure:
@@ -277,13 +300,14 @@ def _checked(
     """
     for number, line in enumerate(lines):
         try:
+            of_type(line, _Line)
             measured = number % settings["every"] == 0 or number == settings["rewrites"]
             fits = line["edits"] == number <= settings["rewrites"]
             fits &= isinstance(line["recalled"], bool) == (number > 0)
             fits &= isinstance(line["edit"], str) or number == 0 or isinstance(line["reason"], str)
             for name, of in (("lost", number), ("untouched_lost", settings["untouched"])):
                 fits &= set(line[name]) <= set(range(of)) if measured else line[name] is None
-        except (KeyError, TypeError):
+        except (KeyError, TypeError, ValueError):
             fits = False
         if not fits:
             raise broken(path, line)

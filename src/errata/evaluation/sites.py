@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, cast, get_args
 
 import numpy as np
 from numpy.typing import NDArray
+from typing_extensions import NotRequired, TypedDict
 
 from errata.base.arguments import checked
 from errata.base.autocast import without_autocast
@@ -27,6 +28,7 @@ from errata.base.errors import ConfigError, EditMismatch, ErrataError, FactError
 from errata.base.facts import as_plain
 from errata.base.interrupt import deferred_interrupt
 from errata.base.journal import Journal, read_journal
+from errata.base.reading import of_type, taking_apart
 from errata.benchmarks.records import Record
 from errata.editors.rome import RomeConfig, rome
 from errata.editors.rome.prepare import settled
@@ -52,6 +54,22 @@ Key = tuple[int | None, str | None, int | None]  # layer, token and case that a 
 
 # Which of these there are: the unedited model's line of a case, a layer's own, and one of a site and case.
 _PARTS = _OF_CASE, _OF_LAYER, _OF_SITE = (False, False, True), (True, False, False), (True, True, True)
+
+
+class _Header(TypedDict):
+    """What a file says of its run, as far as it is read."""
+
+    model: str
+    layers: list[int]
+    tokens: list[Role]
+    cases: list[int]
+
+
+class _Line(TypedDict):
+    layer: int | None
+    token: str | None
+    case: int | None
+    scores: NotRequired[dict[str, float | None] | None]
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,6 +109,8 @@ class SiteScores:
             ResultFileError: if the file is missing, not ours, or broken.
         """
         settings, lines = read_journal(path, KIND, FORMAT)
+        with taking_apart(path, f"a file of {KIND}", advice="Begin another file"):
+            of_type(settings, _Header)
         return _averaged(settings, _by_key(lines, settings, path))
 
     def best(self) -> tuple[Role, int, float]:
@@ -286,6 +306,7 @@ def _by_key(
     for line in lines:
         layer, token, case = key = cast("Key", tuple(line.get(name) for name in ("layer", "token", "case")))
         try:
+            of_type(line, _Line)
             parts = (layer is not None, token is not None, case is not None)
             fits = parts in _PARTS and key not in found
             for name, value in (("layers", layer), ("tokens", token), ("cases", case)):

@@ -19,8 +19,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from errata.base.errors import ConfigError, ResultFileError
+from errata.base.arrays import read_array
+from errata.base.errors import ConfigError
 from errata.base.extras import needed
+from errata.base.files import content
+from errata.base.reading import load_json, of_type, taking_apart
 from errata.metrics.text import require_list
 
 IDF_FILE, VOCABULARY_FILE = "idf.npy", "tfidf_vocab.json"
@@ -75,18 +78,13 @@ class TfIdf:
             ResultFileError: if one is missing or broken, or they do not belong together.
         """
         folder = Path(folder)
-        try:
-            with (folder / IDF_FILE).open("rb") as file:
-                idf = np.lib.format.read_array(file, allow_pickle=False)
-            vocabulary = json.loads((folder / VOCABULARY_FILE).read_text(encoding="utf-8"))
-            if not isinstance(vocabulary, dict):
-                raise ConfigError("the vocabulary is no object")
+        what = f"a folder with a whole pair of {IDF_FILE} and {VOCABULARY_FILE}"
+        with taking_apart(folder, what, advice="Fetch both again, or name the folder that they are in"):
+            if missing := [name for name in (IDF_FILE, VOCABULARY_FILE) if not (folder / name).is_file()]:
+                raise ConfigError(f"there is no {missing[0]}")
+            idf = read_array(folder / IDF_FILE)
+            vocabulary = of_type(load_json(content(folder / VOCABULARY_FILE, "words")), dict[str, int])
             return cls(vocabulary, idf.astype(np.float64) if idf.dtype.kind == "f" else idf)
-        except (OSError, ValueError, EOFError) as error:  # ConfigError and broken JSON are ValueErrors
-            raise ResultFileError(
-                f"{folder} holds no whole pair of {IDF_FILE} and {VOCABULARY_FILE} ({error}). Fetch both again, or "
-                "name the folder that they are in"
-            ) from error
 
     @cached_property
     def digest(self) -> str:

@@ -19,6 +19,7 @@ import torch
 from errata.base.autocast import without_autocast
 from errata.base.errors import ConfigError, DeviceError, ErrataError, ModelNotFound, UnsupportedModel
 from errata.base.extras import needed
+from errata.base.files import expanded
 from errata.models.families import require_runnable
 from errata.models.model import Model
 from errata.models.quantised import method_of, refusal
@@ -290,7 +291,7 @@ def _place(source: str | Path) -> str:
     text = str(source)
     if not text.strip():
         raise ModelNotFound("the name of the model is empty: name a folder or a hub id, such as 'gpt2'")
-    path = Path(source).expanduser()
+    path = expanded(source)
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise ModelNotFound(f"{source} is a folder without a config.json, so it holds no Hugging Face model")
@@ -334,7 +335,7 @@ def _explain(source: str | Path, part: str, download: bool, error: Exception) ->
     text = textwrap.shorten(str(error) or type(error).__name__, 240)
     if "trust_remote_code" in str(error):
         raise UnsupportedModel(f"{source} needs code of its own repository, which errata never runs") from error
-    if not Path(source).expanduser().is_dir() and isinstance(error, OSError):
+    if not expanded(source).is_dir() and isinstance(error, OSError):
         if download:
             raise ModelNotFound(
                 f"no model {str(source)!r}: there is no such folder, and its {part} cannot be fetched: {text}"

@@ -6,6 +6,7 @@ states restored while modules are held to what they gave in the corrupted run. L
 
 from __future__ import annotations
 
+import io
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -385,4 +386,7 @@ def save(figure: Figure, path: str | Path) -> None:
     from matplotlib import rc_context
 
     with written_whole(path) as temporary, rc_context({"svg.hashsalt": "errata"}):
-        figure.savefig(temporary, format=ending[1:], dpi=_DPI, metadata=_METADATA[ending])
+        # Drawn in memory: where a disk is full, matplotlib's own clean-up of a PDF hides the reason.
+        drawn = io.BytesIO()
+        figure.savefig(drawn, format=ending[1:], dpi=_DPI, metadata=_METADATA[ending])
+        temporary.write_bytes(drawn.getvalue())

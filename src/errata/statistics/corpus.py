@@ -14,6 +14,7 @@ from typing import Any
 
 from errata.base.errors import ConfigError, ErrataError
 from errata.base.extras import needed
+from errata.base.files import expanded
 from errata.statistics.readers import FIELD, TYPES, read_texts, text_of, type_of
 
 WIKIPEDIA = "wikimedia/wikipedia:20231101.en"
@@ -74,7 +75,7 @@ class Corpus:
         Raises:
             ConfigError: if there is no such file, or a dataset has no revision.
         """
-        path = Path(what).expanduser()
+        path = expanded(what)
         name = str(what).removeprefix("hf:")
         if name == str(what) and path.exists():
             if revision:
@@ -109,7 +110,7 @@ class Corpus:
             ConfigError: if there is no file, one is of another type, is no text or lacks the field (while reading).
             MissingExtra: if a .parquet needs pyarrow, which is not installed (while reading).
         """
-        files = tuple(file for path in paths for file in _files(Path(path).expanduser()))
+        files = tuple(file for path in paths for file in _files(expanded(path)))
         if not files:
             raise ConfigError(f"a corpus needs at least one file of texts: give {', '.join(TYPES)}")
         digest = hashlib.sha256()

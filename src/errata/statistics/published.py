@@ -6,14 +6,18 @@ they are stands in their names alone, so that whoever uses one must know.
 
 from __future__ import annotations
 
-import zipfile
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from errata.base.arrays import read_arrays
 from errata.base.errors import ResultFileError
+from errata.base.reading import taking_apart
 from errata.statistics.second_moment import SecondMoment
+
+MAX_BYTES = 16 * 2**30  # of an array; keys of 32,768 features take half of that in float64
 
 
 def load_published(path: str | Path, layer: int | None) -> SecondMoment:
@@ -23,28 +27,28 @@ def load_published(path: str | Path, layer: int | None) -> SecondMoment:
         ResultFileError: if the file is missing, cut short, or holds no second moment.
     """
     path = Path(path)
-    if not path.is_file():
-        raise ResultFileError(f"there is no file {path}. Give the path of a second moment (.npz)")
-    try:
-        with path.open("rb") as file, np.load(file, allow_pickle=False) as stored:
-            sums = _entry(stored, "mom2")
-            count = _entry(stored, "count")
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile, AttributeError, TypeError) as error:
-        raise ResultFileError(f"{path} is no whole .npz of numbers ({error}). Fetch it again") from error
-    if sums is None or count is None or sums.ndim != 2 or sums.shape[0] != sums.shape[1] or count.size != 1:
+    arrays = read_arrays(path, lambda name: name.rsplit(".", 1)[-1] in ("mom2", "count"), MAX_BYTES)
+    sums, count = (_entry(arrays, name) for name in ("mom2", "count"))
+    if (
+        sums is None
+        or count is None
+        or sums.ndim != 2
+        or sums.shape[0] != sums.shape[1]
+        or count.size != 1
+        or sums.dtype.kind not in "fiu"
+        or count.dtype.kind not in "fiu"
+    ):
         raise ResultFileError(
             f"{path} holds no second moment: that is a square matrix 'mom2.mom2' and a number 'mom2.count'"
         )
-    tokens = int(count.reshape(-1)[0])
-    if tokens < 1:
-        raise ResultFileError(f"{path} is of {tokens} tokens, so there is no mean in it. Fetch or make it again")
-    try:
+    number = float(count.reshape(-1)[0])
+    if not 1 <= number < 2**63:  # NaN is neither
+        raise ResultFileError(f"{path} is of {number:g} tokens, so there is no mean in it. Fetch or make it again")
+    tokens = int(number)
+    with taking_apart(path, "a whole second moment"):
         return SecondMoment(torch.from_numpy(sums.astype(np.float64)) / tokens, tokens, layer, {"published": path.name})
-    except ValueError as error:  # ConfigError is one
-        raise ResultFileError(f"{path} is a broken second moment: {error}") from error
 
 
-def _entry(stored: np.lib.npyio.NpzFile, name: str) -> np.ndarray | None:
+def _entry(arrays: Mapping[str, np.ndarray], name: str) -> np.ndarray | None:
     """The array whose dotted name ends so; the shortest, if there are several."""
-    found = sorted((key for key in stored.files if key.rsplit(".", 1)[-1] == name), key=len)
-    return stored[found[0]] if found else None
+    return arrays.get(min((key for key in arrays if key.rsplit(".", 1)[-1] == name), key=len, default=""))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TextIO
@@ -41,7 +42,7 @@ def read_texts(path: Path, field: str) -> Iterator[str]:
             else path.open(encoding="utf-8-sig") as stream
         ):
             yield from (_paragraphs(stream, path) if kind in (".txt", ".txt.gz") else _records(stream, path, field))
-    except (UnicodeDecodeError, gzip.BadGzipFile, EOFError) as error:
+    except (UnicodeDecodeError, OSError, zlib.error, EOFError) as error:
         raise ConfigError(f"{path} is not text in UTF-8, or its compression is broken: {error}") from error
 
 

@@ -7,18 +7,20 @@ collected, its sums stand there in a file that ends in .unfinished.safetensors, 
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+from pydantic import Field
 from safetensors import SafetensorError, safe_open
+from typing_extensions import NotRequired, TypedDict
 
 from errata.base import cache
 from errata.base.errors import ConfigError, ResultFileError, StaleStatistics
 from errata.base.files import require_writable
+from errata.base.reading import format_of, load_json, of_type, taking_apart
 from errata.base.tensor_files import KEY, read_tensors, write_tensors
 from errata.models.model import Model
 from errata.statistics import sums
@@ -30,6 +32,22 @@ from errata.statistics.second_moment import Halves, SecondMoment
 
 VERSION = 2  # 1 had neither ridge nor halves
 KIND = "second moment"
+
+
+class _Halves(TypedDict):
+    cosine: float
+    difference: float
+    keys: int
+
+
+class _Header(TypedDict):
+    """What a file says of a second moment."""
+
+    count: Annotated[int, Field(ge=0)]
+    layer: int | None
+    fingerprint: dict[str, Any]
+    ridge: NotRequired[float]
+    halves: NotRequired[_Halves | None]
 
 
 @dataclass(frozen=True)
@@ -76,17 +94,16 @@ def load(path: str | Path, fingerprint: Mapping[str, Any] | None = None) -> Seco
         what.
     """
     header, tensors = read_tensors(path, KIND, VERSION, ResultFileError)
-    try:
+    with taking_apart(path, "a whole second moment", advice="Collect it again"):
+        of_type(header, _Header)
         moment = SecondMoment(
             tensors["matrix"],
-            int(header["count"]),
+            header["count"],
             header["layer"],
             dict(header["fingerprint"]),
             float(header.get("ridge", 0.0)),
             Halves(**header["halves"]) if header.get("halves") else None,
         )
-    except (KeyError, TypeError, ValueError) as error:  # ConfigError is a ValueError
-        raise ResultFileError(f"{path} is a broken second moment: {error}. Collect it again") from error
     if fingerprint is not None:
         _require_same(path, different(moment.fingerprint, fingerprint))
     return moment
@@ -189,14 +206,15 @@ def collect_cached(
 def _stored(path: Path) -> Stored:
     try:
         with safe_open(path, framework="pt") as file:
-            header = json.loads((file.metadata() or {})[KEY])
+            header = load_json((file.metadata() or {})[KEY])
         if header["kind"] == sums.KIND:
-            prints = tuple(header["fingerprints"].values())
+            prints = tuple(of_type(header["fingerprints"], dict[str, dict[str, Any]]).values())
             return Stored(path, "unfinished: the command that began it goes on with it", prints, sum(header["counts"]))
         if header["kind"] != KIND:
             raise KeyError(header["kind"])
-        if header["version"] > VERSION:
+        if format_of(header) > VERSION:
             return Stored(path, "written by a newer errata")
+        of_type(header, _Header)
         halves = Halves(**header["halves"]) if header.get("halves") else None
         return Stored(path, "", (header["fingerprint"],), header["count"], halves)
     except (SafetensorError, OSError, KeyError, TypeError, ValueError, AttributeError):

@@ -13,8 +13,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from typing_extensions import TypedDict
 
 from errata.base.errors import ResultFileError
+from errata.base.reading import of_type, taking_apart
 from errata.base.tensor_files import read_tensors, write_tensors
 from errata.statistics.fingerprint import different
 from errata.statistics.second_moment import Halves, SecondMoment
@@ -23,6 +25,15 @@ KIND = "second moment, unfinished"
 VERSION = 1
 PANEL = 512  # rows; smaller ones save more of the lower triangle, larger ones multiply faster
 SAMPLED = 64  # keys a layer by which the halves are compared
+
+
+class _Header(TypedDict):
+    """What a file says of sums."""
+
+    batches: int
+    counts: tuple[int, int]
+    trail: str
+    fingerprints: dict[str, dict[str, Any]]
 
 
 class Sums:
@@ -105,16 +116,34 @@ class Sums:
         """Go on from a kept file, if it is whole and of these layers and fingerprints, perhaps of more layers."""
         try:
             header, tensors = read_tensors(path, KIND, VERSION, ResultFileError)
+            with taking_apart(path, "whole sums"):
+                of_type({**header, "counts": tuple(header["counts"])}, _Header)
+                kept = header["fingerprints"]
+                if any(different(kept.get(str(each), {}), fingerprints[each]) for each in self._panels):
+                    return
+                sums = {
+                    layer: [
+                        [_like(panel, tensors[f"{layer}.{half}.{index}"]) for index, panel in enumerate(panels)]
+                        for half, panels in enumerate(halves)
+                    ]
+                    for layer, halves in self._panels.items()
+                }
+                sampled = {layer: list(tensors[f"{layer}.sampled"]) for layer in self._panels}
         except ResultFileError:
             return
-        if any(different(header["fingerprints"].get(str(each), {}), fingerprints[each]) for each in self._panels):
-            return
         for layer, halves in self._panels.items():
-            for half, panels in enumerate(halves):
-                for index, panel in enumerate(panels):
-                    panel.copy_(tensors[f"{layer}.{half}.{index}"])
-            self._sampled[layer] = list(tensors[f"{layer}.sampled"])
+            for panels, stored in zip(halves, sums[layer], strict=True):
+                for panel, one in zip(panels, stored, strict=True):
+                    panel.copy_(one)
+        self._sampled |= sampled
         self.batches, self.counts, self.trail = header["batches"], header["counts"], header["trail"]
+
+
+def _like(panel: Tensor, stored: Tensor) -> Tensor:
+    """A stored panel, once it is sure that it can take the place of this one."""
+    if stored.shape != panel.shape or stored.dtype != panel.dtype or not torch.isfinite(stored).all():
+        raise ValueError("a sum has another shape or type, or is no number")
+    return stored
 
 
 def _whole(panels: list[Tensor], size: int) -> Tensor:

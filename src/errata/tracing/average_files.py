@@ -14,10 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from typing_extensions import TypedDict
 
 from errata.base.errors import ConfigError, ResultFileError
 from errata.base.extras import needed
-from errata.base.files import write_text, written_whole
+from errata.base.files import content, write_text, written_whole
+from errata.base.reading import format_of, load_json, of_type, taking_apart
 from errata.tracing.average import COLUMNS, PLACE, SCALARS, SCOPES, Array, AverageEffects, Best, Mean, places_of, plain
 from errata.tracing.result import ROLES
 
@@ -56,16 +58,10 @@ def read(path: str | Path) -> AverageEffects:
     ending = path.suffix.lower()
     if not path.is_file() or ending not in ENDINGS:
         raise ResultFileError(f"there are no averages at {path}. Give a saved file: {', '.join(ENDINGS)}")
-    try:
+    with taking_apart(path, "a whole file of averages", advice="Average the traces again"):
+        content(path, "averages")  # which tells of a file that is too large, or may not be read
         header, sites = {".json": _read_json, ".csv": _read_csv, ".parquet": _read_parquet}[ending](path)
         return _from(header, sites)
-    except _Newer as error:
-        raise ResultFileError(f"{path} is of {error}. Upgrade errata") from None
-    except _BROKEN as error:
-        reason = str(error).partition("\n")[0] or type(error).__name__
-        raise ResultFileError(
-            f"{path} holds no averages of ours, or no longer whole ones ({reason}). Average the traces again"
-        ) from error
 
 
 def _header(averages: AverageEffects) -> dict[str, Any]:
@@ -116,26 +112,53 @@ def _from(header: dict[str, Any], sites: Mapping[str, Mapping[str, Array]]) -> A
     )
 
 
-class _Newer(Exception):
-    """A file of a later format."""
-
-
-# What readers raise on files that are damaged or something else.
-_BROKEN = (csv.Error, OSError, ValueError, KeyError, IndexError, TypeError, AttributeError, NotImplementedError)
-
-
 def _dumps(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False, allow_nan=False)
+
+
+class _Mean(TypedDict):
+    mean: float | None
+    low: float | None
+    high: float | None
+    boot_low: float | None
+    boot_high: float | None
+    facts: int
+
+
+class _Best(TypedDict):
+    effect: _Mean
+    roles: list[int]
+    layers: list[int]
+
+
+class _Header(TypedDict):
+    """What a file says of averages, besides those of sites."""
+
+    kind: str
+    model: str
+    fingerprint: str
+    settings: dict[str, Any]
+    versions: dict[str, str]
+    criteria: dict[str, Any]
+    left_out: dict[str, int]
+    roles: list[str]
+    layers: dict[str, int]
+    means: dict[str, _Mean]
+    best: dict[str, dict[str, _Best]]
 
 
 def _checked(header: Any) -> dict[str, Any]:
     """A header of averages, of a format and with roles that are known."""
     if header["kind"] != KIND:
         raise ValueError(f"it is of the kind {header['kind']!r}")
-    if header["version"] > FORMAT:
-        raise _Newer(f"format {header['version']}, newer than the {FORMAT} that this errata reads")
+    if format_of(header) > FORMAT:
+        raise ResultFileError(
+            f"the averages are of format {header['version']}, newer than the {FORMAT} that this "
+            "errata reads. Upgrade errata"
+        )
     if header["roles"] != list(ROLES):
         raise ValueError("its roles are others")
+    of_type(header, _Header)
     return header
 
 
@@ -144,7 +167,7 @@ def _array(column: str, values: Any) -> Array:
 
 
 def _read_json(path: Path) -> tuple[dict[str, Any], dict[str, dict[str, Array]]]:
-    content = _checked(json.loads(path.read_text(encoding="utf-8")))
+    content = _checked(load_json(path.read_bytes()))
     parts = content["sites"].items()
     return content, {part: {name: _array(name, table[name]) for name in COLUMNS} for part, table in parts}
 
@@ -155,7 +178,7 @@ def _read_csv(path: Path) -> tuple[dict[str, Any], dict[str, dict[str, Array]]]:
         raise ValueError(f"its first line does not begin with {_COMMENT.strip()!r}")
     if not table.endswith("\n"):  # else a number cut short would pass
         raise ValueError("its last line has no end")
-    header = _checked(json.loads(comment.removeprefix(_COMMENT)))
+    header = _checked(load_json(comment.removeprefix(_COMMENT)))
     rows = list(csv.DictReader(io.StringIO(table)))
     places = [(row["part"], row["role"], int(row["layer"])) for row in rows]
     return header, _arrays(header, places, {name: [float(row[name] or "nan") for row in rows] for name in COLUMNS})
@@ -164,7 +187,7 @@ def _read_csv(path: Path) -> tuple[dict[str, Any], dict[str, dict[str, Array]]]:
 def _read_parquet(path: Path) -> tuple[dict[str, Any], dict[str, dict[str, Array]]]:
     needed("pyarrow", "tables")
     frame = needed("pandas", "tables").read_parquet(path, engine="pyarrow")
-    header = _checked(frame.attrs["errata"])
+    header = _checked(dict(frame.attrs["errata"]))
     places = list(zip(*(frame[name].tolist() for name in PLACE), strict=True))
     return header, _arrays(header, places, {name: frame[name].tolist() for name in COLUMNS})
 

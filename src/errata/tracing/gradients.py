@@ -20,12 +20,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
 import torch
 from pydantic import Field, field_validator
 from torch import Tensor
+from typing_extensions import TypedDict
 
 from errata.base.arguments import checked
 from errata.base.autocast import without_autocast
@@ -33,6 +34,7 @@ from errata.base.config import Config
 from errata.base.errors import ConfigError, Diverged, ResultFileError
 from errata.base.facts import Fact
 from errata.base.journal import read_journal, write_journal
+from errata.base.reading import of_type, taking_apart
 from errata.base.versions import library_versions
 from errata.models.fingerprint import weights_digest
 from errata.models.frozen import frozen
@@ -40,7 +42,7 @@ from errata.models.model import Model
 from errata.passes.replay import Recording, record, tell_if_plain
 from errata.tracing.config import TraceConfig, each_once, several
 from errata.tracing.prepare import prepare
-from errata.tracing.result import CausalTrace
+from errata.tracing.result import CausalTrace, Origin
 from errata.tracing.runs import Progress, checked_memory
 
 if TYPE_CHECKING:
@@ -48,6 +50,20 @@ if TYPE_CHECKING:
 
 KIND = "integrated gradients"
 FORMAT = 1
+
+
+class _Record(TypedDict):
+    """The one line of a file."""
+
+    fact: list[str]
+    answer: str
+    tokens: list[str]
+    subject: Annotated[list[int], Field(min_length=2, max_length=2)]
+    probability: Annotated[float, Field(ge=0, le=1)]
+    norms: dict[str, list[list[float]]]
+    sums: dict[str, list[list[float]]]
+    settings: dict[str, Any]
+
 
 Part = Literal["state", "mlp", "attention"]
 
@@ -169,14 +185,13 @@ class IntegratedGradients:
         header, records = read_journal(path, KIND, FORMAT)
         if len(records) != 1:
             raise ResultFileError(f"{path} holds {len(records)} whole records, not one: make or fetch it again")
-        try:
-            return _from_record(records[0], header)
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise ResultFileError(f"{path} holds broken {KIND} ({error}). Make them again") from error
+        with taking_apart(path, f"a file of whole {KIND}", advice="Make them again"):
+            of_type(records[0], _Record)
+            return _from_record(records[0], of_type(header, Origin))
 
 
 def _from_record(values: Mapping[str, Any], header: Mapping[str, Any]) -> IntegratedGradients:
-    tokens, (first, last) = tuple(map(str, values["tokens"])), map(int, values["subject"])
+    tokens, (first, last) = tuple(values["tokens"]), values["subject"]
     norms, sums = (
         {str(part): np.array(lines, dtype=np.float64) for part, lines in values[name].items()}
         for name in ("norms", "sums")
@@ -189,15 +204,15 @@ def _from_record(values: Mapping[str, Any], header: Mapping[str, Any]) -> Integr
         raise ValueError("a number is missing")
     return IntegratedGradients(
         fact=Fact(*values["fact"]),
-        answer=str(values["answer"]),
+        answer=values["answer"],
         tokens=tokens,
         subject=(first, last),
         probability=float(values["probability"]),
         norms=norms,
         sums=sums,
         settings=dict(values["settings"]),
-        model=str(header["model"]),
-        fingerprint=str(header["fingerprint"]),
+        model=header["model"],
+        fingerprint=header["fingerprint"],
         versions=dict(header["versions"]),
     )
 

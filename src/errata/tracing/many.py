@@ -152,7 +152,7 @@ def _kept(
     kept: dict[int, CausalTrace] = {}
     for record in records:
         trace, index = from_record(record, header, path), record.get("index")
-        if not isinstance(index, int) or index in kept or not 0 <= index < len(facts) or facts[index] != trace.fact:
+        if type(index) is not int or index in kept or not 0 <= index < len(facts) or facts[index] != trace.fact:
             raise ResultFileError(
                 f"{path} holds a trace of {trace.fact.text!r} with the index {index!r}, which does not fit its facts: "
                 "it was changed by hand. Trace them into another file"
@@ -198,7 +198,7 @@ def _memory_of(path: str | Path) -> int | None:
     """The memory with which the file at `path` was begun: how rows are batched decides the last bits."""
     with contextlib.suppress(ResultFileError):  # there is none, or opening it will say what is wrong
         memory = read_journal(path, KIND, FORMAT)[0].get("memory")
-        return memory if isinstance(memory, int) else None
+        return memory if type(memory) is int and memory > 0 else None
     return None
 
 

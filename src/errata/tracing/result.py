@@ -9,14 +9,17 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
+from pydantic import Field
+from typing_extensions import TypedDict
 
 from errata.base.errors import ConfigError, ResultFileError
 from errata.base.extras import needed
 from errata.base.facts import Fact
 from errata.base.journal import read_journal, write_journal
+from errata.base.reading import of_type, taking_apart
 from errata.base.versions import library_versions
 
 if TYPE_CHECKING:
@@ -27,6 +30,32 @@ ROLES = ("first subject", "middle subject", "last subject", "first after", "furt
 
 FORMAT = 2
 KIND = "causal traces"
+
+
+class Origin(TypedDict):
+    """What a file says of the model that its numbers are of."""
+
+    model: str
+    fingerprint: str
+    versions: dict[str, str]
+
+
+class _Settings(TypedDict):
+    window: int | None
+
+
+class _Record(TypedDict):
+    """A trace as a line of a file."""
+
+    fact: list[str]
+    answer: str
+    tokens: list[str]
+    subject: Annotated[list[int], Field(min_length=2, max_length=2)]
+    known: bool | None
+    clean: Annotated[float, Field(ge=0, le=1)]
+    corrupted: Annotated[float, Field(ge=0, le=1)]
+    restored: dict[str, list[list[float] | None]]
+    settings: _Settings
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -211,7 +240,7 @@ def load_traces(path: str | Path) -> list[CausalTrace]:
     """
     header, records = read_journal(path, KIND, FORMAT)
     indexes = [record.get("index", number) for number, record in enumerate(records)]
-    if not all(isinstance(index, int) for index in indexes) or len(set(indexes)) < len(indexes):
+    if not all(type(index) is int for index in indexes) or len(set(indexes)) < len(indexes):
         raise ResultFileError(f"{path} names its facts twice or not at all: it was changed by hand. Trace them again")
     return [from_record(record, header, path) for _, record in sorted(zip(indexes, records, strict=True), key=_first)]
 
@@ -244,8 +273,10 @@ def from_record(record: Mapping[str, Any], header: Mapping[str, Any], path: str 
     Raises:
         ResultFileError: if something is missing, or does not fit together.
     """
-    try:
-        tokens, (first, last) = tuple(map(str, record["tokens"])), map(int, record["subject"])
+    with taking_apart(path, "a file of whole causal traces", advice="Trace the fact again"):
+        of_type(record, _Record)
+        of_type(header, Origin)
+        tokens, (first, last) = tuple(record["tokens"]), record["subject"]
         layers = {len(line) for lines in record["restored"].values() for line in lines if line is not None}
         if len(layers) != 1:
             raise ValueError("its maps have no, or different numbers of layers")
@@ -257,24 +288,19 @@ def from_record(record: Mapping[str, Any], header: Mapping[str, Any], path: str 
         whole = all(values.ndim == 2 and len(values) == len(tokens) for values in restored.values())
         if not whole or not 0 <= first <= last < len(tokens):
             raise ValueError("its maps, tokens and subject do not fit together")
-        clean, corrupted = float(record["clean"]), float(record["corrupted"])
-        if not 0 <= clean <= 1 or not 0 <= corrupted <= 1:  # NaN is neither
+        if any(np.abs(values[np.isfinite(values)]).max(initial=0) > 1.001 for values in restored.values()):
             raise ValueError("its probabilities are none")
-        if record["known"] not in (True, False, None) or "window" not in record["settings"]:
-            raise ValueError("its settings are not whole")
         return CausalTrace(
             fact=Fact(*record["fact"]),
-            answer=str(record["answer"]),
+            answer=record["answer"],
             tokens=tokens,
             subject=(first, last),
-            clean=clean,
-            corrupted=corrupted,
+            clean=float(record["clean"]),
+            corrupted=float(record["corrupted"]),
             restored=restored,
             settings=dict(record["settings"]),
-            model=str(header["model"]),
+            model=header["model"],
             known=record["known"],
-            fingerprint=str(header["fingerprint"]),
+            fingerprint=header["fingerprint"],
             versions=dict(header["versions"]),
         )
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise ResultFileError(f"{path} holds a broken causal trace ({error}). Trace the fact again") from error

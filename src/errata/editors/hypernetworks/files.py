@@ -9,8 +9,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from typing_extensions import TypedDict
 
-from errata.base.errors import ConfigError, EditMismatch, ErrataError, ResultFileError
+from errata.base.errors import ConfigError, EditMismatch, ResultFileError
+from errata.base.reading import of_type, taking_apart
 from errata.base.tensor_files import read_tensors, write_tensors
 from errata.base.versions import library_versions
 from errata.editors.hypernetworks.network import Network, NetworkConfig
@@ -26,6 +28,19 @@ _NETWORKS: dict[str, tuple[type[NetworkConfig], Any]] = {
     "mend": (MendConfig, MendNetwork),
     "ke": (KeConfig, KeNetwork),
 }
+
+
+class _Header(TypedDict):
+    """What a file says of a trained editor."""
+
+    method: str
+    config: dict[str, Any]
+    shapes: list[list[str | int]]
+    d_model: int
+    model: str
+    fingerprint: str
+    card: dict[str, Any]
+    seen: list[str]
 
 
 @dataclass(frozen=True)
@@ -103,19 +118,34 @@ class Trained:
         Raises:
             ResultFileError: if they are not what they say.
         """
-        try:
-            shapes = {str(name): (int(d_out), int(d_in)) for name, d_out, d_in in header["shapes"]}
-            network = new_network(header["method"], shapes, int(header["d_model"]), header["config"])
+        with taking_apart(path, "a whole trained editor", advice="Copy or train it again"):
+            of_type(header, _Header)
+            shapes = {str(name): (of_type(d_out, int), of_type(d_in, int)) for name, d_out, d_in in header["shapes"]}
+            _require_sizes(header["d_model"], shapes, header["config"], tensors)
+            network = new_network(header["method"], shapes, header["d_model"], header["config"])
             network.load_state_dict(dict(tensors))
             broken = [name for name, each in network.state_dict().items() if not torch.isfinite(each).all()]
-            seen = frozenset(map(str, header["seen"]))
+            seen = frozenset(header["seen"])
             found = cls(network.eval(), header["model"], header["fingerprint"], header["card"], seen)
-        except (ErrataError, KeyError, TypeError, ValueError, RuntimeError) as error:
-            reason = str(error).splitlines()[0]
-            raise ResultFileError(f"{path} is a broken trained editor: {reason}. Copy or train it again") from error
         if broken:
             raise ResultFileError(f"{path} is a broken trained editor: {broken[0]} is no finite number. Train it again")
         return found
+
+
+def _require_sizes(
+    d_model: int, shapes: Mapping[str, tuple[int, int]], config: Mapping[str, Any], tensors: Mapping[str, Tensor]
+) -> None:
+    """Make sure, before a network is made, that it is no larger than the tensors that are to fill it.
+
+    Raises:
+        ValueError: if a size is not one of theirs.
+    """
+    held = sum(tensor.numel() for tensor in tensors.values())
+    numbers = [each for each in config.values() if type(each) is int]
+    if any(each < 1 for each in (d_model, *(size for pair in shapes.values() for size in pair))):
+        raise ValueError("a size is less than 1")
+    if any(each > max(held, 1000) for each in (d_model, *numbers, *(d for pair in shapes.values() for d in pair))):
+        raise ValueError("its sizes are larger than its tensors")
 
 
 def config_of(method: str, settings: Mapping[str, Any]) -> NetworkConfig:

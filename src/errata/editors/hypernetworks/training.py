@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from pydantic import Field, model_validator
@@ -22,6 +22,7 @@ from errata.base.autocast import without_autocast
 from errata.base.config import Config
 from errata.base.errors import ConfigError, Diverged, FactError, ResultFileError
 from errata.base.interrupt import deferred_interrupt
+from errata.base.reading import of_type, taking_apart
 from errata.base.seeds import derive
 from errata.base.tensor_files import read_tensors, write_tensors
 from errata.editors.hypernetworks.files import Trained, new_network
@@ -177,11 +178,16 @@ def curve_of(folder: str | Path) -> Curve:
         ResultFileError: if there is none.
     """
     header, tensors = read_tensors(Path(folder) / STATE, KIND, VERSION, ResultFileError)
-    return _curve(header, tensors)
+    with taking_apart(Path(folder) / STATE, "a whole training", advice="Begin again in another folder"):
+        return _curve(header, tensors)
 
 
 def _curve(header: dict[str, Any], tensors: dict[str, Tensor]) -> Curve:
     validations = tuple(Validation(**each) for each in header["validations"])
+    for each in validations:
+        of_type(each.step, int)
+        of_type([each.loss, each.edit, each.locality, each.success], list[float])
+    of_type(header["ended"], Literal["steps", "patience", "minutes", "diverged"] | None)
     return Curve(
         tuple(tensors["log.edit"].tolist()), tuple(tensors["log.locality"].tolist()), validations, header["ended"]
     )
@@ -355,8 +361,8 @@ class _Run:
     def _go_on(self) -> None:
         path = self.folder / STATE
         header, tensors = read_tensors(path, KIND, VERSION, ResultFileError)
-        try:
-            there, here = dict(header["about"]), self.about
+        with taking_apart(path, "a whole training", advice="Begin again in another folder"):
+            there, here = of_type(header["about"], dict[str, Any]), self.about
             differing = [key for key in here if there.get(key) != here[key]]
             if differing:
                 raise ResultFileError(
@@ -370,11 +376,7 @@ class _Run:
                 state.setdefault(int(number), {})[part] = value
             self.adam.load_state_dict({**self.adam.state_dict(), "state": state})
             self.edit, self.locality = list(self.curve.edit), list(self.curve.locality)
-            self.seconds = float(header["seconds"])
-        except (KeyError, TypeError, ValueError, RuntimeError) as error:
-            if isinstance(error, ResultFileError):
-                raise
-            raise ResultFileError(f"{path} is broken: {error}. Begin again in another folder") from error
+            self.seconds = float(of_type(header["seconds"], float))
         if self.curve.ended in ("steps", "patience", "minutes"):  # more may be allowed now
             self.curve = Curve(self.curve.edit, self.curve.locality, self.curve.validations)
 

@@ -1,0 +1,51 @@
+"""Text from files and users as it may be shown: no control characters, and no more of it than somebody reads."""
+
+from __future__ import annotations
+
+import sys
+import unicodedata
+
+LONGEST = 2000  # characters of a message
+
+_KEPT = "\n\t"
+_HIDDEN = {"Cc", "Cs"}  # control characters, by which a terminal can be steered; halves of characters
+_DIRECTIONS = {chr(code) for code in (0x061C, 0x200E, 0x200F, *range(0x202A, 0x202F), *range(0x2066, 0x206A))}
+
+
+def printable(text: str) -> str:
+    """Text with an escape, such as \\x1b, for each control character but line ends and tabs, and for each that turns
+    the direction of writing."""
+    if text.isascii() and text.isprintable():
+        return text
+    return "".join(_escape(sign) if _steers(sign) else sign for sign in text)
+
+
+def abridged(text: str, longest: int = LONGEST) -> str:
+    """Text whose middle is left out if it is longer than `longest`; it says how much was."""
+    if len(text) <= longest:
+        return text
+    head, tail = longest * 3 // 4, longest // 5
+    return f"{text[:head]} … [{len(text) - head - tail:,} characters left out] … {text[-tail:]}"
+
+
+def shown(text: str) -> str:
+    """A message ready to be shown: `abridged` and `printable`."""
+    return printable(abridged(text))
+
+
+def unformulated(text: str) -> str:
+    """A name for a cell of CSV: with an apostrophe in front where a spreadsheet would take it for a formula."""
+    return f"'{text}" if text.lstrip()[:1] in ("=", "+", "-", "@") or text[:1] in ("\t", "\r") else text
+
+
+def tell(text: object, *, err: bool = False) -> None:
+    """Print a line on standard output, or on standard error: `printable`."""
+    print(printable(str(text)), file=sys.stderr if err else sys.stdout)
+
+
+def _steers(sign: str) -> bool:
+    return sign not in _KEPT and (unicodedata.category(sign) in _HIDDEN or sign in _DIRECTIONS)
+
+
+def _escape(sign: str) -> str:
+    return sign.encode("unicode_escape", "surrogatepass").decode("ascii")

@@ -1,0 +1,347 @@
+"""Damaged and hostile files: whatever stands in a file that is read, only the package's own errors come out.
+
+Each example takes a whole file of a format and changes its bytes, cuts it short, or puts other values into its JSON.
+ERRATA_FUZZ=N tries N examples a format (and other ones each time) instead of the few of the ordinary suite.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from errata.base.errors import ErrataError
+from errata.base.facts import Fact
+from errata.base.fingerprint import tensor_digest
+from errata.base.journal import write_journal
+from errata.benchmarks.fact_table import FactRow, read_facts, write_facts
+from errata.benchmarks.requests import read_requests
+from errata.benchmarks.sets import read_records
+from errata.benchmarks.snippets import Snippet, Snippets, read_snippets, write_snippets
+from errata.benchmarks.templates import read_templates
+from errata.editors.hypernetworks.files import Trained, new_network
+from errata.edits import lora
+from errata.edits.delta import RankOne
+from errata.edits.edit import Edit
+from errata.evaluation.formats import as_text
+from errata.evaluation.report import table
+from errata.evaluation.results import Run
+from errata.evaluation.sequence import SequenceScores
+from errata.evaluation.sites import SiteScores
+from errata.metrics.tfidf import TfIdf
+from errata.statistics import store
+from errata.statistics.published import load_published
+from errata.statistics.readers import read_texts
+from errata.statistics.second_moment import Halves, SecondMoment
+from errata.tracing.average import AverageEffects, average_effects
+from errata.tracing.result import CausalTrace, load_traces, save_traces
+from made_runs import counterfact_run, zsre_run
+from test_average import random_traces
+
+LONG = int(os.environ.get("ERRATA_FUZZ", 0))
+FACT = Fact("The Eiffel Tower", "{} is in", "Paris")
+
+
+def edit_file(folder):
+    delta = RankOne("w", torch.randn(3), torch.randn(4))
+    edit = Edit((delta,), "rome", (FACT.rewrite("Rome"),), {"layer": 1}, {"w": tensor_digest(torch.ones(2))}, "m")
+    edit.save(folder / "e.safetensors")
+    return folder / "e.safetensors"
+
+
+def adapter_file(name):
+    def made(folder):
+        edit = Edit.load(edit_file(folder))
+        delta = RankOne("block.w.weight", edit.deltas[0].write, edit.deltas[0].read)
+        other = Edit((delta,), "rome", edit.rewrites, {}, {delta.weight: "0"}, "m")
+        other.to_lora(folder / "adapter")
+        return folder / "adapter" / name
+
+    return made
+
+
+def moment_file(folder):
+    moment = SecondMoment(torch.eye(4), 9, 1, {"layer": 1, "model": "m"}, 0.1, Halves(0.5, 0.1, 3))
+    store.save(moment, folder / "m.safetensors")
+    return folder / "m.safetensors"
+
+
+def published_file(folder):
+    arrays = {"mom2.mom2": np.eye(3, dtype=np.float32), "mom2.count": np.array(5)}
+    np.savez(folder / "m.npz", **arrays)
+    return folder / "m.npz"
+
+
+def trained_file(folder):
+    network = new_network("ke", {"w": (3, 4)}, 4, {"blocks": 1})
+    Trained(network, "m", "f", {"minutes": 1}, frozenset(["a"])).save(folder / "t.safetensors")
+    return folder / "t.safetensors"
+
+
+def traces_file(folder):
+    maps = {"state": np.full((3, 2), 0.3), "mlp": np.array([[np.nan] * 2, [0.1, 0.2], [0.3, 0.4]])}
+    about = {"settings": {"window": 1, "sigma": 0.1}, "model": "m", "fingerprint": "f", "known": True}
+    traces = [CausalTrace(FACT, "Paris", ("S", " is", " in"), (0, 0), 0.9, 0.1, maps, **about) for _ in range(2)]
+    save_traces(folder / "t.jsonl", traces)
+    return folder / "t.jsonl"
+
+
+def averages_file(ending):
+    def made(folder):
+        average_effects(random_traces(3)).save(folder / f"a.{ending}")
+        return folder / f"a.{ending}"
+
+    return made
+
+
+def facts_file(ending):
+    def made(folder):
+        rows = [FactRow(i, Fact(f"S{i}", "{} is in", "Paris"), "in", f"n{i}") for i in range(3)]
+        write_facts(folder / f"f.{ending}", rows)
+        return folder / f"f.{ending}"
+
+    return made
+
+
+def text_file(name, text):
+    def made(folder):
+        (folder / name).write_text(text, encoding="utf-8")
+        return folder / name
+
+    return made
+
+
+def in_run(kind, name):
+    def made(folder):
+        kind(folder / "r", count=2)
+        return folder / "r" / name
+
+    return made
+
+
+def load_run(path):
+    folder = next(each for each in path.parents if (each / "unedited.jsonl").exists() or each.name == "r")
+    run = Run.load(folder)
+    made = table([run])
+    for kind in ("markdown", "latex", "csv", "json"):
+        as_text(made, kind)
+
+
+def sites_file(folder):
+    header = {"model": "m", "layers": [0, 1], "tokens": ["last"], "cases": [1]}
+    scores = dict.fromkeys(("es", "em", "ps", "pm", "ns", "nm", "ats", "atm"), 0.5)
+    lines = [{"layer": None, "token": None, "case": 1, "scores": scores}]
+    lines += [{"layer": n, "token": "last", "case": 1, "scores": scores, "reason": None} for n in (0, 1)]
+    from errata.evaluation import sites
+
+    write_journal(folder / "s.jsonl", sites.KIND, sites.FORMAT, header, lines)
+    return folder / "s.jsonl"
+
+
+def sequence_file(folder):
+    from errata.evaluation import sequence
+
+    header = {"model": "m", "every": 1, "rewrites": 2, "untouched": 2}
+    lines = [
+        {
+            "edits": n,
+            "edit": "a" if n else None,
+            "reason": None,
+            "recalled": True if n else None,
+            "lost": [],
+            "untouched_lost": [0],
+        }
+        for n in range(3)
+    ]
+    write_journal(folder / "s.jsonl", sequence.KIND, sequence.FORMAT, header, lines)
+    return folder / "s.jsonl"
+
+
+def tfidf_file(name):
+    def made(folder):
+        np.save(folder / "idf.npy", np.ones(2))
+        (folder / "tfidf_vocab.json").write_text('{"a": 0, "b": 1}')
+        return folder / name
+
+    return made
+
+
+def snippets_file(folder):
+    write_snippets(folder / "s.json", Snippets({("P1", "Q1"): (Snippet("a", "b c"), Snippet("d", "e"))}))
+    return folder / "s.json"
+
+
+COUNTERFACT = {
+    "case_id": 1,
+    "requested_rewrite": {
+        "prompt": "{} is in",
+        "relation_id": "P1",
+        "target_new": {"str": "Rome", "id": "Q1"},
+        "target_true": {"str": "Paris", "id": "Q2"},
+        "subject": "S",
+    },
+    "paraphrase_prompts": ["S lies in"],
+    "neighborhood_prompts": ["T is in"],
+    "attribute_prompts": ["U is in"],
+    "generation_prompts": ["S is"],
+}
+ZSRE = {
+    "subject": "S",
+    "src": "Where is S?",
+    "rephrase": "In which city is S?",
+    "alt": "Rome",
+    "answers": ["Paris"],
+    "loc": "nq question: who is T",
+    "loc_ans": "U",
+}
+
+FORMATS = {
+    "edit": (edit_file, Edit.load),
+    "adapter": (adapter_file(lora.TENSORS), lambda path: lora.read(path.parent)),
+    "adapter config": (adapter_file(lora.CONFIG), lambda path: lora.read(path.parent)),
+    "second moment": (moment_file, lambda path: (store.load(path), store.stored(path.parent))),
+    "published second moment": (published_file, lambda path: load_published(path, 1)),
+    "trained editor": (trained_file, Trained.load),
+    "causal traces": (traces_file, lambda path: average_effects(load_traces(path))),
+    "averages json": (averages_file("json"), AverageEffects.load),
+    "averages csv": (averages_file("csv"), AverageEffects.load),
+    "facts csv": (facts_file("csv"), read_facts),
+    "facts jsonl": (facts_file("jsonl"), read_facts),
+    "requests": (
+        text_file("r.json", '[{"subject": "S", "prompt": "{} is in", "object": "P", "new_object": "Q"}]'),
+        read_requests,
+    ),
+    "templates": (text_file("t.json", '{"in": {"templates": ["{} is in"], "prompt": "{} is in"}}'), read_templates),
+    "texts": (text_file("t.jsonl", '{"text": "a b"}\n{"text": "c"}\n'), lambda path: list(read_texts(path, "text"))),
+    "counterfact": (text_file("c.json", json.dumps([COUNTERFACT])), read_records),
+    "zsre": (text_file("z.json", json.dumps([ZSRE])), read_records),
+    "snippets": (snippets_file, read_snippets),
+    "tfidf numbers": (tfidf_file("idf.npy"), lambda path: TfIdf.load(path.parent)),
+    "tfidf words": (tfidf_file("tfidf_vocab.json"), lambda path: TfIdf.load(path.parent)),
+    "run records": (in_run(counterfact_run, "records.json"), load_run),
+    "run results": (in_run(counterfact_run, "unedited.jsonl"), load_run),
+    "run editor": (in_run(counterfact_run, "editors/rome.jsonl"), load_run),
+    "zsre run results": (in_run(zsre_run, "unedited.jsonl"), load_run),
+    "sites": (sites_file, SiteScores.load),
+    "sequence": (sequence_file, SequenceScores.load),
+}
+
+ODD = st.one_of(
+    st.sampled_from([None, True, -1, 0, 1, 2, 10**9, 10**40, 1e308, -1e308, 0.5]),
+    st.sampled_from(["", "x", "nan", "\ud800", "\x1b[2J", "a" * 5000, "1"]),
+    st.sampled_from([[], {}, [[]], [None], {"a": 1}, [1, "a"]]),
+)
+
+
+def places(value, here=()):
+    """Every place in a JSON value."""
+    yield here
+    inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, each in inner:
+        yield from places(each, (*here, key))
+
+
+def with_odd_value(draw, value):
+    """A JSON value with another one somewhere, or with something left out."""
+    place = draw(st.sampled_from(list(places(value))))
+    if not place:
+        return draw(ODD)
+    within = value
+    for key in place[:-1]:
+        within = within[key]
+    if draw(st.booleans()) and draw(st.booleans()):
+        del within[place[-1]]
+    else:
+        within[place[-1]] = draw(ODD)
+    return value
+
+
+def json_changed(draw, whole):
+    """The JSON in a file with odd values: a whole file, a line of one, or the header of safetensors."""
+
+    def dumped(value):
+        return json.dumps(value).encode()
+
+    size = struct.unpack("<Q", whole[:8])[0] if len(whole) > 8 else 0
+    if 2 < size < len(whole) - 8 and whole[8:9] == b"{":
+        header = json.loads(whole[8 : 8 + size])
+        told = header.get("__metadata__", {})
+        if "errata" in told and draw(st.booleans()):
+            told["errata"] = json.dumps(with_odd_value(draw, json.loads(told["errata"])))
+        else:
+            header = with_odd_value(draw, header)
+        text = dumped(header)
+        return struct.pack("<Q", len(text)) + text + whole[8 + size :]
+    try:
+        return dumped(with_odd_value(draw, json.loads(whole)))
+    except ValueError:
+        lines = whole.split(b"\n")
+        which = draw(st.integers(0, max(0, len(lines) - 2)))
+        begin = b"# errata: " if lines[which].startswith(b"# errata: ") else b""
+        try:
+            value = json.loads(lines[which].removeprefix(begin))
+        except ValueError:
+            return bytes_changed(draw, whole)
+        lines[which] = begin + dumped(with_odd_value(draw, value))
+        return b"\n".join(lines)
+
+
+def bytes_changed(draw, whole):
+    """Bytes cut off, overwritten, put in or left out."""
+    place = draw(st.integers(0, len(whole)))
+    odd = draw(
+        st.binary(max_size=8) | st.sampled_from([b"NaN", b"1e400", b"[" * 20_000, b"\0", b'"', b"\xff", b"9" * 5000])
+    )
+    kind = draw(st.sampled_from(["cut", "over", "in", "out"]))
+    if kind == "cut":
+        return whole[:place]
+    if kind == "over":
+        return whole[:place] + odd + whole[place + len(odd) :]
+    return (
+        whole[:place] + odd + whole[place:]
+        if kind == "in"
+        else whole[:place] + whole[place + draw(st.integers(1, 9)) :]
+    )
+
+
+def refusal(load, path):
+    """What the package says of a file that it refuses; "" if it reads it."""
+    try:
+        load(path)
+    except ErrataError as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_only_the_packages_errors_come_out(name, tmp_path):
+    make, load = FORMATS[name]
+    torch.manual_seed(0)
+    path = make(tmp_path)
+    whole = path.read_bytes()
+    load(path)
+
+    @settings(
+        max_examples=LONG or 15,
+        derandomize=not LONG,
+        deadline=None,
+        database=None,
+        suppress_health_check=list(HealthCheck),
+    )
+    @given(st.data())
+    def tried(data):
+        change = data.draw(st.sampled_from([json_changed, bytes_changed]))
+        path.write_bytes(change(data.draw, whole))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            assert not set("\x1b\x9b\0") & set(told := refusal(load, path))
+            assert len(told) < 2100
+
+    tried()
