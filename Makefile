@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test test-real check format atlas clean
+.PHONY: demo test test-versions test-oldest test-newest test-real check format atlas clean
 
 demo: $(STAMP)
 	$(BIN)/errata demo
@@ -18,6 +18,20 @@ test-real: $(STAMP)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt gguf
 	$(BIN)/python tests/real/fetch.py $(VENV)/models
 	ERRATA_REAL_MODELS=$(CURDIR)/$(VENV)/models $(BIN)/python -m pytest tests/real
+
+# What depends on transformers, with the oldest and the newest one that pyproject.toml allows: a few minutes each.
+VERSIONS_TESTED := loading families other_families replay tails rome trace generation lora
+test-versions: test-oldest test-newest
+
+test-oldest: TRANSFORMERS := transformers==5.0.0
+test-newest: TRANSFORMERS := transformers>=5.24,<6
+test-oldest test-newest: test-%:
+	test -x .venv-$*/bin/python || $(PYTHON) -m venv .venv-$*
+	grep -viE '^(transformers|tokenizers|huggingface|lm.eval)' constraints.txt > .venv-$*/constraints.txt
+	.venv-$*/bin/python -m pip install --quiet --constraint .venv-$*/constraints.txt "torch==2.13.0"
+	.venv-$*/bin/python -m pip install --quiet --upgrade --constraint .venv-$*/constraints.txt \
+		"$(TRANSFORMERS)" --editable ".[plots,tables,peft,evaluation]" pytest pytest-timeout hypothesis
+	.venv-$*/bin/python -m pytest $(VERSIONS_TESTED:%=tests/test_%.py)
 
 check: $(STAMP)
 	$(BIN)/ruff check src tests benchmarks
@@ -40,4 +54,4 @@ $(STAMP): pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) errata-demo
+	rm -rf $(VENV) .venv-oldest .venv-newest errata-demo

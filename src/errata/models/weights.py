@@ -27,10 +27,14 @@ def down_weight_name(model: Model, layer: int) -> str:
 
 def mlp_maps(model: Model, layer: int) -> tuple[str, ...]:
     """The names of all linear maps of a layer's MLP, the down-projection among them, in the order of its modules."""
-    mlp, down = model.path(("mlp", layer)), model.path(("key", layer))
-    # A block without a module for its MLP has the maps in itself, attention's among them.
-    root = model.path(("state", layer)) if mlp == down else mlp
-    attention = model.path(("attention", layer))
+    block, mlp, down = (model.path((part, layer)) for part in ("state", "mlp", "key"))
+    root = mlp
+    if mlp == down:
+        # An MLP that adds the state itself (BLOOM, MPT) stands around its down-projection; a block without a module
+        # for its MLP (OPT) has the maps in itself, attention's among them.
+        around = down.removeprefix(f"{block}.").split(".")[:-1]
+        root = f"{block}.{around[0]}" if around else block
+    attention = f"{block}.{model.anatomy.attention_of(layer).split('.')[0]}"
     names = [f"{root}.{path}" if path else root for path, _ in model.hf.get_submodule(root).named_modules()]
     return tuple(
         name
