@@ -134,7 +134,7 @@ class Call:
         axis = token_axis(name, value)
         if axis is None:
             return value
-        value = value[:1] if value.dim() > 1 else value
+        value = value.narrow(axis - 1, 0, 1) if value.dim() > 1 else value
         return value.narrow(axis, token, count) if value.shape[axis] == self.length else value
 
     def scattered(self, positions: Tensor, sees: Tensor, begin: int, end: int) -> dict[str, Any]:
@@ -232,8 +232,8 @@ class MaskValues:
 def token_axis(name: str, value: Any) -> int | None:
     """Along which axis an argument has one entry a token; None for all else.
 
-    Cosines are `[rows, tokens, d]`, indexes `[rows, tokens]` or `[tokens]`; a bias of distances (MPT) is cut by the
-    block itself.
+    Cosines are `[rows, tokens, d]`, or `[3, rows, tokens, d]` where images have places in three directions; indexes
+    `[rows, tokens]` or `[tokens]`; a bias of distances (MPT) is cut by the block itself. Rows stand before tokens.
     """
     if not isinstance(value, Tensor) or "position" not in name or "bias" in name or not value.dim():
         return None

@@ -353,7 +353,13 @@ def _joined(name: str, values: list[Any], cuts: Sequence[Cut], width: int, longe
     spread = [_front_repeated(value, axis, width) for value in values]
     if first.dim() == 1:  # cannot differ between rows
         return spread[0]
-    return torch.cat([value.expand(size, *value.shape[1:]) for value, size in zip(spread, sizes, strict=True)])
+    own = first.dim() + axis - 1  # the axis of rows
+    return torch.cat([_rows(value, own, size) for value, size in zip(spread, sizes, strict=True)], own)
+
+
+def _rows(value: Tensor, axis: int, count: int) -> Tensor:
+    """One row, along an axis, as so many, or as many as there are."""
+    return value.expand(*value.shape[:axis], count, *value.shape[axis + 1 :])
 
 
 def _cut_joined(name: str, value: Any, index: Tensor | slice, begin: int, end: int, seen: int) -> Any:
@@ -366,7 +372,9 @@ def _cut_joined(name: str, value: Any, index: Tensor | slice, begin: int, end: i
     axis = token_axis(name, value)
     if axis is None:
         return value
-    return (value if value.dim() == 1 else value[index]).narrow(axis, begin, end - begin)
+    if value.dim() > 1:
+        value = value[(*[slice(None)] * (value.dim() + axis - 1), index)]
+    return value.narrow(axis, begin, end - begin)
 
 
 @dataclass(frozen=True)
