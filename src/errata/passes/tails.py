@@ -373,7 +373,7 @@ def _cut_joined(name: str, value: Any, index: Tensor | slice, begin: int, end: i
     if axis is None:
         return value
     if value.dim() > 1:
-        value = value[(*[slice(None)] * (value.dim() + axis - 1), index)]
+        value = value.movedim(value.dim() + axis - 1, 0)[index].movedim(0, value.dim() + axis - 1)
     return value.narrow(axis, begin, end - begin)
 
 
