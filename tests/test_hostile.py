@@ -10,6 +10,7 @@ import json
 import os
 import struct
 import warnings
+import zipfile
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from errata.base.errors import ErrataError
+from errata.base.errors import ErrataError, ResultFileError
 from errata.base.facts import Fact
 from errata.base.fingerprint import tensor_digest
 from errata.base.journal import write_journal
@@ -345,3 +346,30 @@ def test_only_the_packages_errors_come_out(name, tmp_path):
             assert len(told) < 2100
 
     tried()
+
+
+def test_an_array_larger_than_allowed_is_refused_before_it_is_read(tmp_path):
+    header = b"{'descr': '<f8', 'fortran_order': False, 'shape': (1000000, 1000000), }".ljust(117) + b"\n"
+    announced = b"\x93NUMPY\x01\x00" + struct.pack("<H", len(header)) + header
+    (tmp_path / "idf.npy").write_bytes(announced)
+    with zipfile.ZipFile(tmp_path / "m.npz", "w") as archive:
+        archive.writestr("mom2.mom2.npy", announced)
+    (tmp_path / "tfidf_vocab.json").write_text('{"a": 0}')
+    for load, path in ((load_published, tmp_path / "m.npz"), (TfIdf.load, tmp_path)):
+        told = refusal(lambda path, load=load: load(path, 1) if load is load_published else load(path), path)
+        assert "8,000 GB" in told
+
+
+def test_messages_are_cut_and_show_control_characters_escaped():
+    told = str(ResultFileError("a\x1b[2J" + "x" * 100_118))
+    assert told.startswith("a\\x1b[2J")
+    assert "characters left out" in told
+    assert len(told) < 2100
+
+
+def test_a_link_to_itself_is_no_place_to_write(errata, tmp_path):
+    (tmp_path / "loop").symlink_to("loop")
+    (tmp_path / "f.csv").write_text("subject,prompt,object\nS,{} is in,P\n")
+    said = errata("facts", "f.csv", "--out", "loop/a.csv")
+    assert said.returncode == 2
+    assert "cannot write loop/a.csv" in said.stderr

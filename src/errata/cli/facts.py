@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Optional
@@ -50,7 +51,7 @@ def facts(
         raise ConfigError("--known needs a place for the facts that it keeps: give --out, .csv, .tsv or .jsonl")
     if out:
         require_table_ending(out)
-        if out.resolve() == file.resolve():
+        if os.path.realpath(out) == os.path.realpath(file):
             raise ConfigError(f"--out is {file} itself, which it would replace: name another file")
     table = tables.facts_of(file)
     options.require_outputs(out)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -34,7 +35,7 @@ Separator = Annotated[
     Optional[str],  # noqa: UP045
     typer.Option(help="White space between prompt and object, such as '' or ' '. By default the text decides."),
 ]
-Samples = Annotated[int, typer.Option(min=1, help="Samples of noise.")]
+Samples = Annotated[int, typer.Option(min=1, max=100_000, help="Samples of noise.")]
 Noise = Annotated[
     str,
     typer.Option(
@@ -107,7 +108,7 @@ def require_apart(paths: Mapping[str, Path | None]) -> None:
     for name, path in paths.items():
         if path is None:
             continue
-        other = seen.setdefault(path.resolve(), name)
+        other = seen.setdefault(Path(os.path.realpath(path)), name)
         if other != name:
             raise ConfigError(f"{other} and {name} are both {path}, and one would replace the other: name two files")
 

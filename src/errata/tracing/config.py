@@ -44,7 +44,7 @@ class TraceConfig(Config):
     """
 
     parts: tuple[Part, ...] = Field(default=("state", "mlp", "attention"), min_length=1)
-    samples: int = Field(default=10, ge=1)
+    samples: int = Field(default=10, ge=1, le=100_000)
     noise: str = "s3"
     window: int | None = Field(default=None, ge=1)
     window_edges: Literal["paper", "reference"] = "paper"
