@@ -137,7 +137,7 @@ def test_published_schemas(errata, name, numbers):
     # The same file by another path, from another folder, is the same run; and a sample is another.
     shutil.copy(data, name)
     assert errata("--out", "run", "--data", name, "--limit", "3", *CHEAP, *ROME).returncode == 0
-    refused(errata("--out", "run", "--data", name, "--limit", "3", "--sample", "2", *CHEAP), "records.count was 3, now")
+    refused(errata("--out", "run", "--data", name, "--limit", "3", "--sample", "2", *CHEAP), "records")
     done = errata("--out", "few", "--data", name, "--limit", "5", "--sample", "2", "--seed", "3", *CHEAP)
     assert done.returncode == 0
     assert len(Run.load("few").records) == 2
@@ -281,7 +281,7 @@ def test_a_run_is_not_gone_on_with_by_another(errata):
     assert errata(*command).returncode == 0
     before = {path: path.read_bytes() for path in Path("run").rglob("*") if path.is_file()}
     for more, message in (
-        (["--limit", "3"], "records.count was 2, now is 3"),
+        (["--limit", "1"], "is a run over 2 records, and 1 are asked for"),
         (["--seed", "1"], "seed was 0, now is 1"),
         (["--generation"], "generation was null"),
         (["--health"], "probes was null"),

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -29,7 +30,7 @@ from errata.edits.edit import Edit
 from errata.evaluation import executors, runner
 from errata.evaluation.executors import Here
 from errata.evaluation.measure import Generation, Measures
-from errata.evaluation.results import UNEDITED, Run
+from errata.evaluation.results import UNEDITED, Run, read_back
 from errata.evaluation.runner import evaluate
 from errata.metrics import text as text_metrics
 from errata.metrics.counterfact import record_scores, score_record
@@ -408,24 +409,22 @@ def test_a_second_run_on_the_folder_is_refused_while_one_is_going(tmp_path):
 @pytest.mark.parametrize(
     ("change", "named"),
     [
-        ({"model": 1}, "fingerprint was"),
+        ({"model": 1}, "the weights of the model: others than then"),
         ({"records": RECORDS[1:]}, "records.count was 7, now is 6"),
-        ({"records": [replace(RECORDS[0], paraphrase=()), *RECORDS[1:]]}, "records.digest was"),
+        ({"records": [replace(RECORDS[0], paraphrase=()), *RECORDS[1:]]}, "the records: others than then"),
         ({"measures": replace(ALL, seed=1)}, "seed was 0, now is 1"),
         ({"measures": replace(ALL, generation=Generation(length=15))}, "generation.length was 14, now is 15"),
         ({"measures": replace(ALL, generation=None)}, "generation.top_k was 5, now is not given"),
-        ({"measures": replace(ALL, snippets=None, tfidf=None)}, "generation.references was"),
-        ({"measures": replace(ALL, tfidf=TfIdf.fit(["other words"]))}, "generation.tfidf was"),
-        ({"measures": replace(ALL, probes=PROBES[:1])}, "probes was"),
-        ({"together": 4}, "together was 3, now is 4"),
+        ({"measures": replace(ALL, snippets=None, tfidf=None)}, "the reference texts was given, now is null"),
+        ({"measures": replace(ALL, tfidf=TfIdf.fit(["other words"]))}, "the word frequencies for RS: others than then"),
+        ({"measures": replace(ALL, probes=PROBES[:1])}, "the texts on which drift is measured .*: others than then"),
         ({"editor": {"steps": 7}}, "config.steps was 6, now is 7"),
         ({"editor": None}, 'editor was "rome", now is "other"'),
     ],
 )
-def test_another_run_is_not_gone_on_with(whole, tmp_path, monkeypatch, change, named):
+def test_another_run_is_not_gone_on_with(whole, tmp_path, change, named):
     folder, live = copied(whole, tmp_path), model(change.get("model", 0))
     before = files(folder)
-    monkeypatch.setattr(runner, "TOGETHER", change.get("together", TOGETHER))
     new = change.get("editor", {})
     chosen = {"new": rome(live), "rome": made("other", breaking) if new is None else rome(live, **new)}
     with pytest.raises(ResultFileError, match=named):
@@ -614,3 +613,75 @@ def test_second_moments_that_do_not_do():
 def test_unknown_editors(name, message):
     with pytest.raises(ConfigError, match=message):
         method_of(name)
+
+
+# ---- more records, one by one -----------------------------------------------------------------------------
+
+
+def test_records_can_be_added_and_numbers_are_those_of_one_run(tmp_path, monkeypatch):
+    monkeypatch.setattr(runner, "TOGETHER", 1)
+    live = model()
+    evaluate(live, RECORDS, editors(live), tmp_path / "whole", ALL)
+    for count in (2, 5, 7):
+        run = evaluate(live, RECORDS[:count], {"rome": rome(live)}, tmp_path / "grown", ALL)
+        assert run.settings["records"]["count"] == count
+        assert len(run.edited["rome"].by_case) == count
+    run = evaluate(live, RECORDS, editors(live), tmp_path / "grown", ALL)  # an editor that begins with all records
+    assert lines(tmp_path / "grown") == lines(tmp_path / "whole")
+    assert read_back(tmp_path / "grown" / "records.json") == RECORDS
+    with pytest.raises(ConfigError, match="is a run over 7 records, and 3 are asked for: give a --limit of 7"):
+        evaluate(live, RECORDS[:3], editors(live), tmp_path / "grown", ALL)
+    assert lines(tmp_path / "grown") == lines(tmp_path / "whole")
+
+
+def test_each_record_is_on_disk_and_told_before_the_next_is_measured(tmp_path, monkeypatch):
+    monkeypatch.setattr(runner, "_WEIGHTS_AT_ONCE", 1.0)  # as for a model that fills batches with one record
+    live, there, told = model(), [], []
+    make = rome(live).make
+
+    def spied(live, rewrites):
+        assert len(rewrites) == 1
+        there.append(len(lines(tmp_path / "r").get("rome.jsonl", ())))
+        return make(live, rewrites)
+
+    evaluate(
+        live,
+        RECORDS,
+        {"rome": replace(rome(live), make=spied)},
+        tmp_path / "r",
+        progress=lambda *at: told.append(at[0]),
+    )
+    assert there == list(range(len(RECORDS)))
+    assert told == list(range(2 * len(RECORDS) + 1))
+    header = json.loads((tmp_path / "r" / "unedited.jsonl").read_text().splitlines()[0])
+    assert header["together"] == 1
+
+
+def test_a_run_goes_on_with_as_many_at_once_as_it_began(tmp_path, monkeypatch):
+    live = model()
+    evaluate(live, RECORDS, editors(live), tmp_path / "whole", ALL)
+    evaluate(live, RECORDS, {}, tmp_path / "r", ALL)
+    monkeypatch.setattr(runner, "TOGETHER", 1)
+    evaluate(live, RECORDS, editors(live), tmp_path / "r", ALL)
+    assert lines(tmp_path / "r") == lines(tmp_path / "whole")
+
+
+def test_a_refusal_names_the_setting(tmp_path):
+    live = model()
+    evaluate(live, RECORDS[:2], {}, tmp_path / "r", ALL)
+    other = [RECORDS[0], RECORDS[2]]
+    for changes, said in (
+        ({"records": other}, "the records: others than then"),
+        ({"measures": replace(ALL, seed=3)}, "seed was 0, now is 3"),
+        ({"measures": replace(ALL, probes=PROBES[:1])}, "the texts on which drift is measured .*: others than then"),
+        ({"model": model(1)}, "the weights of the model: others than then"),
+    ):
+        with pytest.raises(ResultFileError, match=said) as refused:
+            evaluate(
+                changes.get("model", live),
+                changes.get("records", RECORDS[:2]),
+                {},
+                tmp_path / "r",
+                changes.get("measures", ALL),
+            )
+        assert not re.search("[0-9a-f]{32}", str(refused.value))

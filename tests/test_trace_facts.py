@@ -118,7 +118,7 @@ def test_killed_at_random_moments_and_resumed_it_is_the_same_byte_for_byte(whole
         ({"noise": 0.5}, "config.noise"),
         ({"window": 2}, "config.window"),
         ({"facts": FACTS[1:]}, "facts"),
-        ({"model": 1}, "fingerprint"),
+        ({"model": 1}, "the weights of the model: others than then"),
     ],
 )
 def test_another_run_is_not_appended(whole, tmp_path, change, named):
@@ -248,3 +248,26 @@ def test_a_foreign_file_is_left_alone(tmp_path):
     with pytest.raises(ResultFileError):
         trace_facts(model(), FACTS, path, **SETTINGS)
     assert json.loads(path.read_text()) == {"kind": "shopping"}
+
+
+def test_facts_can_be_added_under_the_noise_of_the_first_ones(tmp_path, monkeypatch):
+    torch.set_num_threads(1)
+    monkeypatch.setattr(many, "_FACTS_AT_ONCE", 1)
+    live, path = model(), tmp_path / "t.jsonl"
+    trace_facts(live, FACTS[:5], path, samples=2)
+    before, told = path.read_bytes(), []
+    grown = trace_facts(live, FACTS, path, samples=2, progress=lambda *at: told.append(at))
+    assert path.read_bytes().startswith(before)
+    assert told == [(done, len(FACTS)) for done in range(5, len(FACTS) + 1)]  # a step for every fact
+    subjects = [fact.subject for fact in FACTS[:5]]
+    alone = trace_facts(live, FACTS, tmp_path / "alone.jsonl", samples=2, subjects=subjects)
+    for ours, theirs in zip(grown.traces, alone.traces, strict=True):
+        assert ours.fact == theirs.fact
+        assert all((ours.restored[part] == theirs.restored[part]).all() for part in ours.restored)
+    path.write_bytes(path.read_bytes()[: len(before) + 400])  # killed after it had begun to grow
+    trace_facts(live, FACTS, path, samples=2)
+    assert len(load_traces(path)) == len(FACTS)
+    with pytest.raises(ResultFileError, match="count was 5, now is 3"):
+        trace_facts(live, FACTS[:3], path, samples=2)
+    with pytest.raises(ResultFileError, match="the facts: others than then"):
+        trace_facts(live, [*FACTS[1:], FACTS[0]], path, samples=2)

@@ -10,6 +10,7 @@ import contextlib
 import errno
 import json
 import os
+import re
 import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -23,6 +24,9 @@ try:
     import fcntl
 except ImportError:  # Windows: there two writers at once are not noticed
     fcntl = None  # type: ignore[assignment]
+
+
+_DIGEST = re.compile(r"[0-9a-f]{32,}$")
 
 
 class Journal:
@@ -40,7 +44,14 @@ class Journal:
 
     @classmethod
     def open(
-        cls, path: str | Path, kind: str, version: int, header: Mapping[str, Any], *, ignore: Iterable[str] = ()
+        cls,
+        path: str | Path,
+        kind: str,
+        version: int,
+        header: Mapping[str, Any],
+        *,
+        ignore: Iterable[str] = (),
+        names: Mapping[str, str] | None = None,
     ) -> Journal:
         """Begin a journal, or go on with the one that is there.
 
@@ -52,6 +63,7 @@ class Journal:
             version: the format of its records.
             header: JSON-able settings that all its records depend on.
             ignore: keys of the header that may differ when going on, such as versions of libraries.
+            names: what to call settings whose values are digests, by their keys, with dots for nested ones.
 
         Raises:
             ResultFileError: if the file is not of this kind, version and header, or is broken in the middle.
@@ -64,7 +76,9 @@ class Journal:
                 before = stored.read()
             found, records, whole = _parsed(path, before, kind)
             if found is not None:
-                _require_same(path, found, version, json.loads(json.dumps(header, allow_nan=False)), set(ignore))
+                _require_same(
+                    path, found, version, json.loads(json.dumps(header, allow_nan=False)), set(ignore), names or {}
+                )
             if whole < len(before):
                 os.ftruncate(descriptor, whole)
             journal = cls(path, descriptor, records)
@@ -211,7 +225,9 @@ def _parsed(path: Path, stored: bytes, kind: str) -> tuple[dict[str, Any] | None
     return header, [record for record in records if record is not None], whole
 
 
-def _require_same(path: Path, found: dict[str, Any], version: int, wanted: dict[str, Any], ignore: set[str]) -> None:
+def _require_same(
+    path: Path, found: dict[str, Any], version: int, wanted: dict[str, Any], ignore: set[str], names: Mapping[str, str]
+) -> None:
     """Make sure that a journal may be gone on with: same version, same header but for the keys in `ignore`."""
     if found["version"] != version:
         raise ResultFileError(
@@ -224,11 +240,19 @@ def _require_same(path: Path, found: dict[str, Any], version: int, wanted: dict[
     )
     different = [key for key in {**before, **now} if before.get(key, ...) != now.get(key, ...)]
     if different:
-        said = "; ".join(f"{key} was {_short(before, key)}, now is {_short(now, key)}" for key in different)
+        said = "; ".join(_difference(key, before, now, names) for key in different)
         raise ResultFileError(
             f"{path} was begun with other settings, so new records would not belong with its old ones: {said}. "
             "Give the same settings to go on with it, or name another file"
         )
+
+
+def _difference(key: str, before: Mapping[str, Any], now: Mapping[str, Any], names: Mapping[str, str]) -> str:
+    """How a setting differs: its old and new value, or, of digests, that it is another."""
+    digests = [value for value in (before.get(key), now.get(key)) if isinstance(value, str) and _DIGEST.match(value)]
+    if len(digests) == 2:
+        return f"{names.get(key, key)}: others than then"
+    return f"{names.get(key, key)} was {_short(before, key)}, now is {_short(now, key)}"
 
 
 def _flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -242,6 +266,8 @@ def _flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 def _short(header: Mapping[str, Any], key: str) -> str:
     if key not in header:
         return "not given"
+    if isinstance(header[key], str) and _DIGEST.match(header[key]):
+        return "given"
     text = json.dumps(header[key], ensure_ascii=False)
     return text if len(text) <= 60 else text[:59] + "…"
 

@@ -13,6 +13,7 @@ from errata import __version__
 from errata.base.display import shown
 from errata.base.errors import ErrataError
 from errata.cli import (
+    alive,
     average,
     build,
     data,
@@ -88,7 +89,9 @@ def main() -> None:
     if len(sys.argv) == 1:
         sys.argv.append("--help")
     try:
-        sys.exit(app(standalone_mode=False))
+        with alive.lines(" ".join(["errata", *sys.argv[1:2]])):
+            code = app(standalone_mode=False)
+        sys.exit(code)
     except (KeyboardInterrupt, typer.Abort):
         _leave(130, "interrupted")
     except ErrataError as error:

@@ -298,8 +298,9 @@ def _atlas_records(
     count = limit or sample or _ATLAS_RECORDS
     if kind == "zsre":
         return zsre_records(count, seed), None
-    made = built(count, seed)
-    return made.records, made.snippets
+    # Reference texts are of all records, so that those of a run do not change when others are added to it.
+    made = built(max(count, _ATLAS_RECORDS), seed)
+    return made.records[:count], made.snippets
 
 
 # ---- what comes out ----

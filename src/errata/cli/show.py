@@ -14,12 +14,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
 from errata.base.display import printable
 from errata.base.files import require_there
+from errata.cli import alive
 from errata.plots.drawing import part_name
 from errata.tracing.result import ROLES
 
@@ -50,21 +51,30 @@ def _json_escape(found: re.Match[str]) -> str:
 
 @contextlib.contextmanager
 def progress(what: str, unit: str = "") -> Iterator[Any]:
-    """A bar on standard error, with time left; call what it yields with (done, of)."""
+    """A bar on standard error, with time left; call what it yields with (done, of). No terminal: a line a minute."""
     errors = Console(stderr=True)
     columns = (
         TextColumn(f"{what}"),
         BarColumn(),
         MofNCompleteColumn(),
         TextColumn(unit),
+        TimeElapsedColumn(),
         TimeRemainingColumn(),
     )
     # Time left is judged by the last hour: steps that take minutes must count too.
-    with Progress(
-        *columns, console=errors, transient=True, disable=not errors.is_terminal, speed_estimate_period=3600
-    ) as bar:
+    with (
+        alive.stage(what) as stages,
+        Progress(
+            *columns, console=errors, transient=True, disable=not errors.is_terminal, speed_estimate_period=3600
+        ) as bar,
+    ):
         task = bar.add_task(what, total=None)
-        yield lambda done, of: bar.update(task, completed=done, total=of)
+
+        def tell(done: int, of: int | None) -> None:
+            bar.update(task, completed=done, total=of)
+            stages[-1] = f"{what}: {done}{'' if of is None else f' of {of}'} {unit}".rstrip()
+
+        yield tell
 
 
 @contextlib.contextmanager

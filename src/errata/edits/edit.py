@@ -39,6 +39,7 @@ from errata.base.errors import (
 )
 from errata.base.facts import Fact, Rewrite
 from errata.base.fingerprint import tensor_digest
+from errata.base.interrupt import unbroken, uninterrupted
 from errata.base.reading import of_type, taking_apart
 from errata.base.versions import library_versions
 from errata.edits import files, lora
@@ -349,14 +350,16 @@ class Edit:
 
     # ---- on and off a model ----
 
+    @uninterrupted
     @checked(model="Model")
     @without_autocast
     def apply(self, model: Model) -> None:
-        """Put the edit on the model, all of it or (on any error) nothing.
+        """Put the edit on the model, all of it or (on any error) nothing. Signals such as Ctrl-C wait meanwhile.
 
-        It fits if every touched weight is, byte for byte, what it was when the edit was made: now, or
-        before any edit was applied. So edits made for the unedited model stack, and so do edits made one
-        after the other. W + ΔW is computed in float32 at least and rounded once to the weight's dtype.
+        It fits if every touched weight is, byte for byte, what it was when the edit was made: now, or before
+        any edit was applied, if nothing but edits has changed it since. So edits made for the unedited model
+        stack, and so do edits made one after the other. W + ΔW is computed in float32 at least and rounded once
+        to the weight's dtype.
 
         Warns with `ContradictoryEdits` if an applied edit gives one of its prompts another object.
 
@@ -364,7 +367,7 @@ class Edit:
             EditMismatch: if a weight is missing, has another shape or other bytes, or cannot hold the sum.
             EditStateError: if this edit is applied to the model already.
         """
-        if any(entry.edit == self for entry in model.applied):
+        if self._is_on(model):
             raise EditStateError(f"{self} is applied to {model.name!r} already. Undo it before applying it again")
         for entry in model.applied:
             if self._origins() & entry.edit._origins():
@@ -399,6 +402,7 @@ class Edit:
         if checked:
             self._check_fingerprints(model, before)
         kept: dict[str, Tensor] = {}
+        stack = list(model.applied)
         try:
             for name, deltas in changes.items():
                 weight = model.weight(name)
@@ -412,9 +416,11 @@ class Edit:
             model.applied.append(_Applied(self, kept, before, after))
         except BaseException:
             _restore(model, kept)
+            model.applied[:] = stack
             raise
         _undone.setdefault(model, set()).discard(self.id)
 
+    @uninterrupted
     @checked(model="Model")
     @without_autocast
     def undo(self, model: Model) -> None:
@@ -434,10 +440,16 @@ class Edit:
             )
         entry = model.applied[-1]
         self._require_untouched(model, [entry])
-        _restore(model, entry.kept)
-        model.applied.pop()
+        try:
+            _restore(model, entry.kept)
+            model.applied.pop()
+        except BaseException:  # half of it would be neither the one nor the other
+            _restore(model, entry.kept)
+            model.applied[:] = [other for other in model.applied if other is not entry]
+            raise
         _undone.setdefault(model, set()).add(self.id)
 
+    @uninterrupted
     @checked(model="Model")
     @without_autocast
     def remove(self, model: Model, *, force: bool = False) -> None:
@@ -497,18 +509,46 @@ class Edit:
                 )
 
     @checked(model="Model")
-    @contextlib.contextmanager
+    @unbroken
     def applied(self, model: Model) -> Iterator[Model]:
         """The model with the edit on it, for the time of a `with` block.
+
+        However the block ends, Ctrl-C at any moment included, the edit comes off. An error of the block stays the one
+        that is raised, with a note if the edit cannot be undone.
 
         Raises:
             EditMismatch, EditStateError: as `apply` and `undo`.
         """
-        self.apply(model)
+        there = self._is_on(model)
         try:
-            yield model
-        finally:
+            try:
+                self.apply(model)
+                yield model
+                self.undo(model)
+            except BaseException as error:
+                if not there and self._is_on(model):
+                    self._undo_after(error, model)
+                raise
+        finally:  # once more, in case that was cut short
+            if not there and self._is_on(model):
+                with contextlib.suppress(EditStateError):
+                    self.undo(model)
+
+    def _is_on(self, model: Model) -> bool:
+        return any(entry.edit == self for entry in model.applied)
+
+    def _undo_after(self, error: BaseException, model: Model) -> None:
+        """Take the edit off after an error, which says so if that is refused."""
+        try:
             self.undo(model)
+        except EditStateError as refused:
+            if str(refused) == str(error):
+                return
+            if hasattr(error, "add_note"):
+                error.add_note(f"Besides, {refused}")
+            elif error.__context__ is None:  # Python 3.10
+                refused.__context__ = None
+                error.__context__ = refused
 
     @checked(model="Model")
     @without_autocast
@@ -560,7 +600,15 @@ class Edit:
 
     def _check_fingerprints(self, model: Model, now: Mapping[str, str]) -> None:
         for name, digest in now.items():
-            if self.fingerprints[name] not in (digest, _unedited(model, name, digest)):
+            if self.fingerprints[name] == digest:
+                continue
+            left = _left_by_edits(model, name)
+            if left not in (None, digest):
+                raise EditMismatch(
+                    f"{self} cannot go on {model.name!r}: something other than an edit has changed {name} since the "
+                    "last edit went on. Load the model again"
+                )
+            if self.fingerprints[name] != _unedited(model, name, digest):
                 raise EditMismatch(
                     f"{self} was made for other weights: {name} of {model.name!r} has not the bytes (or "
                     f"the dtype) that it had in {self.model!r}. {self._made_for}, in that dtype; apply first the edits "
@@ -748,6 +796,13 @@ class _Applied:
 _undone: weakref.WeakKeyDictionary[Model, set[str]] = weakref.WeakKeyDictionary()
 
 
+def _left_by_edits(model: Model, name: str) -> str | None:
+    """The digest of a weight as the last edit that touched it left it; None if none has."""
+    weight = model.weight(name)
+    afters = [e.after[other] for e in model.applied for other in e.after if model.weight(other) is weight]
+    return afters[-1] if afters else None
+
+
 def _unedited(model: Model, name: str, now: str) -> str:
     """The digest of a weight as it was before any edit; `now`, if none has touched it."""
     weight = model.weight(name)
@@ -755,6 +810,7 @@ def _unedited(model: Model, name: str, now: str) -> str:
     return next(befores, now)
 
 
+@uninterrupted
 def _states(edits: Sequence[Edit], model: Model) -> list[Mapping[str, str]]:
     """For each edit the digests of the weights it touches just before it goes on; the model is left as it is."""
     stack: list[_Applied] = list(model.applied)

@@ -187,7 +187,8 @@ class Run:
         files.sort(key=lambda path: (_begun(path), path.name))
         edited = {path.stem: _results(path, path.stem, records) for path in files}
         _require_one_run(folder, unedited, list(edited.values()))
-        return cls(folder, unedited.settings, records, unedited, edited)
+        settings = {**unedited.settings, "records": {**told, "count": len(records)}}  # it may have grown since
+        return cls(folder, settings, records, unedited, edited)
 
     @property
     def kind(self) -> str:
@@ -224,18 +225,29 @@ def _require_one_run(folder: Path, unedited: Results, edited: Sequence[Results])
         ResultFileError: if one does not.
     """
     records = content(folder / "records.json", "records").decode()  # `written_out`, by this errata or an earlier one
-    if unedited.settings["records"].get("digest") != digest(records):
-        raise ResultFileError(
-            f"{folder / 'records.json'} holds other records than {folder / 'unedited.jsonl'} is of: it was "
-            "changed by hand. Measure again into another folder"
-        )
-    own = {"editor", "config", "begun"}
+    whole, found = digest(records), read_back(folder / "records.json")
+    for each in (unedited, *edited):  # of all, or of the first ones, if it was begun with fewer
+        told = each.settings.get("records")
+        told = told if isinstance(told, dict) else {}
+        count = told.get("count")
+        first = digest(written_out(found[:count])) if isinstance(count, int) and 0 < count < len(found) else whole
+        if told.get("digest") not in (first, whole):
+            raise ResultFileError(
+                f"{folder / 'records.json'} holds other records than {each.name}.jsonl is of: it was changed by hand. "
+                "Measure again into another folder"
+            )
+    own = {"editor", "config", "begun", "records"}
     for each in edited:
         names = sorted(
             name
             for name in (unedited.settings.keys() | each.settings.keys()) - own
             if unedited.settings.get(name) != each.settings.get(name)
         )
+        names += [
+            f"records.{name}"
+            for name in ("kind", "source")
+            if unedited.settings["records"].get(name) != each.settings["records"].get(name)
+        ]
         if names:
             raise ResultFileError(
                 f"{editor_file(folder, each.name)} is of another run than {folder / 'unedited.jsonl'} (other "

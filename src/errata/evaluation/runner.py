@@ -10,16 +10,16 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
 from errata.base.arguments import checked
 from errata.base.autocast import without_autocast
-from errata.base.errors import ConfigError
+from errata.base.errors import ConfigError, ResultFileError
 from errata.base.files import write_text
 from errata.base.interrupt import deferred_interrupt
-from errata.base.journal import Journal
+from errata.base.journal import Journal, read_journal
 from errata.base.reading import load_json, of_type
 from errata.benchmarks.records import Record
 from errata.editors.editor import Editor
@@ -43,8 +43,18 @@ from errata.metrics.health import probe
 from errata.metrics.text import words
 from errata.models.model import Model
 
-TOGETHER = 16  # records of a chunk: more fill batches better, and more is lost with a kill
+# Records of a chunk at most: more fill batches better, and more is lost with a kill. On a CPU, one record of a model of
+# some size fills them by itself, so that each is there as soon as it is measured.
+TOGETHER = 16
+_WEIGHTS_AT_ONCE = 32e6
 _BEGUN = ("begun",)  # of a header, what may differ when a run goes on
+_NAMES = {
+    "fingerprint": "the weights of the model",
+    "records.digest": "the records",
+    "probes": "the texts on which drift is measured (--probe, or the model's own by --seed)",
+    "generation.references": "the reference texts",
+    "generation.tfidf": "the word frequencies for RS",
+}
 
 
 @checked(model="Model", records=["Record|ZsreRecord"])
@@ -64,7 +74,8 @@ def evaluate(
 ) -> Run:
     """Measure records before and after edits, and keep each result in a folder as soon as it is there.
 
-    What the folder holds already is not measured again: a run that was stopped goes on, and editors can be added to it.
+    What the folder holds already is not measured again: a run that was stopped goes on, and editors can be added to it,
+    or records behind those that it has.
     The unedited model is measured once for all of them. Ctrl-C ends the run after the chunk under way; a second one at
     once.
 
@@ -97,9 +108,9 @@ def evaluate(
     text = written_out(records)
     settings = {
         **standing(model),
-        "records": {"kind": kind, "source": source, "count": len(records), "digest": digest(text)},
+        "records": {"kind": kind, "source": source},
         **_told(measures),
-        "together": TOGETHER,
+        "together": _together(model, folder / "unedited.jsonl"),
     }
     cases = {record.case_id for record in records}
     if measures.generation:
@@ -107,11 +118,19 @@ def evaluate(
     if measures.probes:
         probe(model, measures.probes)  # texts that do not do are refused before anything is written
     files = {name: editor_file(folder, name) for name in editors}
+    _require_no_more(folder, records)
     with ExitStack() as stack, deferred_interrupt() as stop_here:
 
         def opened(path: Path, **more: Any) -> tuple[Journal, dict[int, Result]]:
             journal = stack.enter_context(
-                Journal.open(path, KIND, FORMAT, {**settings, **more, "begun": time.time()}, ignore=_BEGUN)
+                Journal.open(
+                    path,
+                    KIND,
+                    FORMAT,
+                    {**settings, "records": _told_of(records, settings["records"], path), **more, "begun": time.time()},
+                    ignore=_BEGUN,
+                    names=_NAMES,
+                )
             )
             return journal, by_case(journal.records, cases, path)
 
@@ -124,15 +143,16 @@ def evaluate(
             journals[name] = opened(files[name], editor=editor.method, config=dict(editor.config))
             if keep_edits:
                 _require_kept(name, journals[name][1].values())
-        _write_card(folder, settings, editors)
+        _write_card(folder, {**settings, "records": _told_of(records, settings["records"])}, editors)
 
         def tell() -> None:
             if progress:
                 progress(sum(len(there) for _, there in journals.values()), len(records) * len(journals))
 
         chunks = []
-        for begin in range(0, len(records), TOGETHER):
-            some = records[begin : begin + TOGETHER]
+        share = settings["together"]
+        for begin in range(0, len(records), share):
+            some = records[begin : begin + share]
             missing = [name for name, (_, there) in journals.items() if any(r.case_id not in there for r in some)]
             if missing:
                 wanted = tuple(name for name in missing if name != UNEDITED)
@@ -156,6 +176,43 @@ def evaluate(
                     tell()
             stop_here()
     return Run.load(folder)
+
+
+def _together(model: Model, path: Path) -> int:
+    """How many records are measured at once: as the run began, for the last bits depend on it."""
+    with suppress(ResultFileError):
+        begun = read_journal(path, KIND, FORMAT)[0].get("together")
+        if isinstance(begun, int) and begun > 0:
+            return begun
+    if model.device.type != "cpu":
+        return TOGETHER
+    weights = sum(parameter.numel() for parameter in model.hf.parameters())
+    return max(1, min(TOGETHER, int(_WEIGHTS_AT_ONCE / weights)))
+
+
+def _told_of(records: Sequence[AnyRecord], settings: Mapping[str, Any], path: Path | None = None) -> dict[str, Any]:
+    """What a header says of the records: of those with which the journal at `path` was begun, if it was."""
+    count = len(records)
+    if path is not None:
+        with suppress(ResultFileError, AttributeError):
+            begun = read_journal(path, KIND, FORMAT)[0].get("records", {}).get("count")
+            count = begun if isinstance(begun, int) and 0 < begun <= len(records) else count
+    return {**settings, "count": count, "digest": digest(written_out(records[:count]))}
+
+
+def _require_no_more(folder: Path, records: Sequence[AnyRecord]) -> None:
+    """Make sure that a run is not gone on with by fewer records than it has.
+
+    Raises:
+        ConfigError: if it is.
+    """
+    with suppress(ResultFileError):
+        there = read_back(folder / "records.json")
+        if len(there) > len(records) and there[: len(records)] == list(records):
+            raise ConfigError(
+                f"{folder} is a run over {len(there)} records, and {len(records)} are asked for: give a --limit of "
+                f"{len(there)} or more, which adds records to it, or name another folder"
+            )
 
 
 def _require_kept(name: str, there: Iterable[Result]) -> None:
@@ -202,7 +259,7 @@ def _write_card(folder: Path, settings: Mapping[str, Any], editors: Mapping[str,
     path = folder / "card.json"
     try:
         before = load_json(path.read_bytes())
-        settings, known = of_type(before["settings"], dict[str, Any]), of_type(before["editors"], dict[str, Any])
+        known = of_type(before["editors"], dict[str, Any])
     except (OSError, ValueError, KeyError, TypeError):
         known = {}
     told = {name: {"editor": editor.method, "config": dict(editor.config)} for name, editor in editors.items()}

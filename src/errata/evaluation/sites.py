@@ -248,7 +248,7 @@ def sweep_sites(
                 for record, edit in zip(group, edits, strict=True):
                     if (layer, token, record.case_id) not in lines:
                         keep((layer, token, record.case_id), **_tried(model, record, edit))
-                tell()
+                        tell()
                 stop_here()
     return _averaged(settings, lines)
 

@@ -30,6 +30,7 @@ from torch import Tensor, nn
 
 from errata.base.autocast import without_autocast
 from errata.base.errors import UnsupportedModel
+from errata.base.interrupt import attached, unbroken
 from errata.models.quantised import require_unquantised
 from errata.models.weights import at_hand, linear_matrix, place
 
@@ -443,7 +444,7 @@ class _Stop(Exception):
     """Enough of the forward pass has run."""
 
 
-@contextlib.contextmanager
+@unbroken
 def _recorded(modules: dict[str, nn.Module], device: torch.device) -> Iterator[dict[str, _Call]]:
     """Calls of the named modules by name, in the order in which their first calls ended; tensors on `device`."""
     calls: dict[str, _Call] = {}
@@ -474,7 +475,7 @@ def _recorded(modules: dict[str, nn.Module], device: torch.device) -> Iterator[d
         yield calls
 
 
-@contextlib.contextmanager
+@unbroken
 def _inference(hf: nn.Module) -> Iterator[None]:
     """Eval mode and no gradients, then the modes as they were."""
     training = [module for module in hf.modules() if module.training]
@@ -517,11 +518,8 @@ def _mixes_tokens(hf: PreTrainedModel, path: str, block: str, ids: Tensor) -> bo
         return tuple(map(_with_other_past, args)), {k: _with_other_past(v) for k, v in kwargs.items()}
 
     plain = _run_until(hf, path, block, ids)
-    hook = hf.get_submodule(path).register_forward_pre_hook(disturb, with_kwargs=True)
-    try:
+    with attached(lambda: hf.get_submodule(path).register_forward_pre_hook(disturb, with_kwargs=True)):
         return not _close(_run_until(hf, path, block, ids)[:, -1], plain[:, -1])
-    finally:
-        hook.remove()
 
 
 def _with_other_past(value: Any) -> Any:
@@ -542,11 +540,8 @@ def _reaches(hf: PreTrainedModel, source: str, target: str, block: str, ids: Ten
         return (changed, *output[1:]) if isinstance(output, tuple) else changed
 
     plain = _run_until(hf, target, block, ids)
-    hook = hf.get_submodule(source).register_forward_hook(shift)
-    try:
+    with attached(lambda: hf.get_submodule(source).register_forward_hook(shift)):
         return not torch.equal(_run_until(hf, target, block, ids), plain)
-    finally:
-        hook.remove()
 
 
 def _run_until(hf: PreTrainedModel, path: str, block: str, ids: Tensor) -> Tensor:
@@ -555,14 +550,13 @@ def _run_until(hf: PreTrainedModel, path: str, block: str, ids: Tensor) -> Tenso
     def stop(module: nn.Module, args: tuple, output: Any) -> NoReturn:
         raise _Stop
 
-    with _recorded({path: hf.get_submodule(path)}, ids.device) as calls, _inference(hf):
-        hook = hf.get_submodule(block).register_forward_hook(stop)
-        try:
-            _logits(hf, ids)
-        except _Stop:
-            pass
-        finally:
-            hook.remove()
+    with (
+        _recorded({path: hf.get_submodule(path)}, ids.device) as calls,
+        _inference(hf),
+        contextlib.suppress(_Stop),
+        attached(lambda: hf.get_submodule(block).register_forward_hook(stop)),
+    ):
+        _logits(hf, ids)
     output = _tensor(calls[path].output)
     return output.reshape(1, _PROBE_LENGTH, -1)
 

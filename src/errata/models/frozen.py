@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterator
 
+from errata.base.interrupt import unbroken
 from errata.models.model import Model
 
 
-@contextlib.contextmanager
+@unbroken
 def frozen(model: Model) -> Iterator[None]:
     """No weight asks for a gradient meanwhile, so that autograd keeps nothing for one. Afterwards all are as before."""
     trainable = [parameter for parameter in model.hf.parameters() if parameter.requires_grad]

@@ -22,6 +22,7 @@ from transformers.cache_utils import Cache, DynamicLayer
 
 from errata.base.autocast import without_autocast
 from errata.base.errors import ConfigError, Diverged, FactError
+from errata.base.interrupt import unbroken
 from errata.base.seeds import derive
 from errata.base.text import moved_spaces
 from errata.models.model import Model, cache_argument
@@ -172,7 +173,7 @@ def _settings(model: Model, new_tokens: int) -> GenerationConfig:
     )
 
 
-@contextlib.contextmanager
+@unbroken
 def _no_settings_of_its_own(model: Model) -> Iterator[None]:
     """Meanwhile the model's own generation config asks for nothing: what ours leaves open is filled in from it."""
     own = model.hf.generation_config

@@ -9,7 +9,6 @@ was.
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Iterator
 from functools import partial
 
@@ -17,12 +16,14 @@ import torch
 from torch import Tensor, nn
 from transformers.activations import FastGELUActivation, NewGELUActivation
 
+from errata.base.interrupt import unbroken
+
 _WRITTEN_OUT = (NewGELUActivation, FastGELUActivation)
 # Outputs in a piece of a linear map, and of how many pieces it is worth it.
 _PIECE, _PIECES = 1024, 8
 
 
-@contextlib.contextmanager
+@unbroken
 def quick(module: nn.Module) -> Iterator[None]:
     """A context in which what is inside a module, such as a model, is run so. No gradient flows through linear maps."""
     ours = {each: way for each in module.modules() if (way := _way(each)) and "forward" not in vars(each)}

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from errata.base.errors import OutputError
 from errata.base.files import aside, require_there
+from errata.base.interrupt import unbroken
 
 if TYPE_CHECKING:
     from errata.models.model import Model
@@ -105,7 +106,7 @@ def require_free(path: str | Path, replaceable: Callable[[Path], bool] = lambda 
     return target
 
 
-@contextlib.contextmanager
+@unbroken
 def _no_bars() -> Iterator[None]:
     from transformers.utils import logging
 

@@ -6,7 +6,6 @@ everything else sees a view in which an edit is ΔW = write ⊗ read.
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 
 from errata.base.errors import EditMismatch, UnsupportedModel
 from errata.base.extras import needed
+from errata.base.interrupt import unbroken
 
 if TYPE_CHECKING:
     from errata.models.model import Model
@@ -89,7 +89,7 @@ def place(module: nn.Module) -> torch.device:
     raise UnsupportedModel(f"a {type(module).__name__} without weights is nowhere, so nothing can be brought to it")
 
 
-@contextlib.contextmanager
+@unbroken
 def at_hand(module: nn.Module) -> Iterator[None]:
     """A module's own weights, not its children's, brought meanwhile from where accelerate has offloaded them."""
     if not any(weight.is_meta for weight in module.parameters(recurse=False)):

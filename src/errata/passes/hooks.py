@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from errata.base.interrupt import unbroken
 from errata.models.model import Model, Stream
 
 Patch = Callable[[Tensor], Tensor | None]
@@ -17,7 +18,7 @@ Patch = Callable[[Tensor], Tensor | None]
 _ORDER = ("embedding", "key", "value", "mlp", "attention", "state")
 
 
-@contextlib.contextmanager
+@unbroken
 def hooked(model: Model, patches: Mapping[Stream, Patch]) -> Iterator[None]:
     """Inside the block, every forward pass hands each stream's tensor to its function.
 
@@ -43,7 +44,7 @@ def hooked(model: Model, patches: Mapping[Stream, Patch]) -> Iterator[None]:
         yield
 
 
-@contextlib.contextmanager
+@unbroken
 def hooked_block(model: Model, patches: Mapping[Stream, Patch], rows: int, begin: int = 0) -> Iterator[None]:
     """As `hooked`, while blocks are called on their own: the batch size is given, as no embedding runs to tell it.
 

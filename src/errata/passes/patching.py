@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from errata.base.autocast import without_autocast
+from errata.base.interrupt import attached
 from errata.models.model import Batch, Model, Stream
 from errata.passes.hooks import Patch, hooked
 
@@ -39,11 +40,8 @@ def run(
         # In front of the head, not behind the last norm: whatever a family does to its logits
         # (soft caps, scales) is then still done by its own forward.
         head = model.hf.get_submodule(model.anatomy.head)
-        handle = head.register_forward_pre_hook(only_there)
-        try:
+        with attached(lambda: head.register_forward_pre_hook(only_there)):
             return model.forward(batch)[:, 0]
-        finally:
-            handle.remove()
 
 
 def _require_inside(positions: Tensor, batch: Batch) -> None:

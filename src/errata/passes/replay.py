@@ -14,6 +14,7 @@ of the two a model needs is measured once (`engine_of`).
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 import warnings
 from collections.abc import Callable, Iterable, Mapping
@@ -25,6 +26,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from errata.base.errors import UnsupportedModel
+from errata.base.interrupt import attached
 from errata.models.model import Batch, Model, Stream
 from errata.passes.block_call import PAST, Call, Earlier, Past
 from errata.passes.hooks import Patch, hooked, hooked_block
@@ -294,9 +296,9 @@ def _record(
         raise _Enough  # what the head says of it nobody asks here
 
     watched = {**{stream: keeper(stream) for stream in keep}, ("state", model.n_layers - 1): end}
-    handles = [block.register_forward_pre_hook(enter, with_kwargs=True) for block in model.blocks]
+    entering = [functools.partial(block.register_forward_pre_hook, enter, with_kwargs=True) for block in model.blocks]
     try:
-        with hooked(model, {**patches, **watched}):
+        with attached(*entering), hooked(model, {**patches, **watched}):
             model.forward(batch, keep=1, cache=cache)
     except _Enough:
         pass
@@ -304,9 +306,6 @@ def _record(
         if cache is not None:
             _require_plain_cache(model, batch)  # or else a patch has failed
         raise
-    finally:
-        for handle in handles:
-            handle.remove()
     if cache is not None and len(cache.layers) < model.n_layers:
         raise UnsupportedModel(f"{model.name} leaves no keys and values of some blocks, so it cannot be replayed")
     return Recording(model, first, states, kept, cache, calls, tokens_at_once or _tokens_at_once(model))

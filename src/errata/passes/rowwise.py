@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from errata.base.interrupt import unbroken
 from errata.models.model import Model
 from errata.models.weights import linear_matrix
 
@@ -110,7 +111,7 @@ def can_be_rowwise(model: Model, name: str) -> bool:
     return leaf == "weight" and owners == 1 and linear_matrix(model.hf.get_submodule(owner)) is not None
 
 
-@contextlib.contextmanager
+@unbroken
 def rowwise(model: Model, changes: RowChanges) -> Iterator[None]:
     """Inside the block, each row of every pass, or each token, is one of the model with its own changes on.
 

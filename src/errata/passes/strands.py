@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from errata.base.errors import UnsupportedModel
+from errata.base.interrupt import attached
 from errata.models.model import Model, Stream
 from errata.passes.block_call import Call, Past, run
 from errata.passes.hooks import Patch, hooked_block
@@ -210,13 +211,11 @@ def _entering(model: Model, texts: Sequence[Sequence[int]]) -> Tensor:
         found.append((args[0] if args else kwargs[first]).to(model.device, copy=True))
         raise _Entered
 
-    handle = model.blocks[0].register_forward_pre_hook(note, with_kwargs=True)
-    try:
+    with (
+        contextlib.suppress(_Entered),
+        attached(lambda: model.blocks[0].register_forward_pre_hook(note, with_kwargs=True)),
+    ):
         model.forward(model.batch(texts), keep=1)
-    except _Entered:
-        pass
-    finally:
-        handle.remove()
     return found[0]
 
 

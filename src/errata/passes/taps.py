@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from errata.base.interrupt import unbroken
 from errata.models.model import Model
 
 
@@ -32,7 +33,7 @@ class Tap:
     added: Tensor
 
 
-@contextlib.contextmanager
+@unbroken
 def tapped(model: Model, maps: Sequence[str]) -> Iterator[dict[str, Tap]]:
     """Inside the block, passes note what goes through the maps of these names, by name.
 

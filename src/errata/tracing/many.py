@@ -31,7 +31,7 @@ from errata.tracing.runs import Progress, checked_memory, enough_memory, rows_at
 
 # More facts at a time are not faster, and more is lost with a kill. The bounds are on multiply-adds.
 _FACTS_AT_ONCE = 8
-_WORK_AT_ONCE = {"cpu": 2e12, "cuda": 2e14}
+_WORK_AT_ONCE = {"cpu": 5e10, "cuda": 5e12}  # a second or so
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,7 +62,8 @@ def trace_facts(
 ) -> TracedFacts:
     """Trace facts and keep every trace in a file as soon as it is there.
 
-    If the file is there already, of the same model, facts and settings, what it holds is not traced again. Ctrl-C ends
+    If the file is there already, of the same model, facts and settings, what it holds is not traced again; facts behind
+    those that it was begun with are added, under the noise that was measured for the first ones. Ctrl-C ends
     the run after the facts under way; a second one at once.
 
     Args:
@@ -88,7 +89,10 @@ def trace_facts(
     prepared, refused = _prepare_all(model, facts, config)
     if not prepared:
         return TracedFacts((), tuple(refused))
+    begun = _begun(path, facts)
     if subjects is None:
+        subjects = [each.fact.subject for index, each in prepared.items() if index < begun]
+    if not subjects:  # none of the first ones can be traced
         subjects = [each.fact.subject for each in prepared.values()]
     disturbance = measure(config.corruption, model, list(subjects))
     budget = checked_memory(_memory_of(path) if memory is None else memory, model)
@@ -103,10 +107,14 @@ def trace_facts(
         **({"start_token": model.start_token} if model.start_token else {}),
         "config": config.model_dump(mode="json"),
         "noise": disturbance.settings,
-        "facts": _digest(facts),
+        "facts": _digest(facts[:begun]),
+        "count": begun,
         "memory": budget,
     }
-    with Journal.open(path, KIND, FORMAT, header) as journal, deferred_interrupt() as stop_here:
+    with (
+        Journal.open(path, KIND, FORMAT, header, ignore=_ignored(path), names=_NAMES) as journal,
+        deferred_interrupt() as stop_here,
+    ):
         traces = _kept(journal.records, facts, header, path)
         if progress:
             progress(len(traces), len(prepared))
@@ -122,8 +130,8 @@ def trace_facts(
                 if index not in traces:
                     journal.append({"index": index, **as_record(trace)})
                     traces[index] = trace
-            if progress:
-                progress(len(traces), len(prepared))
+                    if progress:
+                        progress(len(traces), len(prepared))
             stop_here()
     return TracedFacts(tuple(traces[index] for index in sorted(traces)), tuple(sorted(refused)))
 
@@ -194,12 +202,30 @@ def _together(model: Model, length: int, config: TraceConfig) -> int:
     return max(1, int(min(bounds)))
 
 
+_NAMES = {"fingerprint": "the weights of the model", "facts": "the facts"}
+
+
+def _header_of(path: str | Path) -> dict[str, Any]:
+    with contextlib.suppress(ResultFileError):  # there is none, or opening it will say what is wrong
+        return read_journal(path, KIND, FORMAT)[0]
+    return {}
+
+
+def _begun(path: str | Path, facts: Sequence[Fact]) -> int:
+    """With how many of these facts the file at `path` was begun; all of them if it was not."""
+    count = _header_of(path).get("count")
+    return count if isinstance(count, int) and 0 < count < len(facts) else len(facts)
+
+
+def _ignored(path: str | Path) -> tuple[str, ...]:
+    """Keys that the header of an older file has not."""
+    return () if "count" in _header_of(path) else ("count",)
+
+
 def _memory_of(path: str | Path) -> int | None:
     """The memory with which the file at `path` was begun: how rows are batched decides the last bits."""
-    with contextlib.suppress(ResultFileError):  # there is none, or opening it will say what is wrong
-        memory = read_journal(path, KIND, FORMAT)[0].get("memory")
-        return memory if type(memory) is int and memory > 0 else None
-    return None
+    memory = _header_of(path).get("memory")
+    return memory if type(memory) is int and memory > 0 else None
 
 
 def _digest(facts: Sequence[Fact]) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +11,7 @@ from torch import Tensor
 
 from errata.base.errors import DisablingEdit, EditMismatch
 from errata.base.facts import Rewrite
+from errata.base.interrupt import unbroken
 from errata.editors.rome import insert
 from errata.editors.rome.config import RomeConfig
 from errata.editors.rome.key import Keys
@@ -65,7 +65,7 @@ class Examiner:
         return seen
 
 
-@contextlib.contextmanager
+@unbroken
 def _tried(model: Model, change: RankOne) -> Iterator[tuple[Tensor, Tensor]]:
     """The weight `[d_out, d_in]` without and with the change, which is on the model as long as the block runs.
 

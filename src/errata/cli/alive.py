@@ -1,0 +1,46 @@
+"""Signs of life of a long command where standard error is no terminal: a line at least every minute."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import threading
+import time
+from collections.abc import Iterator
+
+EVERY = 60.0  # seconds
+
+_stages: list[str] = []  # what is under way, and how far it has come; the innermost last
+
+
+@contextlib.contextmanager
+def stage(what: str) -> Iterator[list[str]]:
+    """What the lines say for the time of the block. The last item of the list that it yields can be replaced."""
+    _stages.append(what)
+    try:
+        yield _stages
+    finally:
+        _stages.pop()
+
+
+@contextlib.contextmanager
+def lines(command: str) -> Iterator[None]:
+    """A line every minute on standard error for the time of the block; none on a terminal, where there are bars."""
+    if sys.stderr.isatty():
+        yield
+        return
+    done, begun = threading.Event(), time.monotonic()
+
+    def tell() -> None:
+        while not done.wait(EVERY):
+            minutes, seconds = divmod(int(time.monotonic() - begun), 60)
+            text = _stages[-1] if _stages else "running"
+            with contextlib.suppress(OSError, ValueError):  # nobody reads them any more
+                print(f"{command}: {text} ({minutes}:{seconds:02} min)", file=sys.stderr, flush=True)
+
+    thread = threading.Thread(target=tell, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
