@@ -154,7 +154,7 @@ def test_a_signal_at_any_line_leaves_all_as_it_was_and_is_not_lost(change, model
     change(model)  # what is found once is found
     before, moments = state(model), count(change, model, opcodes=False)
     assert moments > 50
-    for moment in range(1, moments + 1, 1 if change is one else 7):
+    for moment in range(1, moments + 1, 5 if change is one else 25):
         assert tried_at(change, model, arrive, moment, opcodes=False), moment
         assert state(model) == before, moment
 
@@ -173,7 +173,7 @@ def test_an_error_at_any_line_leaves_the_weights_as_they_were(change, model):
     change(model)
     settings = {"opcodes": False, "plumbing": False}
     before, moments = state(model)[:2], count(change, model, **settings)
-    for moment in range(1, moments + 1, 1 if change is one else 7):
+    for moment in range(1, moments + 1, 5 if change is one else 25):
         with contextlib.suppress(KeyboardInterrupt):
             sys.settrace(Moments(raised, moment, **settings))
             try:
