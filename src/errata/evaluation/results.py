@@ -187,7 +187,10 @@ class Run:
         files.sort(key=lambda path: (_begun(path), path.name))
         edited = {path.stem: _results(path, path.stem, records) for path in files}
         _require_one_run(folder, unedited, list(edited.values()))
-        settings = {**unedited.settings, "records": {**told, "count": len(records)}}  # it may have grown since
+        settings = {
+            **unedited.settings,
+            "records": {**unedited.settings["records"], "count": len(records)},
+        }  # it may have grown since
         return cls(folder, settings, records, unedited, edited)
 
     @property
