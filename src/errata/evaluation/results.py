@@ -130,6 +130,8 @@ class Result:
                 kind: tuple(tuple(_score(*each) for each in one) for one in some)
                 for kind, some in values["answers"].items()
             }
+            if "locality" not in said and any(len(one) != 2 for some in said.values() for one in some):
+                raise ValueError("a prompt has the scores of two objects")
             values["answers"] = ZsreAnswers(**said) if "locality" in said else RecordAnswers(**said)
         elif not isinstance(values["error"], str):
             raise ValueError("there is neither an answer nor an error")
