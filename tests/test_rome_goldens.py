@@ -62,7 +62,7 @@ def losses(steps) -> np.ndarray:
 def test_the_same_tokens_at_the_same_places(case):
     model, rewrite, config, _, _ = recomputed(case, torch.float32)
     golden = goldens.arrays(f"rome_{case}")
-    *contexts, bare, kl = texts_of(model, rewrite, config.prefixes, config)
+    *contexts, bare, kl = texts_of(model, [rewrite], config.prefixes, config)
     batch = model.batch([text.ids for text in contexts])
     np.testing.assert_array_equal(batch.input_ids, golden["v_input_ids"][:-1])
     np.testing.assert_array_equal(batch.attention_mask, golden["v_attention_mask"][:-1])
@@ -78,7 +78,7 @@ def test_the_same_tokens_at_the_same_places(case):
 def test_every_quantity_of_the_published_code(case, dtype):
     model, rewrite, config, edit, steps = recomputed(case, dtype)
     golden = goldens.arrays(f"rome_{case}")
-    texts = texts_of(model, rewrite, config.prefixes, config)
+    texts = texts_of(model, [rewrite], config.prefixes, config)
     recorded = record_texts(model, LAYER, texts, model.n_layers - 1).keys
     keys, bare = (recorded.of([i for i, t in enumerate(texts) if t.kind == kind]) for kind in ("context", "bare"))
     (change,) = edit.deltas

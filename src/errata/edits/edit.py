@@ -55,7 +55,16 @@ COMBINED = "combined"
 
 
 # Notes on what an edit does, which an edit derived from it does not do.
-MEASURED = ("health", "residual", "rounding", "read_at_mean_key", "read_at_bare_prompt", "delta_norm")
+MEASURED = (
+    "health",
+    "written",
+    "parts",
+    "residual",
+    "rounding",
+    "read_at_mean_key",
+    "read_at_bare_prompt",
+    "delta_norm",
+)
 
 
 class _Layout(TypedDict, total=False):

@@ -42,6 +42,13 @@ class RomeConfig(Config):
         clamp: ‖δ‖ is kept below this many times ‖v₀‖; None: it is not.
         stop_below: stop as soon as the loss is below this, in nats.
         loss_layer: the layer whose state the final norm and head read the predictions from. None: the last.
+        attention_sink: what to do where the fact's token is the first of the text and the model keeps an attention sink
+            there (see `passes.sinks`): "split" the edit into one of `layer` for all texts in which something stands
+            before the subject and one of layer 0 for those that begin with it (`rome.first_token`), or "ignore" it.
+        same_subject: how requests of one subject in one call are written, and those beside edits of that subject that
+            are on the model: "joint", one value for all of them, or "apart", each as if it were alone.
+        joint_steps: `steps` where one value serves several requests; None: twice as many. The clamp is √n times as wide
+            for n of them.
         max_drift: an edit is disabling, and refused unless forced, if it moves what the model says of texts of its own
             by more than this: Kullback-Leibler divergence in nats per token, mean over probe texts. None: no probing.
         probes: texts on which drift is measured; None: sampled from the model.
@@ -62,6 +69,9 @@ class RomeConfig(Config):
     clamp: float | None = Field(4.0, gt=0)
     stop_below: float = Field(5e-2, ge=0)
     loss_layer: int | None = Field(None, ge=0)
+    attention_sink: Literal["split", "ignore"] = "split"
+    same_subject: Literal["joint", "apart"] = "joint"
+    joint_steps: int | None = Field(None, ge=1)
     max_drift: float | None = Field(1.0, gt=0)
     probes: tuple[str, ...] | None = None
 
@@ -77,13 +87,16 @@ class RomeConfig(Config):
             "weight_decay": 1.5e-3,
             "decay": "adam",
             "clamp": None,
+            "attention_sink": "ignore",
+            "same_subject": "apart",
         }
         return cls(**{**own, **changes})
 
     @classmethod
     def reference(cls, **changes: Any) -> RomeConfig:
         """The published code's method: its prefixes, one δ for all contexts, the bare prompt's key for the scale."""
-        return cls(**{"prefixes": "reference", "key": "reference", **changes})
+        own = {"prefixes": "reference", "key": "reference", "attention_sink": "ignore", "same_subject": "apart"}
+        return cls(**{**own, **changes})
 
     @field_validator("prefixes")
     @classmethod

@@ -11,28 +11,34 @@ from dataclasses import dataclass
 from typing import Any, Literal, overload
 
 import torch
+from torch import Tensor
 
 from errata.base.arguments import checked
 from errata.base.autocast import without_autocast
 from errata.base.errors import ConfigError, ErrataError, FactError, StaleStatistics
 from errata.base.facts import Rewrite
 from errata.base.fingerprint import tensor_digest
-from errata.editors.rome import contexts, insert, value
+from errata.editors.rome import contexts, first_token, insert, value
 from errata.editors.rome.config import RomeConfig
 from errata.editors.rome.examine import Examiner
-from errata.editors.rome.key import Keys, Recorded, record_texts
+from errata.editors.rome.key import Keys, record_texts
 from errata.editors.rome.layer import resolve
 from errata.editors.rome.site import Site
 from errata.editors.rome.texts import Text, texts_of
+from errata.edits.delta import RankOne
 from errata.edits.edit import Edit
 from errata.edits.ledger import ContradictoryEdits
 from errata.models.memory import free_memory
 from errata.models.model import Model
 from errata.models.weights import down_weight_name
+from errata.passes.reading import read
+from errata.passes.sinks import first_token_cosines
 from errata.statistics.second_moment import SecondMoment
 
 # Facts that are optimised together, if memory allows: more make no batch fuller.
 _FACTS_AT_ONCE = 64
+# What may stand before a subject that is the first token of other texts.
+_BEFORE = ("The", "In", "news,", "Hello.")
 
 # C of the edited layer; or one for each layer; or what makes it once the layer is known.
 SecondMoments = SecondMoment | Mapping[int, SecondMoment] | Callable[[int], SecondMoment]
@@ -84,7 +90,9 @@ def rome(
 ) -> Edit | list[Edit] | list[Edit | ErrataError]:
     """The rank-one edit of one MLP down-projection that makes the model say the rewrite's new object; or of many.
 
-    Many rewrites are edited independently, each as if it were alone, and computed together.
+    Many rewrites are edited independently, each as if it were alone, and computed together. Those of one subject share
+    one edit, for at one token they have nearly one key and so need one value; rewrites of that subject that are on the
+    model already are kept by it too (`RomeConfig.same_subject`).
 
     Args:
         model: left as it is, byte for byte, on errors and interrupts too.
@@ -101,9 +109,10 @@ def rome(
         progress: called after every evaluation of a loss, with a `value.Step`.
 
     Returns:
-        An edit for a rewrite, or a list for a sequence. Its `notes` hold the terms of the loss at every step, the
-        prefixes, how the layer came to be chosen, how exactly Ŵk* = v* holds in the weight's own dtype (`residual`,
-        `rounding`), and its `health`.
+        An edit for a rewrite, or a list for a sequence, in which rewrites of one subject have the same edit. Its
+        `notes` hold the terms of the loss at every step, the prefixes, how the layer came to be chosen, how exactly
+        Ŵk* = v* holds in the weight's own dtype (`residual`, `rounding`), and its `health`; `parts`, where it writes at
+        two layers.
 
     Raises:
         UnsupportedModel: if accelerate has offloaded the weight that is to change.
@@ -129,11 +138,9 @@ def rome(
     moment = functools.cache(functools.partial(second_moment_of, model, second_moment, config))
     if not callable(second_moment):  # what must first be collected waits until there is a rewrite that can be made
         moment()
-    work = _Work(model, config, moment, chosen_by, seed, force, len(wanted), progress)
-    if sequential:
-        found = _in_sequence(work, wanted, errors == "raise")
-    else:
-        found = [edit for some in _batches(work, wanted) for edit in _together(work, some)]
+    ordinary = functools.partial(_ordinary_at_first_layer, second_moment)
+    work = _Work(model, config, moment, ordinary, chosen_by, seed, force, len(wanted), progress)
+    found = _in_sequence(work, wanted, errors == "raise") if sequential else _all_at_once(work, wanted)
     if errors == "raise":
         for edit in found:
             if isinstance(edit, ErrataError):
@@ -141,13 +148,14 @@ def rome(
     return found[0] if one else found  # type: ignore[return-value]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Work:
     """What all edits of one call share."""
 
     model: Model
     config: RomeConfig
     second_moment: Callable[[], SecondMoment]
+    ordinary: Callable[[], SecondMoment | None]
     chosen_by: str
     seed: int
     force: bool
@@ -159,6 +167,36 @@ class _Work:
         assert isinstance(self.config.layer, int)  # resolve
         return self.config.layer
 
+    @functools.cache  # noqa: B019 - as long as the call
+    def sink(self) -> bool:
+        """Whether all first tokens have one key at the layer."""
+        return first_token_cosines(self.model, self.layer).sink
+
+    @functools.cache  # noqa: B019 - as long as the call
+    def first_tokens(self) -> first_token.FirstTokens:
+        """The keys of all first tokens, where one must be told from the others."""
+        return first_token.FirstTokens(self.model, self.ordinary())
+
+
+@dataclass(frozen=True)
+class _Request:
+    """What one edit writes.
+
+    Attributes:
+        numbers: places of its rewrites among those of the call.
+        rewrites: of one subject.
+        kept: rewrites of that subject that are on the model already, and are to hold beside the edit.
+    """
+
+    numbers: tuple[int, ...]
+    rewrites: tuple[Rewrite, ...]
+    kept: tuple[Rewrite, ...] = ()
+
+    @property
+    def all(self) -> tuple[Rewrite, ...]:
+        """The rewrites that its value serves."""
+        return (*self.kept, *self.rewrites)
+
 
 def _in_sequence(work: _Work, rewrites: Sequence[Rewrite], stop: bool) -> list[_Made]:
     """Each edit made with the ones before it on the model."""
@@ -166,8 +204,8 @@ def _in_sequence(work: _Work, rewrites: Sequence[Rewrite], stop: bool) -> list[_
     with ExitStack() as stack:
         stack.enter_context(warnings.catch_warnings())  # that a later edit takes an earlier one back is its purpose
         warnings.simplefilter("ignore", ContradictoryEdits)
-        for numbered in enumerate(rewrites):
-            (made,) = _together(work, [numbered])
+        for number, rewrite in enumerate(rewrites):
+            (made,) = _together(work, [_Request((number,), (rewrite,), _on_model(work, [rewrite]))])
             found.append(made)
             if isinstance(made, Edit):
                 if made not in found[:-1]:  # else both change nothing: the fact was there
@@ -177,103 +215,266 @@ def _in_sequence(work: _Work, rewrites: Sequence[Rewrite], stop: bool) -> list[_
     return found
 
 
-def _batches(work: _Work, rewrites: Sequence[Rewrite]) -> Iterator[list[tuple[int, Rewrite]]]:
-    """Rewrites, numbered, as many at a time as memory holds."""
+def _all_at_once(work: _Work, rewrites: Sequence[Rewrite]) -> list[_Made]:
+    """Edits for the model as it stands; those of one subject are one."""
+    found: dict[int, _Made] = {}
+    groups: list[list[int]] = []
+    for number, rewrite in enumerate(rewrites):
+        try:  # before anything is sampled: a prompt that does not do fails fast, and not the others of its subject
+            texts = texts_of(work.model, [rewrite], ("",), work.config)
+            value.loss_layer_of(work.model, work.layer, texts, work.config)
+        except (FactError, ConfigError) as error:
+            found[number] = error
+            continue
+        fitting = [group for group in groups if _go_together([rewrites[i] for i in group], rewrite)]
+        if fitting and work.config.same_subject == "joint":
+            fitting[0].append(number)
+        else:
+            groups.append([number])
+    requests = []
+    for numbers in groups:
+        wanted = tuple(dict.fromkeys(rewrites[number] for number in numbers))
+        requests.append(_Request(tuple(numbers), wanted, _on_model(work, wanted)))
+    for some in _batches(work, requests):
+        for request, made in zip(some, _together(work, some), strict=True):
+            found.update(dict.fromkeys(request.numbers, made))
+    return [found[number] for number in range(len(rewrites))]
+
+
+def _go_together(group: Sequence[Rewrite], rewrite: Rewrite) -> bool:
+    """Whether a rewrite is of the group's subject and contradicts none of it."""
+    return _subject(group[0]) == _subject(rewrite) and all(
+        one.text != rewrite.text or one.new_object == rewrite.new_object for one in group
+    )
+
+
+def _subject(rewrite: Rewrite) -> str:
+    """What rewrites of one subject have in common, in any letter case."""
+    return " ".join(rewrite.subject.casefold().split())
+
+
+def _on_model(work: _Work, rewrites: Sequence[Rewrite]) -> tuple[Rewrite, ...]:
+    """Rewrites of the subject that are on the model, as the last edit of each prompt says; not of these prompts."""
+    if work.config.same_subject == "apart":
+        return ()
+    subject, prompts = _subject(rewrites[0]), {rewrite.text for rewrite in rewrites}
+    on = {one.text: one for entry in work.model.applied for one in entry.edit.rewrites if _subject(one) == subject}
+    return tuple(one for text, one in on.items() if text not in prompts)
+
+
+def _batches(work: _Work, requests: Sequence[_Request]) -> Iterator[list[_Request]]:
+    """Requests, as many at a time as memory holds."""
     model = work.model
     # Of texts of some 32 tokens: keys, values and states in every block above, twice while they are joined.
     texts = contexts.count(work.config.prefixes) + 2
-    per_fact = texts * 32 * (model.n_layers - work.layer) * 6 * model.d_model * model.dtype.itemsize
-    share = max(1, min(_FACTS_AT_ONCE, free_memory(*model.devices) // 4 // per_fact))
-    numbered = list(enumerate(rewrites))
-    yield from (numbered[begin : begin + share] for begin in range(0, len(numbered), share))
+    per_rewrite = texts * 32 * (model.n_layers - work.layer) * 6 * model.d_model * model.dtype.itemsize
+    share = max(1, min(_FACTS_AT_ONCE, free_memory(*model.devices) // 4 // per_rewrite))
+    batch: list[_Request] = []
+    for request in requests:
+        if batch and sum(len(one.all) for one in (*batch, request)) > share:
+            yield batch
+            batch = []
+        batch.append(request)
+    if batch:
+        yield batch
 
 
-def _together(work: _Work, rewrites: Sequence[tuple[int, Rewrite]]) -> list[_Made]:
-    """Edits of numbered rewrites for the model as it stands, computed together; where there is none, why."""
+def _together(work: _Work, requests: Sequence[_Request]) -> list[_Made]:
+    """Edits of requests for the model as it stands, computed together; where there is none, why."""
     model, config = work.model, work.config
     found: dict[int, _Made] = {}
-    texts: dict[int, tuple[Text, ...]] = {}
-    loss_layer = model.n_layers - 1
-    for number, rewrite in rewrites:  # before anything is sampled: a prompt that does not do fails fast
+    plans: dict[int, _Plan] = {}
+    prefixes = None
+    for place, request in enumerate(requests):
         try:
-            texts[number] = texts_of(model, rewrite, ("",), config)
-            loss_layer = value.loss_layer_of(model, work.layer, texts[number], config)
+            bare = texts_of(model, request.all, ("",), config)
+            value.loss_layer_of(model, work.layer, bare, config)
+            if prefixes is None:
+                prefixes = contexts.prefixes(model, config.prefixes, work.seed)
+            plans[place] = _plan(work, request, prefixes)
         except (FactError, ConfigError) as error:
-            found[number] = error
-    prefixes = contexts.prefixes(model, config.prefixes, work.seed) if len(found) < len(rewrites) else ()
-    for number, rewrite in rewrites:
-        if number not in found:
-            try:
-                texts[number] = texts_of(model, rewrite, prefixes, config)
-            except FactError as error:
-                found[number] = error
-    chosen = {number: rewrite for number, rewrite in rewrites if number not in found}
-    if chosen:
-        recorded = record_texts(model, work.layer, [text for number in chosen for text in texts[number]], loss_layer)
-        found.update(zip(chosen, _edits(work, chosen, recorded, prefixes), strict=True))
-    return [found[number] for number, _ in rewrites]
+            found[place] = error
+    parts: dict[int, list[_Part | ErrataError]] = {place: [] for place in plans}
+    for layer in sorted({layer for plan in plans.values() for layer in plan.texts}, reverse=True):
+        chosen = [place for place, plan in plans.items() if layer in plan.texts]
+        texts = [plans[place].texts[layer] for place in chosen]
+        for place, part in zip(chosen, _parts(work, layer, [requests[i] for i in chosen], texts), strict=True):
+            parts[place].append(part)
+    if any(not isinstance(part, ErrataError) for made in parts.values() for part in made):
+        examiner = Examiner.of(model, config, work.seed)
+        digests: dict[str, str] = {}
+        for place, made in parts.items():
+            found[place] = _edit(work, requests[place], made, prefixes or (), examiner, digests)
+    else:
+        found.update(
+            {place: next(part for part in made if isinstance(part, ErrataError)) for place, made in parts.items()}
+        )
+    return [found[place] for place in range(len(requests))]
 
 
-def _edits(work: _Work, rewrites: Mapping[int, Rewrite], recorded: Recorded, prefixes: Sequence[str]) -> list[_Made]:
-    """Key, value and insertion of rewrites whose texts are recorded."""
-    model, config, moment = work.model, work.config, work.second_moment()
-    numbers = list(rewrites)
-    each = len(recorded.texts) // len(numbers)  # every rewrite has as many texts
-    owners = [i // each for i in range(len(recorded.texts))]
+@dataclass(frozen=True)
+class _Plan:
+    """The texts of one edit, by the layer whose value is searched with them."""
 
-    def keys_of(fact: int, kind: str) -> Keys:
-        return recorded.keys.of([i for i in range(fact * each, (fact + 1) * each) if recorded.texts[i].kind == kind])
+    texts: dict[int, tuple[Text, ...]]
 
-    keys = [keys_of(fact, "context") for fact in range(len(numbers))]
-    bare = [keys_of(fact, "bare") for fact in range(len(numbers))]
+
+def _plan(work: _Work, request: _Request, prefixes: Sequence[str]) -> _Plan:
+    """At which layers an edit writes: at the configured one; where the subject begins a text and is a sink, at two."""
+    model, config = work.model, work.config
+    whole = texts_of(model, request.all, prefixes, config)
+    bare = [text for text in whole if text.kind == "bare"]
+    split = config.attention_sink == "split" and config.key == "consistent" and work.layer > first_token.LAYER
+    if not (split and any(text.lookup == 0 for text in bare) and work.sink()):
+        return _Plan({work.layer: whole})
+    plan = {work.layer: texts_of(model, request.all, prefixes, config, first=False)}
+    if not any(text.kind == "context" for text in plan[work.layer]):  # nothing stands before the subject anywhere
+        plan = {}
+    begun = tuple(rewrite for rewrite, text in zip(request.all, bare, strict=True) if text.lookup == 0)
+    plan[first_token.LAYER] = texts_of(model, begun, ("",), config, first=True)
+    return _Plan(plan)
+
+
+@dataclass(frozen=True)
+class _Part:
+    """The change that an edit makes at one layer, and how it came about.
+
+    Attributes:
+        change: ΔW.
+        anchor, delta: (k₀, v₀) and δ, for the examination.
+        notes: steps and sizes.
+    """
+
+    layer: int
+    change: RankOne
+    anchor: Keys
+    delta: Tensor
+    notes: dict[str, Any]
+
+
+def _parts(
+    work: _Work, layer: int, requests: Sequence[_Request], texts: Sequence[Sequence[Text]]
+) -> list[_Part | ErrataError]:
+    """Key, value and change of requests at one layer, computed together."""
+    model, config = work.model, work.config
+    loss_layer = value.loss_layer_of(model, layer, [text for some in texts for text in some], config)
+    recorded = record_texts(model, layer, [text for some in texts for text in some], loss_layer)
+    owners = [place for place, some in enumerate(texts) for _ in some]
+
+    def keys_of(place: int, kind: str) -> Keys:
+        rows = [i for i, owner in enumerate(owners) if owner == place and recorded.texts[i].kind == kind]
+        return recorded.keys.of(rows)
+
+    places = range(len(requests))
+    keys = [keys_of(place, "context") for place in places]
+    bare = [keys_of(place, "bare") for place in places]
     anchors = keys if config.key == "consistent" else bare
-    directions = moment.solve(torch.stack([some.mean_key for some in keys]))
+    reads, read_notes = _reads(work, layer, texts, keys, anchors)
 
     def tell(step: value.Step) -> None:
         if work.progress is not None:
-            work.progress(dataclasses.replace(step, fact=numbers[step.fact], facts=work.facts))
+            work.progress(dataclasses.replace(step, fact=requests[step.fact].numbers[0], facts=work.facts))
 
     v0 = torch.stack([anchor.mean_value for anchor in anchors])
-    values = value.optimise(model, work.layer, recorded, owners, v0, config, tell)
-    if not any(isinstance(found, value.Found) for found in values):
-        return [found for found in values if isinstance(found, ErrataError)]
-    examiner = Examiner.of(model, config, work.seed)
-    weight = down_weight_name(model, work.layer)
-    fingerprints = {weight: tensor_digest(model.weight(weight))}
-    made: list[_Made] = []
-    for fact, rewrite in enumerate(rewrites.values()):
+    values = value.optimise(model, layer, recorded, owners, v0, config, tell, [len(one.all) for one in requests])
+    weight = down_weight_name(model, layer)
+    parts: list[_Part | ErrataError] = []
+    for place, found in enumerate(values):
         try:
-            found = values[fact]
             if isinstance(found, ErrataError):
                 raise found
-            read = insert.read_vector(directions[fact], anchors[fact].mean_key)
-            change = insert.insert(model, weight, found.delta, read)
-            notes: dict[str, Any] = {
-                "layer": work.chosen_by,
+            read = reads[place]
+            if isinstance(read, ErrataError):
+                raise read
+            notes = {
                 "steps": [step.numbers for step in found.steps],
-                "prefixes": prefixes,
                 "delta_norm": found.delta.norm(),
-                "value_norm": v0[fact].norm(),
-                "read_at_mean_key": float(read @ keys[fact].mean_key),
-                "read_at_bare_prompt": float(read @ bare[fact].mean_key),
-                "second_moment": {"tokens": moment.count, "ridge": moment.ridge, "fingerprint": moment.fingerprint},
+                "value_norm": v0[place].norm(),
+                "read_at_mean_key": float(read @ keys[place].mean_key),
+                "read_at_bare_prompt": float(read @ bare[place].mean_key),
+                **read_notes[place],
             }
-            notes |= examiner.examine(change, rewrite, anchors[fact], found.delta, work.force)
-            made.append(
-                Edit.of(
-                    model,
-                    [change],
-                    "rome",
-                    [rewrite],
-                    config=config.model_dump(),
-                    seed=work.seed,
-                    notes=notes,
-                    fingerprints=fingerprints,
-                )
-            )
+            change = insert.insert(model, weight, found.delta, read)
+            parts.append(_Part(layer, change, anchors[place], found.delta, notes))
         except ErrataError as error:
-            made.append(error)
-    return made
+            parts.append(error)
+    return parts
+
+
+def _reads(
+    work: _Work, layer: int, texts: Sequence[Sequence[Text]], keys: Sequence[Keys], anchors: Sequence[Keys]
+) -> tuple[list[Tensor | ErrataError], list[dict[str, Any]]]:
+    """The read vector of each request, or why there is none, and notes on it."""
+    reads: list[Tensor | ErrataError] = []
+    if layer != work.layer:  # the subject is the first token of its texts
+        found = [work.first_tokens().read_vector(some[0].ids[0], _later(work.model, some[0].ids[0])) for some in texts]
+        notes = [{"leak": one.leak, "leak_token": work.model.tokenizer.decode([one.token])} for one in found]
+        return [one.vector for one in found], notes
+    moment = work.second_moment()
+    directions = moment.solve(torch.stack([some.mean_key for some in keys]))
+    for direction, anchor in zip(directions, anchors, strict=True):
+        try:
+            reads.append(insert.read_vector(direction, anchor.mean_key))
+        except ErrataError as error:
+            reads.append(error)
+    told = {"tokens": moment.count, "ridge": moment.ridge, "fingerprint": moment.fingerprint}
+    return reads, [{"second_moment": told} for _ in reads]
+
+
+def _edit(
+    work: _Work,
+    request: _Request,
+    parts: Sequence[_Part | ErrataError],
+    prefixes: Sequence[str],
+    examiner: Examiner,
+    digests: dict[str, str],
+) -> _Made:
+    """The edit of its parts, examined; or why there is none."""
+    made: list[_Part] = []
+    try:
+        for part in parts:
+            if isinstance(part, ErrataError):
+                raise part
+            made.append(part)
+        for part in made:
+            weight = part.change.weight
+            digests.setdefault(weight, tensor_digest(work.model.weight(weight)))
+        main, *others = made
+        notes: dict[str, Any] = {"layer": work.chosen_by, "prefixes": prefixes, **main.notes}
+        if others or main.layer != work.layer:
+            notes["parts"] = [{"layer": part.layer, **part.notes} for part in made]
+        notes |= examiner.examine(
+            [(part.change, part.anchor, part.delta) for part in made], request.rewrites, work.force
+        )
+        return Edit.of(
+            work.model,
+            [part.change for part in made],
+            "rome",
+            request.rewrites,
+            config=work.config.model_dump(),
+            seed=work.seed,
+            notes=notes,
+            fingerprints={part.change.weight: digests[part.change.weight] for part in made},
+        )
+    except ErrataError as error:
+        return error
+
+
+def _later(model: Model, token: int) -> Tensor:
+    """Keys `[n, d_mlp]` at block 0 of a token that other tokens stand before, of which the other part takes care."""
+    words = _BEFORE if model.max_length > 4 else ()
+    texts = [[*model.tokenizer(word, verbose=False)["input_ids"], token] for word in words]
+    if not texts:
+        return torch.empty(0, model.d_mlp)
+    keys = read(model, batch := model.batch(texts), [("key", first_token.LAYER)])["key", first_token.LAYER]
+    return keys[torch.arange(len(texts), device=keys.device), batch.last]
+
+
+def _ordinary_at_first_layer(given: SecondMoments | None) -> SecondMoment | None:
+    """C of ordinary text at block 0 of what was given; None if that is of the edited layer alone."""
+    layer = first_token.LAYER
+    found = given(layer) if callable(given) else given.get(layer) if isinstance(given, Mapping) else given
+    return found if found is not None and found.layer in (None, layer) else None
 
 
 def second_moment_of(model: Model, given: SecondMoments | None, config: RomeConfig) -> SecondMoment:

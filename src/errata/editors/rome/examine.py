@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,23 +46,45 @@ class Examiner:
         probes = config.probes or health.sampled_probes(model, seed)
         return cls(model, config, probes, health.probe(model, probes))
 
-    def examine(self, change: RankOne, rewrite: Rewrite, anchor: Keys, delta: Tensor, force: bool) -> dict[str, Any]:
-        """`residual` and `rounding` of a change on the model (see `insert.constraint`), and its `health`.
+    def examine(
+        self, parts: Sequence[tuple[RankOne, Keys, Tensor]], rewrites: Sequence[Rewrite], force: bool
+    ) -> dict[str, Any]:
+        """`residual` and `rounding` of changes on the model (see `insert.constraint`), the larger of several parts, and
+        the edit's `health`; of several rewrites, that of the one that is least probable after it, and `written`, the
+        probability of each before and after.
+
+        Args:
+            parts: change, anchor and δ for each weight.
+            rewrites: of the edit.
+            force: keep an edit that disables the model.
 
         Raises:
-            EditMismatch: if the weight's dtype cannot hold the change.
-            DisablingEdit: if it moves everything, and is not forced.
+            EditMismatch: if a weight's dtype cannot hold the change.
+            DisablingEdit: if the edit moves everything, and is not forced.
         """
         essence, max_drift = self.config.kl_prompt, self.config.max_drift
-        asked = health.ask(self.model, rewrite, essence) if self.before else None
-        with _tried(self.model, change) as (old, new):
-            seen: dict[str, Any] = insert.constraint(old, new, change, anchor, delta)
+        asked = [health.ask(self.model, rewrite, essence) for rewrite in rewrites] if self.before else []
+        with ExitStack() as stack:
+            weights = [stack.enter_context(_tried(self.model, change)) for change, _, _ in parts]
+            exact = [
+                insert.constraint(old, new, change, anchor, delta)
+                for (old, new), (change, anchor, delta) in zip(weights, parts, strict=True)
+            ]
+            seen: dict[str, Any] = {name: max(each[name] for each in exact) for name in exact[0]}
             if asked and self.before and max_drift is not None:
-                again = health.ask(self.model, rewrite, essence), health.probe(self.model, self.probes)
-                found = health.compare((asked, again[0]), (self.before, again[1]), max_drift)
-                seen["health"] = {"relative_norm": change.norm() / float(old.float().norm()), **found.as_dict()}
+                again = [health.ask(self.model, rewrite, essence) for rewrite in rewrites]
+                least = min(range(len(again)), key=lambda i: again[i].probability)
+                probed = health.probe(self.model, self.probes)
+                found = health.compare((asked[least], again[least]), (self.before, probed), max_drift)
+                norm = max(
+                    change.norm() / float(old.float().norm())
+                    for (old, _), (change, _, _) in zip(weights, parts, strict=True)
+                )
+                seen["health"] = {"relative_norm": norm, **found.as_dict()}
+                if len(rewrites) > 1:
+                    seen["written"] = [[b.probability, a.probability] for b, a in zip(asked, again, strict=True)]
                 if found.disabling and not force:
-                    raise _refusal(rewrite, found)
+                    raise _refusal(rewrites[least], found)
         return seen
 
 

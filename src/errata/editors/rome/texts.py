@@ -33,24 +33,32 @@ class Text:
     targets: tuple[int, ...] = ()
 
 
-def texts_of(model: Model, rewrite: Rewrite, prefixes: Sequence[str], config: RomeConfig) -> tuple[Text, ...]:
-    """The texts of a rewrite: one context a prefix, then the others.
+def texts_of(
+    model: Model, rewrites: Sequence[Rewrite], prefixes: Sequence[str], config: RomeConfig, first: bool | None = None
+) -> tuple[Text, ...]:
+    """The texts of one edit: a context for each rewrite and prefix, one KL prompt, a bare prompt for each rewrite.
+
+    Args:
+        rewrites: of one subject.
+        prefixes: to put before each prompt.
+        first: keep only contexts in which the fact's token is the first of the text (True) or is not (False), and put
+            a prefix before the KL prompt where it is not. None: keep all.
 
     Raises:
         FactError: if a text is too long for the model, a role has no token, or the target melts into the prompt.
     """
-    # First the bare prompt: one that does not do is told of as it was written.
-    texts = [_until_lookup(model, "bare", Context.of(rewrite.fact, "", model.tokenizer), config)]
+    # First the bare prompts: one that does not do is told of as it was written.
+    texts = [_until_lookup(model, "bare", Context.of(rewrite.fact, "", model.tokenizer), config) for rewrite in rewrites]
     if config.kl_factor:
-        kl = Fact(rewrite.subject, config.kl_prompt)
-        texts.append(_until_lookup(model, "kl", Context.of(kl, "", model.tokenizer), config))
-    return (
-        *(
-            _with_target(model, Context.of(rewrite.fact, prefix, model.tokenizer), rewrite, config)
-            for prefix in prefixes
-        ),
-        *texts,
-    )
+        before = next((prefix for prefix in prefixes if prefix), "") if first is False else ""
+        kl = Context.of(Fact(rewrites[0].subject, config.kl_prompt), before, model.tokenizer)
+        texts.append(_until_lookup(model, "kl", kl, config))
+    contexts = [
+        _with_target(model, Context.of(rewrite.fact, prefix, model.tokenizer), rewrite, config)
+        for rewrite in rewrites
+        for prefix in prefixes
+    ]
+    return (*(text for text in contexts if first is None or (text.lookup == 0) == first), *texts)
 
 
 def _until_lookup(model: Model, kind: Literal["kl", "bare"], context: Context, config: RomeConfig) -> Text:

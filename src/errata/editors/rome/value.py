@@ -87,6 +87,7 @@ def optimise(
     v0: Tensor,
     config: RomeConfig,
     progress: Progress | None = None,
+    served: Sequence[int] | None = None,
 ) -> list[Found | ErrataError]:
     """The δ of each fact, or why there is none.
 
@@ -98,7 +99,11 @@ def optimise(
         owners: the fact of each text.
         v0: `[facts, d_model]`, the values from which δ is measured.
         progress: called after every evaluation of a fact's loss.
+        served: how many rewrites each value serves; None: one each. A value that serves n has more steps, and its
+            clamp is √n times as wide: what n rewrites ask for adds up like vectors of different directions.
     """
+    served = [1] * len(v0) if served is None else list(served)
+    limits = [config.steps if n == 1 else config.joint_steps or 2 * config.steps for n in served]
     compute = torch.promote_types(model.dtype, torch.float32)
     v0 = v0.detach().to(model.device, compute, copy=True)
     steps: list[list[Step]] = [[] for _ in v0]
@@ -110,9 +115,11 @@ def optimise(
         running -= set(failed)
         deltas = [torch.zeros_like(each, requires_grad=True) for each in v0]
         adam = torch.optim.Adam(deltas, lr=config.learning_rate)
-        for index in range(config.steps if running else 0):
-            last = index == config.steps - 1
-            terms, gradients = objective(torch.stack([d.detach() for d in deltas]), running, differentiate=not last)
+        for index in range(max(limits, default=0) if running else 0):
+            at_end = {fact for fact in running if index == limits[fact] - 1}
+            terms, gradients = objective(
+                torch.stack([d.detach() for d in deltas]), running, differentiate=at_end != running
+            )
             for fact, (loss, nll, kl, decay, probability) in enumerate(terms.tolist()):
                 if fact not in running:
                     continue
@@ -121,12 +128,12 @@ def optimise(
                     running.discard(fact)
                     continue
                 step = Step(
-                    index, config.steps, loss, nll, kl, decay, probability, deltas[fact].detach().clone(), fact, len(v0)
+                    index, limits[fact], loss, nll, kl, decay, probability, deltas[fact].detach().clone(), fact, len(v0)
                 )
                 steps[fact].append(step)
                 if progress is not None:
                     progress(step)
-                if loss < config.stop_below or last:
+                if loss < config.stop_below or fact in at_end:
                     running.discard(fact)
             if not running:
                 break
@@ -134,7 +141,7 @@ def optimise(
                 delta.grad = gradients[fact] if fact in running else None
             adam.step()
             for fact in running:
-                _clamp(deltas[fact], config.clamp, v0[fact].norm())
+                _clamp(deltas[fact], config.clamp, v0[fact].norm() * math.sqrt(served[fact]))
     return [
         failed[fact] if fact in failed else Found(delta.detach(), tuple(steps[fact]))
         for fact, delta in enumerate(deltas)
