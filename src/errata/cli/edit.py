@@ -7,6 +7,7 @@ import math
 import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Optional
 
@@ -121,7 +122,7 @@ def edit(
     if table is None or requests is None:
         if isinstance(made[0], ErrataError):
             raise made[0]
-        names = [rewrites[0].subject]
+        rows = [_Row(rewrites[0].subject, rewrites[0], made[0])]
         refused = []
     else:
         lines = [row.line for row in table.rows]
@@ -129,23 +130,27 @@ def edit(
             BadLine(line, str(each)) for line, each in zip(lines, made, strict=True) if isinstance(each, ErrataError)
         ]
         tables.tell_bad_lines(refused, requests, table.unit, strict)
-        names = [row.name for row, each in zip(table.rows, made, strict=True) if isinstance(each, Edit)]
-    edits = [each for each in made if isinstance(each, Edit)]
+        rows = [
+            _Row(row.name, row.rewrite, each)
+            for row, each in zip(table.rows, made, strict=True)
+            if isinstance(each, Edit)
+        ]
+    edits = list(dict.fromkeys(row.edit for row in rows))  # requests of one subject share one
     if table is None:
         edits = [dataclasses.replace(each, notes={**each.notes, "old_object": _SOURCE[bool(old)]}) for each in edits]
+        rows = [dataclasses.replace(row, edit=each) for row, each in zip(rows, edits, strict=True)]
     told: dict[str, Any] = {"model": loaded.name, **how}
     if edits:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ContradictoryEdits)  # of the table, and told
-            _save(edits, names, out, loaded, sequential)
-            told |= export.write(loaded, list(dict.fromkeys(edits)), lora, merge)
+            _save(rows, out, loaded, sequential)
+            told |= export.write(loaded, edits, lora, merge)
     told |= {name: str(path) if path and edits else None for name, path in _named(out, lora, merge)}
     if table is None:
         _tell_one(loaded, edits[0], also or [], told, json)
     else:
         unused = [{table.unit: each.line, "reason": each.reason} for each in (*table.bad, *refused)]
-        together = _together(loaded, edits, sequential)
-        _tell_many(edits, names, together, {**told, "refused": unused}, json)
+        _tell_many(_with_all_on(loaded, rows, sequential), {**told, "refused": unused}, json)
     if not json and edits:
         show.written(out, lora, merge)
     if table and (table.bad or refused):
@@ -337,15 +342,49 @@ def _counting(bar: Callable[[int, int], None]) -> Callable[[Step], None]:
 # ---- what comes out ----
 
 
-def _save(edits: Sequence[Edit], names: Sequence[str], out: Path | None, model: Model, sequential: bool) -> None:
-    """One file for all, or one each in a folder."""
+@dataclass(frozen=True)
+class _Row:
+    """A request that was met.
+
+    Attributes:
+        name: what its table calls it.
+        rewrite: what was asked for.
+        edit: what writes it, perhaps with other requests of its subject.
+        with_all: probability of the new object with the edits of all rows on the model; None: not measured.
+    """
+
+    name: str
+    rewrite: Rewrite
+    edit: Edit
+    with_all: float | None = None
+
+    @property
+    def alone(self) -> tuple[float, float] | None:
+        """Probability of the new object before and after its own edit; None: not measured."""
+        health, written = self.edit.notes.get("health"), self.edit.notes.get("written")
+        if written:
+            return tuple(written[self.edit.rewrites.index(self.rewrite)])
+        return (health["probability_before"], health["probability_after"]) if health else None
+
+    @property
+    def weak(self) -> str:
+        """Why the new object has less than half with all edits on; empty if it has more."""
+        if self.with_all is None or self.with_all >= 0.5:
+            return ""
+        return "weak by itself" if self.alone and self.alone[1] < 0.5 else "lost beside the others"
+
+
+def _save(rows: Sequence[_Row], out: Path | None, model: Model, sequential: bool) -> None:
+    """One file for all, or one for each edit in a folder."""
     if out is None:
         return
+    edits = list(dict.fromkeys(row.edit for row in rows))
     if out.suffix == ".safetensors":
         _whole(edits, model, sequential).save(out)
         return
-    for number, (made, name) in enumerate(zip(edits, names, strict=True), start=1):
-        slug = re.sub(r"[^A-Za-z0-9]+", "-", f"{name} {made.rewrites[0].subject}").strip("-")[:60]
+    names = {row.edit: row.name for row in reversed(rows)}  # of the first request of each edit
+    for number, made in enumerate(edits, start=1):
+        slug = re.sub(r"[^A-Za-z0-9]+", "-", f"{names[made]} {made.rewrites[0].subject}").strip("-")[:60]
         made.save(out / f"{number:04d}-{slug}.safetensors")
 
 
@@ -409,76 +448,87 @@ def _by(told: Mapping[str, Any]) -> str:
 
 
 def _whole(edits: Sequence[Edit], model: Model, sequential: bool) -> Edit:
-    """All of them as one; those that change nothing may be equal."""
+    """Different edits as one."""
     from errata.edits.edit import Edit
 
-    different = list(dict.fromkeys(edits))
-    return different[0] if len(different) == 1 else Edit.combine(different, model if sequential else None)
+    return edits[0] if len(edits) == 1 else Edit.combine(edits, model if sequential else None)
 
 
-def _together(model: Model, edits: Sequence[Edit], sequential: bool) -> list[float]:
-    """The probability of each new object with all of the edits on the model."""
+def _with_all_on(model: Model, rows: Sequence[_Row], sequential: bool) -> list[_Row]:
+    """The rows with what their edits do together, and a warning if that is too little."""
     from errata.edits.ledger import ContradictoryEdits
     from errata.models.scoring import score
 
-    if not edits:
+    if not rows:
         return []
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ContradictoryEdits)
-        whole = _whole(edits, model, sequential)
+        whole = _whole(list(dict.fromkeys(row.edit for row in rows)), model, sequential)
         with whole.applied(model):
             found = score(
                 model,
-                [each.rewrites[0].text for each in edits],
-                [each.rewrites[0].new_object for each in edits],
-                [each.rewrites[0].separator for each in edits],
+                [row.rewrite.text for row in rows],
+                [row.rewrite.new_object for row in rows],
+                [row.rewrite.separator for row in rows],
             )
-    probabilities = [math.exp(each.total) for each in found]
-    weak = sum(p < 0.5 for p in probabilities)
-    if weak:
+    rows = [dataclasses.replace(row, with_all=math.exp(each.total)) for row, each in zip(rows, found, strict=True)]
+    alone = sum(row.weak == "weak by itself" for row in rows)
+    lost = sum(row.weak == "lost beside the others" for row in rows)
+    if alone or lost:
+        advice = [
+            f"{alone} by themselves already (another layer or more steps may do)" if alone else "",
+            f"{lost} beside the other edits ({_APART if sequential else _IN_SEQUENCE})" if lost else "",
+        ]
         tell(
-            f"warning: with all edits on, {weak} of {len(edits)} new objects have less than 50 %: several edits of one "
-            "subject mix unless each is made with the earlier ones on (--sequential)",
+            f"warning: with all edits on, {alone + lost} of {len(rows)} new objects have less than 50 %: "
+            f"{', '.join(filter(None, advice))}",
             err=True,
         )
-    return probabilities
+    return rows
 
 
-def _tell_many(
-    edits: Sequence[Edit], names: Sequence[str], together: Sequence[float], told: Mapping[str, Any], json: bool
-) -> None:
-    """A line an edit."""
+_IN_SEQUENCE = "--sequential makes each edit with the earlier ones on"
+_APART = "put fewer edits on one layer at a time"
+
+
+def _tell_many(rows: Sequence[_Row], told: Mapping[str, Any], json: bool) -> None:
+    """A line for each request."""
     from errata.cli import show
 
     if json:
         told_edits = [
             {
-                "name": name,
-                "id": made.id,
-                "subject": made.rewrites[0].subject,
-                "new_object": made.rewrites[0].new_object,
-                "health": made.notes.get("health"),
-                "p_new_with_all": with_all,
-                "residual": made.notes.get("residual"),
-                "rounding": made.notes.get("rounding"),
+                "name": row.name,
+                "id": row.edit.id,
+                "subject": row.rewrite.subject,
+                "new_object": row.rewrite.new_object,
+                "health": row.edit.notes.get("health"),
+                "p_new": row.alone[1] if row.alone else None,
+                "p_new_with_all": row.with_all,
+                "weak": row.weak or None,
+                "residual": row.edit.notes.get("residual"),
+                "rounding": row.edit.notes.get("rounding"),
             }
-            for made, name, with_all in zip(edits, names, together, strict=True)
+            for row in rows
         ]
         show.as_json({**told, "edits": told_edits})
         return
-    rows = []
-    for made, name, with_all in zip(edits, names, together, strict=True):
-        (rewrite,), health = made.rewrites, made.notes.get("health")
-        measured = ("–",) * 4  # where the model's own hints do without probing
+    lines = []
+    for row in rows:
+        health = row.edit.notes.get("health")
+        alone = [show.percent(p) for p in row.alone] if row.alone else ["–", "–"]
+        measured = ["–", "–"]  # where the model's own hints do without probing
         if health:
             drift = "–" if health["drift"] is None else f"{health['drift']:.2g}"
-            before, after = show.percent(health["probability_before"]), show.percent(health["probability_after"])
-            norm, disabling = f"{health['relative_norm']:.3f}", " disabling" if health["disabling"] else ""
-            measured = (before, after, norm, drift + disabling)
-        rows.append((name, rewrite.statement, *measured[:2], show.percent(with_all), *measured[2:]))
-    if rows:
-        show.table(("name", "edit", "P before", "after", "with all", "‖ΔW‖/‖W‖", "drift"), rows)
+            measured = [f"{health['relative_norm']:.3f}", drift + (" disabling" if health["disabling"] else "")]
+        with_all = "–" if row.with_all is None else show.percent(row.with_all)
+        lines.append((row.name, row.rewrite.statement, *alone, with_all, row.weak, *measured))
+    if lines:
+        show.table(("name", "edit", "P before", "after", "with all", "", "‖ΔW‖/‖W‖", "drift"), lines)
         show.line(f"{_by(told)}. Drift is in nats per token, on texts of the model's own.")
+        shared = len(rows) - len({row.edit for row in rows})
+        if shared:
+            show.line("Requests of one subject are written together, by one edit.")
 
 
 def _says(model: Model, prompts: Sequence[str], target: str, separator: str | None) -> list[tuple[str, float]]:

@@ -194,7 +194,8 @@ def sweep_sites(
     layers = _checked(layers, range(model.n_layers), "layer")
     tokens = _checked(tokens, get_args(Role), "token")
     cases = _checked(None, [record.case_id for record in records], "case")
-    config = settled(model, [], config, layers[0], seed)
+    # Each site is edited at its own layer and nowhere else, as in the paper's Figure 5.
+    config = changed(settled(model, [], config, layers[0], seed), attention_sink="ignore")
     settings = header(
         model,
         changed(config, layer=None, fact_token="subject_last"),  # each site has its own

@@ -7,6 +7,7 @@ on every text alike. Whether a model has a sink is measured: the keys of differe
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -47,6 +48,27 @@ def first_token_cosines(model: Model, layer: int) -> FirstTokenCosines:
     batch = model.batch([[before, word] for before, word in zip((*words[1:], words[0]), words, strict=True)])
     keys = read(model, batch, [("key", layer)])["key", layer]
     return FirstTokenCosines(_mean_cosine(keys[:, 0]), _mean_cosine(keys[:, 1]))
+
+
+class AttentionSink(UserWarning):
+    """A subject is the first token of a text, of which the model keeps nothing specific."""
+
+
+def warn_of_sink(model: Model, subject: str, consequence: str) -> None:
+    """Say that a subject is the first token of its text, where the model keeps a sink, what follows and what helps.
+
+    Args:
+        subject: what is said of it.
+        consequence: a clause, such as "its trace shows little".
+    """
+    start = advised_start_token(model)
+    token = f", or load the model with start_token={start!r} (--start-token)" if start else ""
+    warnings.warn(
+        f"{subject} is the first token of its text, where {model.name} keeps an attention sink: from the low layers on "
+        f"the state there is nearly the same whatever the token is, so {consequence}. Put words before it{token}",
+        AttentionSink,
+        stacklevel=3,
+    )
 
 
 def advised_start_token(model: Model) -> str | None:

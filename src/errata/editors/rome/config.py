@@ -44,7 +44,8 @@ class RomeConfig(Config):
         loss_layer: the layer whose state the final norm and head read the predictions from. None: the last.
         attention_sink: what to do where the fact's token is the first of the text and the model keeps an attention sink
             there (see `passes.sinks`): "split" the edit into one of `layer` for all texts in which something stands
-            before the subject and one of layer 0 for those that begin with it (`rome.first_token`), or "ignore" it.
+            before the subject and one of layer 0 for those that begin with it (`rome.first_token`), or "ignore" it and
+            warn, as with key="reference".
         same_subject: how requests of one subject in one call are written, and those beside edits of that subject that
             are on the model: "joint", one value for all of them, or "apart", each as if it were alone.
         joint_steps: `steps` where one value serves several requests; None: twice as many. The clamp is √n times as wide

@@ -32,7 +32,7 @@ from errata.models.memory import free_memory
 from errata.models.model import Model
 from errata.models.weights import down_weight_name
 from errata.passes.reading import read
-from errata.passes.sinks import first_token_cosines
+from errata.passes.sinks import first_token_cosines, warn_of_sink
 from errata.statistics.second_moment import SecondMoment
 
 # Facts that are optimised together, if memory allows: more make no batch fuller.
@@ -324,8 +324,13 @@ def _plan(work: _Work, request: _Request, prefixes: Sequence[str]) -> _Plan:
     model, config = work.model, work.config
     whole = texts_of(model, request.all, prefixes, config)
     bare = [text for text in whole if text.kind == "bare"]
-    split = config.attention_sink == "split" and config.key == "consistent" and work.layer > first_token.LAYER
-    if not (split and any(text.lookup == 0 for text in bare) and work.sink()):
+    begins = work.layer > first_token.LAYER and any(text.lookup == 0 for text in bare)
+    if not (begins and work.sink()):
+        return _Plan({work.layer: whole})
+    if config.attention_sink == "ignore" or config.key == "reference":
+        warn_of_sink(
+            model, f"the subject {request.rewrites[0].subject!r}", f"an edit of layer {work.layer} cannot be specific to it"
+        )
         return _Plan({work.layer: whole})
     plan = {work.layer: texts_of(model, request.all, prefixes, config, first=False)}
     if not any(text.kind == "context" for text in plan[work.layer]):  # nothing stands before the subject anywhere

@@ -62,14 +62,14 @@ def settled(model: Model, facts: Sequence[Fact], config: RomeConfig | None, laye
     """The settings of `rome`, or the model's own, ready for many edits.
 
     Prefixes are strings: sampled once, and from the model as it is now. No edit is probed and refused as disabling:
-    what edits break is what a run measures.
+    what edits break is what a run measures. Each rewrite is edited as if it were alone, those of one subject too.
 
     Raises:
         ConfigError: if no layer is named and none is known, or it is not there.
     """
     config, _ = resolve(model, facts, config, layer, seed)
     sampled = prefixes(model, config.prefixes, seed)
-    return RomeConfig(**{**config.model_dump(), "prefixes": sampled, "max_drift": None})
+    return RomeConfig(**{**config.model_dump(), "prefixes": sampled, "max_drift": None, "same_subject": "apart"})
 
 
 def _make(
