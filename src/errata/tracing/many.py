@@ -25,7 +25,7 @@ from errata.models.fingerprint import weights_digest
 from errata.models.model import Model
 from errata.tracing.config import TraceConfig, chosen
 from errata.tracing.noise import measure
-from errata.tracing.prepare import Prepared, prepare
+from errata.tracing.prepare import Prepared, prepare, warn_of_sinks
 from errata.tracing.result import FORMAT, KIND, CausalTrace, as_record, from_record
 from errata.tracing.runs import Progress, checked_memory, enough_memory, rows_at_once, trace_together
 
@@ -90,6 +90,7 @@ def trace_facts(
     if not prepared:
         return TracedFacts((), tuple(refused))
     begun = _begun(path, facts)
+    warn_of_sinks(model, list(prepared.values()))
     if subjects is None:
         subjects = [each.fact.subject for index, each in prepared.items() if index < begun]
     if not subjects:  # none of the first ones can be traced

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from errata.base.errors import FactError
@@ -9,6 +10,7 @@ from errata.base.facts import Fact
 from errata.models.model import Model
 from errata.models.scoring import target_ids
 from errata.models.tokens import Span, check_length, locate_fact
+from errata.passes.sinks import first_token_cosines, warn_of_sink
 from errata.tracing.config import TraceConfig
 from errata.tracing.result import token_roles
 
@@ -66,3 +68,15 @@ def prepare(model: Model, fact: Fact, config: TraceConfig) -> Prepared:
     if len(prepared.ids) > model.max_length:
         raise FactError(f"prompt and answer on {fact.subject!r} have more than {model.max_length} tokens: shorten them")
     return prepared
+
+
+def warn_of_sinks(model: Model, prepared: Sequence[Prepared]) -> None:
+    """Say which subjects end at the first token of their text, if the model keeps an attention sink there."""
+    subjects = [each.fact.subject for each in prepared if each.span.last == 0]
+    if subjects and first_token_cosines(model, model.n_layers // 2).sink:
+        others = f" (and {len(subjects) - 1} more subjects)" if subjects[1:] else ""
+        warn_of_sink(
+            model,
+            f"the subject {subjects[0]!r}{others}",
+            "restoring it there in middle layers restores little of the subject",
+        )

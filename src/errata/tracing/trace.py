@@ -24,7 +24,7 @@ from errata.models.model import Model
 from errata.passes.replay import tell_if_plain
 from errata.tracing.config import TraceConfig, chosen
 from errata.tracing.noise import measure
-from errata.tracing.prepare import prepare
+from errata.tracing.prepare import prepare, warn_of_sinks
 from errata.tracing.result import CausalTrace
 from errata.tracing.runs import Progress, checked_memory, trace_together
 
@@ -63,6 +63,7 @@ def trace(
     """
     config = chosen(config, settings)
     prepared = prepare(model, fact, config)
+    warn_of_sinks(model, [prepared])
     disturbance = measure(config.corruption, model, subjects, own=fact.subject)
     budget = checked_memory(memory, model)
     fingerprint = weights_digest(model.hf)

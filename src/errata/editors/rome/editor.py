@@ -329,7 +329,9 @@ def _plan(work: _Work, request: _Request, prefixes: Sequence[str]) -> _Plan:
         return _Plan({work.layer: whole})
     if config.attention_sink == "ignore" or config.key == "reference":
         warn_of_sink(
-            model, f"the subject {request.rewrites[0].subject!r}", f"an edit of layer {work.layer} cannot be specific to it"
+            model,
+            f"the subject {request.rewrites[0].subject!r}",
+            f"an edit of layer {work.layer} cannot be specific to it",
         )
         return _Plan({work.layer: whole})
     plan = {work.layer: texts_of(model, request.all, prefixes, config, first=False)}
@@ -362,6 +364,8 @@ def _parts(
 ) -> list[_Part | ErrataError]:
     """Key, value and change of requests at one layer, computed together."""
     model, config = work.model, work.config
+    if layer != work.layer:  # what the lowest block writes is heard through all others: a longer way
+        config = RomeConfig(**{**config.model_dump(), "steps": 2 * config.steps})
     loss_layer = value.loss_layer_of(model, layer, [text for some in texts for text in some], config)
     recorded = record_texts(model, layer, [text for some in texts for text in some], loss_layer)
     owners = [place for place, some in enumerate(texts) for _ in some]

@@ -48,7 +48,9 @@ def texts_of(
         FactError: if a text is too long for the model, a role has no token, or the target melts into the prompt.
     """
     # First the bare prompts: one that does not do is told of as it was written.
-    texts = [_until_lookup(model, "bare", Context.of(rewrite.fact, "", model.tokenizer), config) for rewrite in rewrites]
+    texts = [
+        _until_lookup(model, "bare", Context.of(rewrite.fact, "", model.tokenizer), config) for rewrite in rewrites
+    ]
     if config.kl_factor:
         before = next((prefix for prefix in prefixes if prefix), "") if first is False else ""
         kl = Context.of(Fact(rewrites[0].subject, config.kl_prompt), before, model.tokenizer)
