@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import math
 
 import pytest
 
+from errata.api import load_model
+from errata.cli.edit import _still_falling, _verdict
 from errata.edits.edit import Edit
 from errata.models.loading import load_pretrained
+from errata.models.scoring import score
 from test_cli import FACT, refused
 from tiny import TEXT, byte_tokenizer, tiny
 
@@ -28,6 +33,53 @@ def test_one_fact_is_shown_with_its_layer_and_its_health(errata, tmp_path):
     assert Edit.load(tmp_path / "d.safetensors").notes["health"]["disabling"] is False
     assert (tmp_path / "lora" / "adapter_model.safetensors").is_file()
     assert (tmp_path / "merged" / "model.safetensors").is_file()
+
+
+def test_an_edit_is_judged_in_words_and_by_each_prompts_own_answer(errata):
+    neighbour = "The native language of Danielle Darrieux is"
+    done = errata("edit", *FACT, "--to", "Italian", "--also", neighbour, "--json")
+    said = json.loads(done.stdout)
+    own, other = said["prompts"]
+    assert own["answer"] == "English"
+    assert own["p_answer_before"] > 0.5 > own["p_answer_after"]
+    model = load_model()
+    assert model.complete(neighbour, 12).startswith(f"{neighbour} {other['answer']}")
+    (scored,) = score(model, [neighbour], [other["answer"]])
+    assert other["p_answer_before"] == pytest.approx(math.exp(scored.total), rel=1e-3)
+    assert other["answer"] != "Italian"
+    assert other["p_answer_before"] > 0.5
+    assert said["verdict"].startswith("The edit took: P(Italian) 9")
+    shown = " ".join(errata("edit", *FACT, "--to", "Italian", "--also", neighbour).stdout.split())
+    assert said["verdict"] in shown
+    assert "answer before" in shown
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "health", "words"),
+    [
+        (0.1, 0.9, {"disabling": False, "drift": 0.002}, "The edit took: P(x) 90.0 %, 10.0 % before; unrelated text h"),
+        (0.1, 0.9, {"disabling": False, "drift": 0.1}, "unrelated text moved noticeably (0.1 nats per token)"),
+        (0.1, 0.9, {"disabling": False, "drift": 0.7}, "unrelated text moved far (0.7 nats per token)"),
+        (0.1, 0.4, {"disabling": False, "drift": 0.0}, "The edit is weak: P(x) 40.0 %"),
+        (0.6, 0.9, {"disabling": False, "drift": 0.0}, "changes little: the model gave this answer before"),
+        (0.1, 0.9, {"disabling": True, "drift": 3.0}, "The edit breaks the model"),
+        (0.1, 0.9, {"disabling": True, "drift": None}, "are no longer numbers"),
+        (0.1, 0.9, None, "was not measured"),
+    ],
+)
+def test_verdicts(before, after, health, words):
+    assert words in _verdict("x", before, after, health)
+
+
+def test_a_loss_that_was_still_falling_asks_for_more_steps(errata, tmp_path):
+    done = errata("edit", *FACT, "--to", "Italian", "--editor", "rome:layer=4,steps=4", "--out", "d.safetensors")
+    assert "The edit is weak" in done.stdout
+    assert "still falling after 4 steps: allow more, in --editor steps=8" in done.stderr
+    made = Edit.load(tmp_path / "d.safetensors")
+    assert _still_falling(made, {"layer": 4}).endswith("--editor rome:layer=4,steps=8")
+    steps = [{**step, "loss": 1.0} for step in made.notes["steps"]]
+    assert _still_falling(dataclasses.replace(made, notes={"steps": steps}), {}) is None
+    assert _still_falling(dataclasses.replace(made, notes={"steps": made.notes["steps"][:3]}), {}) is None
 
 
 def test_the_old_object_is_the_models_phrase_or_what_is_named(errata, tmp_path):
@@ -119,6 +171,7 @@ def test_a_disabling_edit_is_refused_unless_forced(errata, monkeypatch):
         RomeConfig.model_rebuild(force=True)
 
 
+@pytest.mark.filterwarnings("ignore:weak evidence for layer")  # its weights are random
 def test_another_model_needs_a_corpus_and_finds_its_layer(errata, tmp_path):
     hf, tokenizer = tiny("llama", layers=4), byte_tokenizer()
     hf.save_pretrained(tmp_path / "m")

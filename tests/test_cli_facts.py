@@ -11,8 +11,11 @@ import time
 
 import pytest
 
-from errata.benchmarks.fact_table import read_facts
+from errata.base.facts import Fact
+from errata.benchmarks.fact_table import FactRow, read_facts
+from errata.cli.facts import _tell_unknown
 from errata.metrics import knowledge
+from errata.metrics.knowledge import Knowledge
 from test_cli import refused
 
 WRONG = set(range(0, 30, 6))
@@ -86,6 +89,19 @@ Arthur Conan Doyle,The native language of {} is,English
 ,The native language of {} is,English
 Roy Hargrove,The native language of {} is,
 """
+
+
+def test_the_first_unknown_facts_are_shown_with_what_the_model_says(capsys):
+    rows = [FactRow(n, Fact(f"S{n}", "{} is in", "Rome"), "", str(n)) for n in range(12)]
+    cut = [Knowledge(row, "Oslo, where\nit", "Oslo", False) for row in rows]
+    _tell_unknown(cut)
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "S9 is in" in shown
+    assert "S10 is in" not in shown
+    assert "Oslo, where it" in shown
+    assert "and 2 more: --json lists all" in shown
+    _tell_unknown([])
+    assert capsys.readouterr().out == ""
 
 
 def test_bad_lines_are_named_and_the_others_used(run, tmp_path):
@@ -177,7 +193,10 @@ def test_interrupted_it_goes_on(run, table, tmp_path, asked):
     asked.stop = 10**9
     refused(run(table, "--known", "--out", "known.csv", "--max-new-tokens", "5"), "max_new_tokens was 20, now is 5")
     assert asked.count == 20
-    assert "atlas knows 30 of 35 facts" in run(table, "--known", "--out", "known.csv").stdout
+    shown = run(table, "--known", "--out", "known.csv").stdout
+    assert "atlas knows 30 of 35 facts" in shown
+    assert "model names" in shown  # the five that it does not know, with its own answers
+    assert "more: --json" not in shown
     assert asked.count == 35
     assert written(tmp_path) == ["known.csv"]
     assert len(read_facts(tmp_path / "known.csv").rows) == 30

@@ -15,6 +15,7 @@ from errata.base.facts import Fact
 from errata.editors.published import Published, shape_of
 from errata.editors.rome import RomeConfig, rome
 from errata.editors.rome import layer as layers
+from errata.editors.rome import site as sites
 from errata.editors.rome.layer import known_layer, known_settings, resolve
 from errata.editors.rome.site import Site, _centre, early_site
 from errata.models.loading import load_pretrained
@@ -169,6 +170,16 @@ def test_auto_of_several_facts():
     config, how = resolve(model, [FACT], layer=site)
     assert config.layer == site.layer
     assert how == str(site)
+
+
+def test_a_site_with_little_effect_is_called_weak(monkeypatch):
+    strong = early_site(atlas(), [KNOWN], samples=3)
+    assert not strong.weak
+    assert "weak" not in str(strong)
+    assert str(Site(1, (0.0, 0.005, 0.0), 1)).endswith("brings back only 0.5 points: weak evidence)")
+    monkeypatch.setattr(sites, "_WEAK_EFFECT", 1.0)
+    with pytest.warns(sites.WeakSite, match=f"weak evidence for layer {strong.layer}: .* brings back only"):
+        early_site(atlas(), [KNOWN], samples=3)
 
 
 def test_auto_is_refused_where_the_answer_does_not_depend_on_the_subject():

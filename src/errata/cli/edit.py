@@ -394,14 +394,16 @@ def _tell_one(model: Model, made: Edit, also: Sequence[str], told: Mapping[str, 
 
     (rewrite,) = made.rewrites
     prompts, to = [rewrite.text, *also], rewrite.new_object
-    before = _says(model, prompts, to, rewrite.separator)
+    answers = [_answer(model, prompt) for prompt in prompts]
+    before = _says(model, prompts, to, rewrite.separator, answers)
     with made.applied(model):
-        after = _says(model, prompts, to, rewrite.separator)
+        after = _says(model, prompts, to, rewrite.separator, answers)
     norm = made.relative_norm(model)
-    if after[0][1] < 0.5:
+    verdict = _verdict(to, before[0].p_new, after[0].p_new, made.notes.get("health"))
+    if after[0].p_new < 0.5:
         tell(
-            f"warning: the edit is weak: P({to}) is {show.percent(after[0][1])} after it, {show.percent(before[0][1])} "
-            f"before. {_ADVICE['layer' in told]}",
+            f"warning: the edit is weak: P({to}) is {show.percent(after[0].p_new)} after it, "
+            f"{show.percent(before[0].p_new)} before. {_still_falling(made, told) or _ADVICE['layer' in told]}",
             err=True,
         )
     if json:
@@ -413,9 +415,19 @@ def _tell_one(model: Model, made: Edit, also: Sequence[str], told: Mapping[str, 
                 "weights": [delta.weight for delta in made.deltas],
                 "relative_norm": norm,
                 "prompts": [
-                    {"prompt": p, "before": b[0], "after": a[0], "p_new_before": b[1], "p_new_after": a[1]}
-                    for p, b, a in zip(prompts, before, after, strict=True)
+                    {
+                        "prompt": prompt,
+                        "before": b.text,
+                        "after": a.text,
+                        "p_new_before": b.p_new,
+                        "p_new_after": a.p_new,
+                        "answer": answer.strip() or None,
+                        "p_answer_before": b.p_answer,
+                        "p_answer_after": a.p_answer,
+                    }
+                    for prompt, answer, b, a in zip(prompts, answers, before, after, strict=True)
                 ],
+                "verdict": verdict,
                 "health": made.notes.get("health"),
                 "residual": made.notes.get("residual"),
                 "rounding": made.notes.get("rounding"),
@@ -424,9 +436,11 @@ def _tell_one(model: Model, made: Edit, also: Sequence[str], told: Mapping[str, 
         )
         return
     rows = [
-        (p, b[0], show.percent(b[1]), a[0], show.percent(a[1])) for p, b, a in zip(prompts, before, after, strict=True)
+        (prompt, b.text, a.text, _change(b.p_new, a.p_new), _change(b.p_answer, a.p_answer))
+        for prompt, b, a in zip(prompts, before, after, strict=True)
     ]
-    show.table(("prompt", "before", f"P({to})", "after", f"P({to})"), rows)
+    show.table(("prompt", "before", "after", f"P({to})", "P(answer before)"), rows)
+    show.line(verdict)
     weights = ", ".join(delta.weight for delta in made.deltas)
     whence = {"model": "as the model said before; --from names another", "given": "by --from"}
     show.line(f"old object: “{rewrite.fact.object}”, {whence[made.notes['old_object']]}")
@@ -531,12 +545,102 @@ def _tell_many(rows: Sequence[_Row], told: Mapping[str, Any], json: bool) -> Non
             show.line("Requests of one subject are written together, by one edit.")
 
 
-def _says(model: Model, prompts: Sequence[str], target: str, separator: str | None) -> list[tuple[str, float]]:
-    """For each prompt how the model goes on, and the probability of the target."""
+@dataclasses.dataclass(frozen=True)
+class _Said:
+    """A model's response to a prompt.
+
+    Attributes:
+        text: the start of its greedy continuation.
+        p_new: probability of the new object.
+        p_answer: probability of the answer that the unedited model gave; None if it gave none.
+    """
+
+    text: str
+    p_new: float
+    p_answer: float | None
+
+
+def _answer(model: Model, prompt: str) -> str:
+    """The model's own answer to a prompt, with the white space and quote before it; "" if it gives none."""
+    said = model.complete(prompt, _ANSWER_TOKENS)[len(prompt) :]
+    answer = phrase(said)
+    return said[: said.index(answer) + len(answer)] if answer else ""
+
+
+def _says(
+    model: Model, prompts: Sequence[str], target: str, separator: str | None, answers: Sequence[str]
+) -> list[_Said]:
+    """The model's response to each prompt; `answers` are scored exactly as written."""
     from errata.models.scoring import score
 
-    found = score(model, prompts, [target] * len(prompts), [separator] * len(prompts))
+    given = [(prompt, answer) for prompt, answer in zip(prompts, answers, strict=True) if answer]
+    found = score(
+        model,
+        [*prompts, *(prompt for prompt, _ in given)],
+        [*[target] * len(prompts), *(answer for _, answer in given)],
+        [*[separator] * len(prompts), *[""] * len(given)],
+    )
+    probabilities = [math.exp(each.total) for each in found]
+    own = iter(probabilities[len(prompts) :])
     return [
-        (model.complete(prompt, 6)[len(prompt) :].split("\n")[0].strip(), math.exp(each.total))
-        for prompt, each in zip(prompts, found, strict=True)
+        _Said(
+            model.complete(prompt, 6)[len(prompt) :].split("\n")[0].strip(),
+            p_new,
+            next(own) if answer else None,
+        )
+        for prompt, answer, p_new in zip(prompts, answers, probabilities[: len(prompts)], strict=True)
     ]
+
+
+def _change(before: float | None, after: float | None) -> str:
+    """A probability before and after, for a table."""
+    from errata.cli import show
+
+    return "–" if before is None or after is None else f"{show.percent(before)} → {show.percent(after)}"
+
+
+# Drift, in nats per token, up to which unrelated text counts as hardly, and as noticeably moved.
+_SMALL_DRIFT, _NOTICEABLE_DRIFT = 0.02, 0.2
+
+
+def _verdict(to: str, before: float, after: float, health: Mapping[str, Any] | None) -> str:
+    """Whether the edit is good, in one sentence.
+
+    Args:
+        to: the new object.
+        before, after: its probability.
+        health: the edit's; None if it was not measured.
+    """
+    from errata.cli import show
+
+    if health is not None and health["disabling"]:
+        begin = "The edit breaks the model"
+    elif after < 0.5:
+        begin = "The edit is weak"
+    elif before >= 0.5:
+        begin = "The edit changes little: the model gave this answer before"
+    else:
+        begin = "The edit took"
+    said = f"{begin}: P({to}) {show.percent(after)}, {show.percent(before)} before"
+    if health is None:
+        return f"{said}; its effect on unrelated text was not measured."
+    drift = health["drift"]
+    if drift is None:
+        return f"{said}; predictions on unrelated text are no longer numbers."
+    how = "hardly moved" if drift <= _SMALL_DRIFT else "moved noticeably" if drift <= _NOTICEABLE_DRIFT else "moved far"
+    return f"{said}; unrelated text {how} ({drift:.2g} nats per token)."
+
+
+def _still_falling(made: Edit, told: Mapping[str, Any]) -> str | None:
+    """Advice to take more steps, if the loss was still falling when they ran out."""
+    steps, losses = made.config.get("steps"), [step["loss"] for step in made.notes.get("steps", ())]
+    if not isinstance(steps, int) or len(losses) != steps or steps < 2:
+        return None
+    half = max(1, min(5, steps // 2))  # Adam's loss is noisy from step to step: compare means
+    if not sum(losses[-half:]) < _FALLING * sum(losses[-2 * half : -half]):
+        return None
+    where = f"--editor rome:layer={told['layer']}," if "layer" in told else "in --editor "
+    return f"Its loss was still falling after {steps} steps: allow more, {where}steps={2 * steps}"
+
+
+_FALLING = 0.95  # a loss that ends below this share of what it was a few steps earlier was still falling

@@ -14,6 +14,7 @@ from errata.cli import options, tables
 
 if TYPE_CHECKING:
     from errata.benchmarks.fact_table import FactRow
+    from errata.metrics.knowledge import Knowledge
     from errata.models.model import Model
 
 KIND = "continuations"
@@ -60,6 +61,7 @@ def facts(
         bad += [BadLine(row.line, "it has no object to know") for row in table.rows if not row.fact.object]
     tables.tell_bad_lines(bad, file, table.unit, strict)
     kept: Sequence[FactRow] = table.rows
+    unknown: list[Knowledge] = []
     result: dict[str, object] = {"file": str(file), "facts": len(kept)}
     summary = f"{len(kept)} facts in {file}"
     if known and out:
@@ -76,6 +78,7 @@ def facts(
         said = ask(loaded, rows, progress, table.digest, max_new_tokens, batch_size)
         verdicts = judge(rows, said, all_answers=all_answers, ignore_case=ignore_case)
         kept = [each.row for each in verdicts if each.known]
+        unknown = [each for each in verdicts if not each.known]
         summary = f"{loaded.name} knows {len(kept)} of {len(rows)} facts in {file}"
         result |= {
             "model": loaded.name,
@@ -101,10 +104,29 @@ def facts(
         show.as_json({**result, "bad": told, "written": str(out) if out else None})
     else:
         tell(summary)
+        _tell_unknown(unknown)
         show.written(out)
     if bad:
         tell(f"left out: {len(bad)} of {len(table.rows) + len(table.bad)}", err=True)
         raise typer.Exit(1)
+
+
+_SHOWN = 10  # facts that the model does not know
+
+
+def _tell_unknown(unknown: Sequence[Knowledge]) -> None:
+    """A table of the first facts that the model does not know, with its own answers."""
+    from errata.cli import show
+
+    if not unknown:
+        return
+    rows = [
+        (each.row.fact.text, each.row.fact.object, each.named or "–", " ".join(each.continuation.split())[:60])
+        for each in unknown[:_SHOWN]
+    ]
+    show.table(("prompt", "object", "model names", "model says"), rows, "Not known:")
+    if len(unknown) > _SHOWN:
+        show.line(f"and {len(unknown) - _SHOWN} more: --json lists all")
 
 
 def ask(

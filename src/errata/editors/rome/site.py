@@ -6,6 +6,7 @@ ROME edits in the middle of those layers.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -21,6 +22,12 @@ from errata.tracing.trace import trace
 _FACTS_TRACED = 10
 # A total effect below this leaves nothing to find a site by.
 _MIN_EFFECT = 0.01
+# An indirect effect below this is weak evidence for a layer.
+_WEAK_EFFECT = 0.02
+
+
+class WeakSite(UserWarning):
+    """A trace chose a layer although restoring its MLP outputs brings back little of the answer."""
 
 
 @dataclass(frozen=True)
@@ -37,11 +44,17 @@ class Site:
     effects: tuple[float, ...]
     facts: int
 
+    @property
+    def weak(self) -> bool:
+        """Whether the chosen layer restores too little for the choice to be trusted."""
+        return self.effects[self.layer] < _WEAK_EFFECT
+
     def __str__(self) -> str:
         of = "the fact" if self.facts == 1 else f"{self.facts} facts"
+        points = f"{'only ' if self.weak else ''}{100 * self.effects[self.layer]:.1f} points"
         return (
-            f"the middle of the MLP's early site by a trace of {of} (restoring MLP outputs around "
-            f"it at the subject's last token brings back {100 * self.effects[self.layer]:.1f} points)"
+            f"the middle of the MLP's early site by a trace of {of} (restoring MLP outputs around it at the subject's "
+            f"last token brings back {points}{': weak evidence' if self.weak else ''})"
         )
 
 
@@ -92,7 +105,16 @@ def early_site(
             "Say the layer, or trace facts that it knows"
         )
     mean = np.mean(effects, axis=0)
-    return Site(_centre(mean[:-1]), tuple(map(float, mean)), len(effects))
+    site = Site(_centre(mean[:-1]), tuple(map(float, mean)), len(effects))
+    if site.weak:
+        warnings.warn(
+            f"weak evidence for layer {site.layer}: restoring the MLP outputs around it brings back only "
+            f"{100 * site.effects[site.layer]:.1f} points of the answer's probability, so another layer may be better. "
+            "Trace facts that the model knows, or compare edits at several layers",
+            WeakSite,
+            stacklevel=2,
+        )
+    return site
 
 
 def _centre(effects: np.ndarray) -> int:
