@@ -9,9 +9,15 @@ from pathlib import Path
 
 import pytest
 
+from errata import editor
+from errata.api import load_model
+from errata.atlas.records import records
+from errata.base.errors import ConfigError
+from errata.editors.rome.site import early_site
 from errata.edits.edit import Edit
 from errata.evaluation import executors, runner
 from errata.evaluation.results import Run
+from errata.statistics.second_moment import SecondMoment
 from goldens import SHARED
 from test_cli import refused
 from tiny import TEXT, byte_tokenizer, tiny
@@ -82,6 +88,33 @@ def test_the_atlas_with_all_that_is_measured(errata):
         "rome-steps=3,prefixes=none",
     }
     assert lines("run") == before  # nothing is measured again
+
+
+def test_the_layer_is_found_by_a_trace_of_the_records(errata):
+    command = ["--out", "run", "--editor", "traced=rome:layer=auto,steps=2,prefixes=none", "--limit", "2", *CHEAP]
+    done = errata(*command)
+    assert done.returncode == 0, done.stderr
+    (file,) = Path("run").rglob("traced.jsonl")
+    config = json.loads(file.read_text().splitlines()[0])["config"]
+    site = early_site(load_model(), [record.rewrite.fact for record in records(500)[:2]])
+    assert (config["layer"], config["layer_by"]) == (site.layer, "auto")
+    before = lines("run")
+    whole = file.read_text().splitlines(keepends=True)
+    file.write_text("".join(whole[:-1]))  # one record is left to do
+    done = errata(*command)
+    assert done.returncode == 0, done.stderr
+    assert lines("run") == before
+
+
+def test_a_layer_is_found_by_the_first_ten_facts_alone():
+    live = load_model()
+    facts = [record.rewrite.fact for record in records(14)]
+    settings = {"layer": "auto", "prefixes": "none", "second_moment": SecondMoment.identity(live.d_mlp)}
+    some, more = (editor(live, facts=given, **settings).config for given in (facts[:10], facts))
+    assert some == more
+    assert some["layer"] == early_site(live, facts).layer
+    with pytest.raises(ConfigError, match="facts"):
+        editor(live, facts=["Paris"], **settings)
 
 
 def test_no_editor_is_the_unedited_model_alone(errata):
@@ -200,7 +233,6 @@ def test_how_edits_that_were_made_move_a_text(errata):
         ("rome:=2", "'=2' is no setting"),
         ("rome:steps=2,steps=3", "steps is given twice"),
         ("rome:layer=99", "atlas has layers 0 to 7"),
-        ("rome:layer=auto", "name it"),
         ("rome:preset=papier", "no preset 'papier': choose of paper, reference"),
         ("rome:preset=[1]", "no preset [1]"),
         ("rome:clamp=Infinity", "clamp = inf does not do"),

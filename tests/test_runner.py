@@ -587,7 +587,7 @@ def test_an_editor_is_settled_once(tmp_path):
         ({"layer": 9}, "no layer 9"),
         ({"layer": 1, "preset": "papier"}, "choose of paper, reference"),
         ({"layer": 1, "preset": ["paper"]}, "choose of paper, reference"),
-        ({"layer": "auto"}, "name it"),
+        ({"layer": "auto"}, "there are none: give some"),
         ({"layer": 1, "max_drift": 0.5}, "max_drift does not do here"),
         ({"layer": 1, "probes": ["It rains."]}, "probes does not do here"),
         ({"layer": 1, "loss_layer": 0, "prefixes": "none"}, "from 1, which is edited, to 2, the last"),

@@ -5,7 +5,7 @@ They add one thing to the functions that they stand for: the embedded atlas by n
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial, wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +15,7 @@ import torch
 from errata.base.arguments import checked
 from errata.base.autocast import without_autocast
 from errata.base.errors import OutputError
+from errata.base.facts import Fact
 from errata.editors.editor import Editor
 from errata.editors.registry import method_of
 from errata.editors.rome.editor import SecondMoments
@@ -86,10 +87,16 @@ else:
         return _rome(model, *arguments, second_moment=_with_own_corpus(model, second_moment), **settings)
 
 
-@checked(model="Model", second_moment="SecondMoment|callable|dict")
+@checked(model="Model", second_moment="SecondMoment|callable|dict", facts=["Fact"])
 @without_autocast
 def editor(
-    model: Model, method: str = "rome", *, second_moment: SecondMoments | None = None, seed: int = 0, **settings: Any
+    model: Model,
+    method: str = "rome",
+    *,
+    second_moment: SecondMoments | None = None,
+    seed: int = 0,
+    facts: Sequence[Fact] = (),
+    **settings: Any,
 ) -> Editor:
     """A method by its name, ready to edit many records of a model, as `evaluate` takes it.
 
@@ -98,12 +105,13 @@ def editor(
         method: such as "rome".
         second_moment: as of `rome`; the atlas brings its own.
         seed: of everything random in it.
+        facts: for ROME with `layer="auto"`: a sample of the facts to edit, of which the first ten are traced.
         settings: the method's own, over what is known for the model.
 
     Raises:
         ConfigError: if there is no such method or setting, or it lacks what it needs.
     """
-    return method_of(method).prepare(model, settings, _with_own_corpus(model, second_moment), seed)
+    return method_of(method).editor(model, settings, _with_own_corpus(model, second_moment), seed, facts)
 
 
 def atlas_second_moment(model: Model, layer: int, progress: Callable[[int, int], None] | None = None) -> SecondMoment:

@@ -282,7 +282,8 @@ def _by_another(
     from errata.metrics import health
 
     name, settings = spec
-    prepared = method_of(name).prepare(model, settings, lambda layer: source.of(model, layer), seed)
+    facts = [each.fact for each in rewrites]
+    prepared = method_of(name).editor(model, settings, lambda layer: source.of(model, layer), seed, facts)
     made = prepared.make(model, rewrites)
     measured = iter(health.alone(model, [each for each in made if isinstance(each, Edit)], seed))
     found: list[Edit | ErrataError] = []

@@ -149,8 +149,9 @@ def evaluate(
         tables.tell_bad_lines(found.bad, data or out, "entry")
     loaded = options.load(model, device, dtype, download, start_token)
     records, measures = _measures(loaded, data, kind, found, limit, sample, generation, health, probes, seed)
+    facts = [record.rewrite.fact for record in records]
     editors = {
-        name: method.prepare(loaded, settings, lambda layer: source.of(loaded, layer), seed)
+        name: method.editor(loaded, settings, lambda layer: source.of(loaded, layer), seed, facts)
         for name, (method, settings) in methods.items()
     }
     where: Executor | None = None

@@ -9,13 +9,14 @@ A package brings one by an entry point in the group "errata.editors" that names 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
 from errata.base.config import Config
 from errata.base.errors import ConfigError
+from errata.base.facts import Fact
 from errata.editors.editor import Editor
 from errata.editors.fine_tuning import FineTuningConfig
 from errata.editors.fine_tuning import config as fine_tuning
@@ -32,7 +33,7 @@ from errata.models.model import Model
 
 GROUP = "errata.editors"
 
-Prepare = Callable[[Model, Mapping[str, Any], "SecondMoments | None", int], Editor]
+Prepare = Callable[..., Editor]  # (model, settings, second moments, seed), and `facts` where `takes_facts`
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,7 @@ class Method:
         prepare: makes it an editor of many rewrites on a model: from settings by name, second moments, and a seed.
         presets: what a setting called `preset` may be, and what that means.
         published: settings that are known for models, by their type and sizes.
+        takes_facts: whether `prepare` has an argument `facts`: a sample of what will be edited, to choose settings by.
     """
 
     name: str
@@ -56,6 +58,19 @@ class Method:
     prepare: Prepare
     presets: Mapping[str, str] = field(default_factory=dict)
     published: Mapping[Shape, Published] = field(default_factory=dict)
+    takes_facts: bool = False
+
+    def editor(
+        self,
+        model: Model,
+        settings: Mapping[str, Any],
+        second_moment: SecondMoments | None,
+        seed: int,
+        facts: Sequence[Fact] = (),
+    ) -> Editor:
+        """The editor that `prepare` makes; `facts` go to the methods that take them."""
+        more = {"facts": facts} if self.takes_facts else {}
+        return self.prepare(model, settings, second_moment, seed, **more)
 
 
 _CODES_TRAINING = {"reference": "the published code's training: every target token from the prompt's end, biases too"}
@@ -71,6 +86,7 @@ METHODS = {
             prepare_rome,
             {"paper": "all settings as in the paper", "reference": "all settings as in its published code"},
             rome.PUBLISHED,
+            takes_facts=True,
         ),
         Method(
             "ft",

@@ -21,16 +21,24 @@ from errata.statistics.second_moment import SecondMoment
 _PRESETS = {"paper": RomeConfig.paper, "reference": RomeConfig.reference}
 
 
-def prepare(model: Model, settings: Mapping[str, Any], second_moment: SecondMoments | None, seed: int) -> Editor:
+def prepare(
+    model: Model,
+    settings: Mapping[str, Any],
+    second_moment: SecondMoments | None,
+    seed: int,
+    facts: Sequence[Fact] = (),
+) -> Editor:
     """ROME as an editor of many.
 
     Args:
         model: as it will be edited.
         settings: of `RomeConfig`, over what is known for the model; or over a `preset`, "paper" or "reference".
         second_moment: as of `rome`.
-        seed: of the sampled prefixes.
+        seed: of the sampled prefixes, and of the trace that finds a layer.
+        facts: for `layer="auto"`, which traces the first ten of them, whichever records are edited later.
 
     Raises:
+        FactError: if the layer is "auto" and the trace finds none.
         ConfigError: if a setting does not do, no layer is named and none is known, or there is no second moment.
             A setting that does for some records alone is not told of here.
         StaleStatistics: if the second moment is of another layer or size.
@@ -44,9 +52,12 @@ def prepare(model: Model, settings: Mapping[str, Any], second_moment: SecondMome
     unused = [name for name in ("max_drift", "probes") if given.get(name) is not None]
     if unused:
         raise ConfigError(f"{unused[0]} does not do here: no edit is refused as disabling, for what they break is told")
-    if config.layer == "auto":
-        raise ConfigError("layer = 'auto' traces one fact, and many are edited here, all at one layer: name it")
-    config = settled(model, [], config, None, seed)
+    chosen_by = {"layer_by": "auto"} if config.layer == "auto" else {}
+    if chosen_by and not facts:
+        raise ConfigError(
+            "layer='auto' traces facts to find the layer, and there are none: give some (facts=[...]), or name a layer"
+        )
+    config = settled(model, facts, config, None, seed)
     assert isinstance(config.layer, int)  # settled
     if config.loss_layer is not None and not config.layer <= config.loss_layer < model.n_layers:
         raise ConfigError(
@@ -54,7 +65,7 @@ def prepare(model: Model, settings: Mapping[str, Any], second_moment: SecondMome
             f"{model.n_layers - 1}, the last"
         )
     moment = second_moment_of(model, second_moment, config)
-    told = {**config.model_dump(mode="json"), "seed": seed, "second_moment": tensor_digest(moment.matrix)}
+    told = {**config.model_dump(mode="json"), "seed": seed, "second_moment": tensor_digest(moment.matrix), **chosen_by}
     return Editor("rome", told, partial(_make, config=config, second_moment=moment, seed=seed))
 
 
