@@ -7,6 +7,7 @@ import json
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from errata.cli.trace import trace as command
 from errata.tracing import many
 from errata.tracing.average import AverageEffects, average_effects
 from errata.tracing.config import TraceConfig
-from errata.tracing.result import load_traces
+from errata.tracing.result import load_traces, save_traces
 from test_cli import FACT, refused
 
 DOYLE = {"subject": FACT[1], "prompt": FACT[3], "object": "English"}
@@ -218,6 +219,38 @@ def test_averages_are_shown(run, results):
     assert f" {100 * found.mean['state'][2, layer]:.1f} at {layer} " in row
     assert f"average total effect {100 * found.total_effect:.1f} ±" in done.stdout
     assert "Left out: 1 (answer is not the object)." in " ".join(done.stdout.split())
+
+
+def test_averages_of_several_files_are_shown_side_by_side(run, results, tmp_path):
+    fewer = [replace(each, restored={"severed_mlp": each.restored["severed_mlp"]}) for each in load_traces(results)[:3]]
+    save_traces(tmp_path / "few.jsonl", fewer)
+    done = run("average", results, "few.jsonl", *KEPT)
+    assert done.returncode == 0, done.stderr
+    assert f"few.jsonl ({fewer[0].model})" in done.stdout
+    heads = [line for line in done.stdout.splitlines() if "token (facts)" in line]
+    assert len(heads) == 2
+    assert all("state" in head and "severed" in head for head in heads)
+    said = json.loads(run("average", results, "few.jsonl", *KEPT, "--json").stdout)
+    assert [(each["file"], each["facts"]) for each in said["files"]] == [(str(results), 5), ("few.jsonl", 3)]
+    refused(run("average", results, "few.jsonl", "--out", "a.csv"), "--out holds the averages of one file")
+
+
+@pytest.mark.parametrize("kind", ["trace", "averages", "lines"])
+def test_figures_of_chosen_parts(run, results, tmp_path, kind):
+    more = ["--fact", "1"] if kind == "trace" else KEPT
+    traces = load_traces(results)
+    done = run("figure", kind, results, *more, "--parts", "severed_mlp", "--out", "p.svg")
+    assert done.returncode == 0, done.stderr
+    only = [replace(each, restored={"severed_mlp": each.restored["severed_mlp"]}) for each in traces]
+    save_traces(tmp_path / "only.jsonl", only)
+    assert run("figure", kind, "only.jsonl", *more, "--out", "own.svg").returncode == 0
+    assert (tmp_path / "p.svg").read_bytes() == (tmp_path / "own.svg").read_bytes()
+    assert run("figure", kind, results, *more, "--out", "all.svg").returncode == 0
+    assert (tmp_path / "p.svg").read_bytes() != (tmp_path / "all.svg").read_bytes()
+    refused(
+        run("figure", kind, results, *more, "--parts", "severed_mlp,soul", "--out", "q.svg"), "'soul', which is not in"
+    )
+    refused(run("figure", "severed", results, "--parts", "severed_mlp", "--out", "q.svg"), "--parts chooses parts")
 
 
 BROKEN = [DOYLE, DOYLE, {**DOYLE, "prompt": "is"}, {**DOYLE, "subject": "Roy " * 400}, FACTS[2]]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import json
+import math
 import re
 import shutil
 import subprocess
@@ -51,6 +52,23 @@ class Elements(HTMLParser):
 
     def handle_starttag(self, tag, attributes):
         self.all.append((tag, dict(attributes)))
+
+
+@pytest.mark.parametrize("probability", ["per_token", "total"])
+def test_the_new_objects_probability_is_the_same_in_a_records_prompts_and_its_health(tmp_path, probability):
+    (record,) = counterfact_records(1)
+    edited = counterfact_result(record, "rome")
+    new, old = edited.answers.rewrite[0]
+    rewrite = ((replace(new, total=-3.0, n_tokens=3), old),)
+    health = {**edited.health, "probability_before": math.exp(-6), "probability_after": math.exp(-3)}
+    edited = replace(edited, answers=replace(edited.answers, rewrite=rewrite), health=health)
+    results = {"unedited": [counterfact_result(record, "unedited")], "rome": [edited]}
+    run = Run.load(write_run(tmp_path / "run", [record], results))
+    (shown,) = data([run], table([run], probability=probability))["runs"][0]["rows"][1]["results"]
+    share = 1 / 3 if probability == "per_token" else 1
+    assert shown["health"]["probability_before"] == pytest.approx(math.exp(-6 * share), rel=1e-3)
+    assert shown["health"]["probability_after"] == pytest.approx(math.exp(-3 * share), rel=1e-3)
+    assert shown["said"][0][0][0][0] == shown["health"]["probability_after"]
 
 
 def test_texts_stay_texts(run):

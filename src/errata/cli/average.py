@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated
 
 import typer
 
@@ -11,28 +11,42 @@ from errata.cli import options
 
 
 def average(
-    results: Annotated[Path, typer.Argument(help="Traces, as errata trace --save keeps them.")],
-    out: Annotated[Optional[Path], typer.Option(help="Where to write them: .csv, .parquet or .json.")] = None,  # noqa: UP045
+    results: Annotated[
+        list[Path], typer.Argument(help="Traces, as errata trace --save keeps them; a table for each of several files.")
+    ],
+    out: Annotated[Path | None, typer.Option(help="Where to write those of one file: .csv, .parquet or .json.")] = None,
     min_effect: options.MinEffect = None,
     unknown: options.Unknown = False,
     json: options.Json = False,
 ) -> None:
-    """Average the effects of stored traces by the roles of tokens, without a model."""
+    """Average the effects of stored traces by the roles of tokens, without a model.
+
+    Several files give a table each, with the same columns, to compare models or settings.
+    """
+    from errata.base.errors import ConfigError
     from errata.cli import show
     from errata.tracing.result import load_traces
 
     options.require_share(min_effect)
     if out:
         options.require_ending(out, [".csv", ".parquet", ".json"], "averages")
-    options.require_apart({"the file of traces": results, "--out": out})
-    traces = load_traces(results)
+        if len(results) > 1:
+            raise ConfigError(
+                f"--out holds the averages of one file, and {len(results)} are given: write each by itself"
+            )
+    for file in results:
+        options.require_apart({"the file of traces": file, "--out": out})
     options.require_outputs(out)
-    found = options.averaged(traces, min_effect, unknown)
+    averaged = [options.averaged(load_traces(file), min_effect, unknown) for file in results]
     if out:
-        found.save(out)
+        averaged[0].save(out)
     if json:
-        show.as_json({**show.averages_as_json(found), "written": str(out) if out else None})
+        told = [show.averages_as_json(found) for found in averaged]
+        several = {"files": [{"file": str(file), **each} for file, each in zip(results, told, strict=True)]}
+        show.as_json({**(told[0] if len(told) == 1 else several), "written": str(out) if out else None})
         return
-    show.averages(found)
-    show.line(show.averages_summary(found))
+    columns = list(dict.fromkeys(part for found in averaged for part in found.mean))
+    for file, found in zip(results, averaged, strict=True):
+        show.averages(found, columns, None if len(results) == 1 else f"{file} ({found.model})")
+        show.line(show.averages_summary(found))
     show.written(out)

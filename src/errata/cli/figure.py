@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal, Optional
+from typing import TYPE_CHECKING, Annotated, Literal, Optional, TypeVar
 
 import typer
 
@@ -15,6 +16,8 @@ if TYPE_CHECKING:
 
     from errata.tracing.average import AverageEffects
     from errata.tracing.result import CausalTrace
+
+T = TypeVar("T")
 
 
 def figure(
@@ -38,6 +41,10 @@ def figure(
         Optional[str],  # noqa: UP045
         typer.Option(help="For settings: the editors' setting along which they are drawn; layer unless given."),
     ] = None,
+    parts: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="For trace, averages and lines: the parts to draw, with commas, such as state,mlp."),
+    ] = None,
     min_effect: options.MinEffect = None,
     unknown: options.Unknown = False,
 ) -> None:
@@ -60,12 +67,15 @@ def figure(
         raise ConfigError(f"--trace is for gradients, which are set beside it, and {kind} has none: leave it out")
     if kind != "settings" and along is not None:
         raise ConfigError(f"--along is for settings of editors, and {kind} has none: leave it out")
+    if kind not in ("trace", "averages", "lines") and parts is not None:
+        raise ConfigError(f"--parts chooses parts of a trace, of averages or lines, and {kind} has none: leave it out")
     options.require_share(min_effect)
     options.require_apart({"the file to draw": file, "--out": out})
     options.require_apart({"--trace": trace, "--out": out})
     options.require_picture(out)
     if kind == "trace":
-        drawn = _chosen(load_traces(file), file, fact, subject).figure()
+        chosen = _chosen(load_traces(file), file, fact, subject)
+        drawn = dataclasses.replace(chosen, restored=_of_parts(chosen.restored, parts, file)).figure()
     elif kind == "settings":
         drawn = _along(file, along or "layer")
     elif kind in ("sites", "sequence"):
@@ -74,9 +84,25 @@ def figure(
         drawn = _beside(file, trace, fact, subject)
     else:
         averages = _averages(file, min_effect, unknown)
+        averages = dataclasses.replace(averages, sites=_of_parts(averages.sites, parts, file))
         drawn = {"averages": averages.figure, "lines": averages.lines, "severed": averages.severed}[kind]()
     save(drawn, out)
     show.written(out)
+
+
+def _of_parts(traced: Mapping[str, T], parts: str | None, file: Path) -> dict[str, T]:
+    """What was traced of the named parts, in their order; everything if none are named.
+
+    Raises:
+        ConfigError: if a part was not traced.
+    """
+    from errata.base.errors import ConfigError
+
+    wanted = options.comma_separated(parts) if parts is not None else tuple(traced)
+    missing = next((part for part in wanted if part not in traced), None)
+    if missing is not None:
+        raise ConfigError(f"--parts names {missing!r}, which is not in {file}: it has {', '.join(traced)}")
+    return {part: traced[part] for part in wanted}
 
 
 def _of_edits(kind: str, file: Path) -> Figure:

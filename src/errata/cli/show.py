@@ -200,13 +200,21 @@ def health_summary(edit: Edit) -> str:
     )
 
 
-def averages(found: AverageEffects) -> None:
-    """AIE of each role, at the best layer of each part, and what the averages are over."""
+def averages(found: AverageEffects, parts: Sequence[str] | None = None, label: str | None = None) -> None:
+    """AIE of each role, at the best layer of each part.
+
+    Args:
+        found: the averages.
+        parts: the columns; those that were not traced stay empty. None: the traced ones.
+        label: a first line of the title.
+    """
+    parts = list(found.mean) if parts is None else parts
     rows = []
     for row, role in enumerate(ROLES):
         cells = []
-        for part, mean in found.mean.items():
-            if np.isnan(mean[row]).all():
+        for part in parts:
+            mean = found.mean.get(part)
+            if mean is None or np.isnan(mean[row]).all():
                 cells.append("–")
                 continue
             layer = int(np.nanargmax(mean[row]))
@@ -215,7 +223,9 @@ def averages(found: AverageEffects) -> None:
             cells.append(f"{_points(100 * mean[row, layer])} at {layer}{spread}")
         rows.append([f"{role} ({found.counts[row]})", *cells])
     title = "Average indirect effect: points of probability\n(at the layer where it is highest, ± 95 % interval)"
-    table(("token (facts)", *(part.replace("_", " ") for part in found.mean)), rows, title)
+    if label:
+        title = f"{label}\n{title}"
+    table(("token (facts)", *(part.replace("_", " ") for part in parts)), rows, title)
 
 
 def averages_summary(found: AverageEffects) -> str:

@@ -169,12 +169,24 @@ def _result(result: Result | None, probability: Probability, texts: int) -> dict
         ]
     optional = {
         "texts": result.texts[:texts],
-        "health": {name: _short(value) for name, value in (result.health or {}).items()},
+        "health": {name: _short(value) for name, value in _health(result, probability).items()},
         "error": result.error,
         "edit": result.edit,
         "seconds": {name: _short(value) for name, value in result.seconds.items()},
     }
     return found | {name: value for name, value in optional.items() if value}
+
+
+def _health(result: Result, probability: Probability) -> dict[str, Any]:
+    """The edit's health, with the new object's probability taken as everywhere on the page."""
+    health = dict(result.health or {})
+    scores = [score for scores in (result.answers.rewrite if result.answers else ()) for score in scores]
+    if probability == "per_token" and scores:
+        for name in ("probability_before", "probability_after"):
+            stored = health.get(name)  # of all tokens
+            if isinstance(stored, float) and stored >= 0:
+                health[name] = stored ** (1 / scores[0].n_tokens)
+    return health
 
 
 def _short(value: Any) -> Any:
