@@ -93,7 +93,7 @@ Roy Hargrove,{} is known for playing the,violin
 
 def test_the_guide_to_editing(errata, tmp_path):
     (tmp_path / "requests.csv").write_text(REQUESTS)
-    (first, second) = (
+    (first, second, _) = (
         run([sys.executable, "-c", text], tmp_path).stdout for text in blocks("docs/editing.md", "python")
     )
     assert "The mother tongue of Arthur Conan Doyle is Italian" in first

@@ -38,7 +38,8 @@ from errata.statistics.second_moment import SecondMoment
 # Facts that are optimised together, if memory allows: more make no batch fuller.
 _FACTS_AT_ONCE = 64
 # What may stand before a subject that is the first token of other texts.
-_BEFORE = ("The", "In", "news,", "Hello.")
+_BEFORE = ("In the end. ", "The reason is simple. ")
+_LATER = 16
 
 # C of the edited layer; or one for each layer; or what makes it once the layer is known.
 SecondMoments = SecondMoment | Mapping[int, SecondMoment] | Callable[[int], SecondMoment]
@@ -297,8 +298,8 @@ def _together(work: _Work, requests: Sequence[_Request]) -> list[_Made]:
     parts: dict[int, list[_Part | ErrataError]] = {place: [] for place in plans}
     for layer in sorted({layer for plan in plans.values() for layer in plan.texts}, reverse=True):
         chosen = [place for place, plan in plans.items() if layer in plan.texts]
-        texts = [plans[place].texts[layer] for place in chosen]
-        for place, part in zip(chosen, _parts(work, layer, [requests[i] for i in chosen], texts), strict=True):
+        made = _parts(work, layer, [requests[place] for place in chosen], [plans[place] for place in chosen])
+        for place, part in zip(chosen, made, strict=True):
             parts[place].append(part)
     if any(not isinstance(part, ErrataError) for made in parts.values() for part in made):
         examiner = Examiner.of(model, config, work.seed)
@@ -314,9 +315,15 @@ def _together(work: _Work, requests: Sequence[_Request]) -> list[_Made]:
 
 @dataclass(frozen=True)
 class _Plan:
-    """The texts of one edit, by the layer whose value is searched with them."""
+    """The texts of one edit, by the layer whose value is searched with them.
+
+    Attributes:
+        texts: by layer.
+        later: keys at block 0 of a subject that begins a text where it does not, `[n, d_mlp]`; None: not needed.
+    """
 
     texts: dict[int, tuple[Text, ...]]
+    later: Tensor | None = None
 
 
 def _plan(work: _Work, request: _Request, prefixes: Sequence[str]) -> _Plan:
@@ -339,7 +346,7 @@ def _plan(work: _Work, request: _Request, prefixes: Sequence[str]) -> _Plan:
         plan = {}
     begun = tuple(rewrite for rewrite, text in zip(request.all, bare, strict=True) if text.lookup == 0)
     plan[first_token.LAYER] = texts_of(model, begun, ("",), config, first=True)
-    return _Plan(plan)
+    return _Plan(plan, _later_keys(work, begun[0], prefixes))
 
 
 @dataclass(frozen=True)
@@ -359,11 +366,9 @@ class _Part:
     notes: dict[str, Any]
 
 
-def _parts(
-    work: _Work, layer: int, requests: Sequence[_Request], texts: Sequence[Sequence[Text]]
-) -> list[_Part | ErrataError]:
+def _parts(work: _Work, layer: int, requests: Sequence[_Request], plans: Sequence[_Plan]) -> list[_Part | ErrataError]:
     """Key, value and change of requests at one layer, computed together."""
-    model, config = work.model, work.config
+    model, config, texts = work.model, work.config, [plan.texts[layer] for plan in plans]
     if layer != work.layer:  # what the lowest block writes is heard through all others: a longer way
         config = RomeConfig(**{**config.model_dump(), "steps": 2 * config.steps})
     loss_layer = value.loss_layer_of(model, layer, [text for some in texts for text in some], config)
@@ -378,7 +383,7 @@ def _parts(
     keys = [keys_of(place, "context") for place in places]
     bare = [keys_of(place, "bare") for place in places]
     anchors = keys if config.key == "consistent" else bare
-    reads, read_notes = _reads(work, layer, texts, keys, anchors)
+    reads, read_notes = _reads(work, layer, plans, keys, anchors)
 
     def tell(step: value.Step) -> None:
         if work.progress is not None:
@@ -411,12 +416,13 @@ def _parts(
 
 
 def _reads(
-    work: _Work, layer: int, texts: Sequence[Sequence[Text]], keys: Sequence[Keys], anchors: Sequence[Keys]
+    work: _Work, layer: int, plans: Sequence[_Plan], keys: Sequence[Keys], anchors: Sequence[Keys]
 ) -> tuple[list[Tensor | ErrataError], list[dict[str, Any]]]:
     """The read vector of each request, or why there is none, and notes on it."""
     reads: list[Tensor | ErrataError] = []
     if layer != work.layer:  # the subject is the first token of its texts
-        found = [work.first_tokens().read_vector(some[0].ids[0], _later(work.model, some[0].ids[0])) for some in texts]
+        tokens = [plan.texts[layer][0].ids[0] for plan in plans]
+        found = [work.first_tokens().read_vector(token, plan.later) for token, plan in zip(tokens, plans, strict=True)]
         notes = [{"leak": one.leak, "leak_token": work.model.tokenizer.decode([one.token])} for one in found]
         return [one.vector for one in found], notes
     moment = work.second_moment()
@@ -469,14 +475,18 @@ def _edit(
         return error
 
 
-def _later(model: Model, token: int) -> Tensor:
-    """Keys `[n, d_mlp]` at block 0 of a token that other tokens stand before, of which the other part takes care."""
-    words = _BEFORE if model.max_length > 4 else ()
-    texts = [[*model.tokenizer(word, verbose=False)["input_ids"], token] for word in words]
-    if not texts:
+def _later_keys(work: _Work, rewrite: Rewrite, prefixes: Sequence[str]) -> Tensor:
+    """Keys `[n, d_mlp]` at block 0 of a subject that other words stand before, of which the other part takes care."""
+    model, rows = work.model, []
+    for prefix in (*_BEFORE, *(one for one in prefixes if one)):
+        ids, index = contexts.Context.of(rewrite.fact, prefix, model.tokenizer).lookup(model, work.config.fact_token)
+        if 0 < index < model.max_length:
+            rows.append(ids[: index + 1])
+    if not rows:
         return torch.empty(0, model.d_mlp)
-    keys = read(model, batch := model.batch(texts), [("key", first_token.LAYER)])["key", first_token.LAYER]
-    return keys[torch.arange(len(texts), device=keys.device), batch.last]
+    batch = model.batch(rows[:_LATER])
+    keys = read(model, batch, [("key", first_token.LAYER)])["key", first_token.LAYER]
+    return keys[torch.arange(len(batch), device=keys.device), batch.last]
 
 
 def _ordinary_at_first_layer(given: SecondMoments | None) -> SecondMoment | None:

@@ -8,8 +8,7 @@ for each token of the vocabulary, and the read vector is chosen against all of t
 
 while u · k stays small for keys of ordinary tokens too. The minimum of a mean, C⁻¹k, leaves half of the effect on the
 nearest tokens ("French", "Germany" for "France"). Reweighting C by what still leaks takes the largest leak down
-(iteratively reweighted least squares; Lawson, 1961); it ends as soon as a round gains little, for each adds to all
-smaller leaks.
+(iteratively reweighted least squares; Lawson, 1961).
 """
 
 from __future__ import annotations
@@ -28,9 +27,8 @@ from errata.statistics.second_moment import SecondMoment
 
 LAYER = 0
 _ROUNDS = 10
-_ENOUGH = 0.9  # a round that leaves more of the largest leak is not worth what it adds to all smaller ones
 _LEAKING = 512  # first tokens whose weight is raised in a round
-_APART = 1.0  # weight of the keys that must not be heard beside those of first tokens, by the traces of their C
+_APART = 3.0  # weight of the keys that must not be heard beside those of first tokens, by the traces of their C
 _ORDINARY = 0.2  # weight of ordinary tokens' keys beside those of first tokens, by the traces of their C
 _TOKENS_AT_ONCE = 4096
 _WINDOW = 32  # tokens of a text of random tokens, which stands for ordinary text where there is none
@@ -126,9 +124,8 @@ class FirstTokens:
             vector = torch.cholesky_solve(key[:, None], torch.linalg.cholesky(second))[:, 0]
             vector = vector / (vector @ key)
             leaks, tokens, rows = self._leaking(vector, token)
-            if best is not None and float(leaks[0]) > _ENOUGH * best.leak:
-                break
-            best = ReadVector(vector, float(leaks[0]), int(tokens[0]))
+            if best is None or float(leaks[0]) < best.leak:
+                best = ReadVector(vector, float(leaks[0]), int(tokens[0]))
             weights = (leaks / leaks.max()) ** 4 * 10 / len(leaks) / (rows**2).sum(1).mean()
             second = second + (rows * weights[:, None]).T @ rows
         assert best is not None  # there was a round
