@@ -25,7 +25,7 @@ from tiny import byte_tokenizer, tiny
 
 FACT = Fact("The Space Needle", "{} is located in the city of", "Seattle")
 KNOWN = Fact("Arthur Conan Doyle", "The native language of {} is", "English")
-# Of published hparams/ROME: model type, layers, d_model, the layer edited, and the clamp where it is not 4.
+# Of hparams/ROME, and hparams/MEMIT for gpt_neox: model type, layers, d_model, layer, clamp where it is not 4.
 PUBLISHED = [
     ("gpt2", 24, 1024, 8, {"clamp": 3.0}),
     ("gpt2", 36, 1280, 12, {}),
@@ -217,3 +217,9 @@ def test_a_site_says_why():
     assert "a trace of the fact" in str(site)
     assert "25.4 points" in str(site)
     assert "12 facts" in str(Site(1, (0.1, 0.2), 12))
+
+
+def test_each_published_layer_names_the_file_that_it_is_from():
+    for (model_type, *_), preset in layers.PUBLISHED.items():
+        folder = "hparams/MEMIT/" if model_type == "gpt_neox" else "hparams/ROME"
+        assert folder in preset.source

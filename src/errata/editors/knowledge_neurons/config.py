@@ -1,4 +1,4 @@
-"""Settings of Knowledge Neurons. Where what was published differs from what is right, both are to be had by name."""
+"""Settings of Knowledge Neurons. What differs from the published code, and how it is set, is in docs/differences.md."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""ROME's settings. Where the paper and its published code differ, both are to be had by name."""
+"""ROME's settings. `RomeConfig.paper` and `.reference` are the published ways, as far as docs/differences.md says."""
 
 from __future__ import annotations
 
@@ -38,7 +38,9 @@ class RomeConfig(Config):
         kl_factor: factor of the Kullback-Leibler divergence in the loss; 0 leaves it out.
         kl_reduction: "sum": the divergence in nats (published code, with 0.0625); "mean": that over the size of the
             vocabulary (how the paper's factor of 100 is read here).
-        kl_prompt: the prompt whose next-token distribution, at the fact token, is to stay.
+        kl_prompt: the prompt whose next-token distribution, at the fact token, is to stay. It is read at that token
+            as in the published code; the paper's equation 4 reads it at the prompt's end. With fact_token
+            "subject_last" the words after the subject therefore do not count in the loss.
         clamp: ‖δ‖ is kept below this many times ‖v₀‖; None: it is not.
         stop_below: stop as soon as the loss is below this, in nats.
         loss_layer: the layer whose state the final norm and head read the predictions from. None: the last.

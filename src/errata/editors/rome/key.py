@@ -1,9 +1,10 @@
 """What is computed once: the key k*, the value it meets, and the runs that the new value is then searched in.
 
-k* = 1/N Σ_j k(x_j + p) (equation 3 of the paper), where p is the prompt up to the fact's token: what the edited MLP's
-down-projection reads there, averaged over contexts. Each text is recorded once. Of the recording stay keys and values,
-and as much as is needed to run the text on from the fact's token: below the edited layer and before that token nothing
-changes.
+k* = 1/N Σ_j k(x_j + p), where p is the prompt up to the fact's token: what the edited MLP's down-projection reads
+there, averaged over contexts. So it is in the published code; equation 3 of the paper has k(x_j + s), the subject s
+alone behind the prefix, which differs where the prompt has words before the subject. Each text is recorded once. Of the
+recording stay keys and values, and as much as is needed to run the text on from the fact's token: below the edited
+layer and before that token nothing changes.
 """
 
 from __future__ import annotations

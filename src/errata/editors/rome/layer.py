@@ -15,12 +15,13 @@ from errata.editors.rome.site import Site, early_site
 from errata.models.model import Model
 
 _HPARAMS = "hyperparameters of the published code (kmeng01/rome, hparams/ROME)"
+_MEMIT = "hyperparameters of MEMIT (kmeng01/memit, hparams/MEMIT/EleutherAI_gpt-neox-20b.json)"
 PUBLISHED: dict[Shape, Published] = {
     ("gpt2", 24, 1024): Published("GPT-2 Medium", {"layer": 8, "clamp": 3.0}, _HPARAMS),
     ("gpt2", 36, 1280): Published("GPT-2 Large", {"layer": 12}, _HPARAMS),
     ("gpt2", 48, 1600): Published("GPT-2 XL", {"layer": 17}, _HPARAMS),
     ("gptj", 28, 4096): Published("GPT-J 6B", {"layer": 5}, _HPARAMS),
-    ("gpt_neox", 44, 6144): Published("GPT-NeoX 20B", {"layer": 15}, _HPARAMS),
+    ("gpt_neox", 44, 6144): Published("GPT-NeoX 20B", {"layer": 15}, _MEMIT),
 }
 
 
