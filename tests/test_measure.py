@@ -25,7 +25,7 @@ from errata.evaluation.measure import Generation, Measured, Measures, measure
 from errata.evaluation.results import UNEDITED, Result
 from errata.metrics import asking, health
 from errata.metrics.counterfact import RecordAnswers
-from errata.metrics.text import essence_perplexity, generation_entropy
+from errata.metrics.text import as_scored, essence_perplexity, generation_entropy
 from errata.metrics.tfidf import TfIdf
 from errata.models import generation
 from errata.models.generation import generate
@@ -248,8 +248,12 @@ def test_entropy_and_reference_score_are_the_plain_functions(kind):
     for results in measured("gpt2", kind).results.values():
         for each, result in zip(RECORDS, results, strict=True):
             references = [snippet.text for snippet in SNIPPETS.of(each)]
-            assert result.entropy == (generation_entropy(result.texts) if result.texts else None)
-            wanted = WHOLE.tfidf.reference_score(result.texts, references) if references and result.texts else None
+            assert result.entropy == (generation_entropy(as_scored(result.texts)) if result.texts else None)
+            wanted = (
+                WHOLE.tfidf.reference_score(as_scored(result.texts), references)
+                if references and result.texts
+                else None
+            )
             assert result.reference == wanted
         assert [result.entropy is None for result in results] == [False, False, True, False]
         assert [result.reference is None for result in results] == [False, True, True, False]

@@ -17,7 +17,7 @@ from nltk.tokenize.punkt import PunktParameters, PunktSentenceTokenizer
 import goldens
 from errata.base.errors import ConfigError, FactError, MissingExtra, ResultFileError
 from errata.metrics import text as text_module
-from errata.metrics.text import essence_perplexity, generation_entropy, ngram_entropy, perplexity, words
+from errata.metrics.text import as_scored, essence_perplexity, generation_entropy, ngram_entropy, perplexity, words
 from errata.metrics.tfidf import TfIdf
 from errata.models.loading import load_pretrained
 from errata.models.model import Model
@@ -379,3 +379,17 @@ def test_essence_of_too_little_is_none():
 def test_a_perplexity_beyond_numbers_is_infinite():
     assert text_module.Surprise(1e6, 10).perplexity == math.inf
     assert math.isnan(text_module.Surprise(0.0, 0).perplexity)
+
+
+def test_generated_texts_are_scored_in_nfkd_form_and_references_as_they_are():
+    texts, references = ["Zu\u0308rich Z\u00fcrich \ufb01ne"], ["Z\u00fcrich is fine"]
+    assert as_scored(texts) == ["Zu\u0308rich Zu\u0308rich fine"]
+    tfidf = TfIdf.fit(["Z\u00fcrich is fine", "Zu\u0308rich is", "fine is"])
+    # "Zürich" in two code points for ü is the words "zu" and "rich": of three words "fine" alone is shared.
+    weight = {word: float(tfidf.idf[place]) for word, place in tfidf.vocabulary.items()}
+    generated = {"zu": 2 * weight["zu"], "rich": 2 * weight["rich"], "fine": weight["fine"]}
+    reference = {word: weight[word] for word in ("z\u00fcrich", "is", "fine")}
+    norms = math.hypot(*generated.values()) * math.hypot(*reference.values())
+    found = tfidf.reference_score(as_scored(texts), references)
+    assert found == pytest.approx(weight["fine"] ** 2 / norms)
+    assert found < tfidf.reference_score(["Z\u00fcrich Z\u00fcrich fine"], references)

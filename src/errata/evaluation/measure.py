@@ -31,7 +31,7 @@ from errata.evaluation.results import UNEDITED, AnyRecord, Result
 from errata.metrics import counterfact, health, zsre
 from errata.metrics.asking import Answers, Passage, Question, ask_together
 from errata.metrics.edited import Plan, alike
-from errata.metrics.text import ESSENCE_LENGTH, generation_entropy
+from errata.metrics.text import ESSENCE_LENGTH, as_scored, generation_entropy
 from errata.metrics.tfidf import TfIdf
 from errata.models.generation import generate, prompt_ids
 from errata.models.model import Model
@@ -327,7 +327,7 @@ def _result(
         record.case_id,
         said.answers,
         texts=texts,
-        entropy=generation_entropy(texts) if texts else None,
+        entropy=generation_entropy(as_scored(texts)) if texts else None,
         reference=_similarity(record, texts, measures),
         essence=said.essence,
         health=its_health,
@@ -339,4 +339,4 @@ def _similarity(record: AnyRecord, texts: Sequence[str], measures: Measures) -> 
     if not texts or measures.snippets is None or measures.tfidf is None or not isinstance(record, Record):
         return None
     references = [each.text for each in measures.snippets.of(record)]
-    return measures.tfidf.reference_score(texts, references) if references else None
+    return measures.tfidf.reference_score(as_scored(texts), references) if references else None

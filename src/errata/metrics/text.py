@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import functools
 import math
+import unicodedata
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -53,6 +54,15 @@ def words(text: str, *, preserve_line: bool = False) -> list[str]:
     sentences, tokens = _splitters()
     parts = [text] if preserve_line else sentences.tokenize(text)
     return [word for part in parts for word in tokens.tokenize(part)]
+
+
+def as_scored(texts: Sequence[str]) -> list[str]:
+    """Generated texts as GE and RS read them, in Unicode's NFKD form: "é" is "e" and an accent.
+
+    The published code brings what is generated into this form, and leaves reference texts as they are. An accent within
+    a word then parts it in RS: words of generated and reference texts that have one are no longer the same.
+    """
+    return [unicodedata.normalize("NFKD", text) for text in texts]
 
 
 def ngram_entropy(text: str, n: int, *, preserve_line: bool = False) -> float:
