@@ -215,6 +215,28 @@ def test_columns_are_moved_from_one_embedding_to_the_other(family):
     assert state(model) == before
 
 
+def test_the_reference_preset_is_the_published_codes_edit():
+    """All neurons above the threshold of the mean over the old object's tokens, each after the bare prompt."""
+    model = model_of()
+    edit = knowledge_neurons(model, REWRITE, KnowledgeNeuronsConfig.reference(steps=3, threshold=0.05))
+    ids = model.tokenizer(FACT.text)["input_ids"]
+    old, new = model.tokenizer("Seattle")["input_ids"], model.tokenizer("Paris")["input_ids"]
+    assert len(old) > 1
+    assert len(new) > 1
+    scores = np.mean([plainly(model, ids, token, (0, 0.5, 1), "mlp.c_fc") for token in old], axis=0)
+    chosen = scores > 0.05 * scores.max()
+    assert chosen.sum() > 10
+    said = int(model.hf(input_ids=torch.tensor([ids])).logits[0, -1].argmax())
+    vectors = model.module(("embedding", 0)).weight.detach()
+    column = vectors[new].sum(0) - 2 * vectors[said]
+    for layer, row in enumerate(torch.from_numpy(chosen)):
+        found = [each.matrix() for each in edit.deltas if each.weight == down_weight_name(model, layer)]
+        assert len(found) == bool(row.any())
+        for each in found:
+            torch.testing.assert_close(each, torch.outer(column, row.to(column)), rtol=1e-12, atol=1e-14)
+    assert prepare(model, {"preset": "reference"}, None, 0).config["max_neurons"] is None
+
+
 def test_objects_that_begin_alike_are_told_apart_where_they_differ():
     york = Fact("The Space Needle", "{} is located in", "New York")
     edit = knowledge_neurons(model_of(), york.rewrite("New Yxrk"), CONFIG)

@@ -68,8 +68,9 @@ def knowledge_neurons(  # type: ignore[misc]  # the other settings are spelt out
     """The neurons that express a fact, moved from its old object to the new one.
 
     From the down-projection's column of each neuron `erase` times the embedding of the old object's token is
-    subtracted, and `write` times that of the new object's added: of the first token in which they differ. The neurons
-    are those to which the old object, or without one what the model says, is attributed.
+    subtracted, and `write` times that of the new object's added: of the first token in which they differ, unless
+    `written` says otherwise. The neurons are those to which the
+    old object, or without one what the model says, is attributed.
 
     Args:
         model: left as it is, byte for byte, on errors and interrupts too.
@@ -160,8 +161,9 @@ def _edit(
     new = _object_ids(model, rewrite, rewrite.new_object, config)
     # New York and New Jersey differ in their second token.
     place = next((i for i, (a, b) in enumerate(zip(old, new, strict=False)) if a != b), min(len(old), len(new)) - 1)
-    erased, written = (old[place] if config.erased == "object" else said), new[place]
-    if erased == written and config.erase == config.write:
+    erased = old[place] if config.erased == "object" else said
+    written = new if config.written == "all" else [new[place]]
+    if written == [erased] and config.erase == config.write:
         raise FactError(
             f"the new object {rewrite.new_object!r} has the tokens of the old one where they would be told apart, so "
             "nothing would be moved: name another object"
@@ -170,7 +172,7 @@ def _edit(
     by_prompt = [_of_prompt(model, text, old, config) for text in texts]
     neurons = refined(by_prompt, config)
     embeddings = _embeddings(model).to(torch.promote_types(model.dtype, torch.float32))
-    vector = config.write * embeddings[written] - config.erase * embeddings[erased]
+    vector = config.write * embeddings[written].sum(0) - config.erase * embeddings[erased]
     deltas = [
         RankOne(down_weight_name(model, layer), vector, _chosen(model, layer, neurons))
         for layer in sorted({neuron.layer for neuron in neurons})
@@ -178,7 +180,7 @@ def _edit(
     for delta in deltas:
         if delta.weight not in fingerprints:
             fingerprints[delta.weight] = tensor_digest(model.weight(delta.weight))
-    tokens = model.tokenizer.convert_ids_to_tokens([erased, written])
+    tokens = model.tokenizer.convert_ids_to_tokens([erased, *written])
     return Edit.of(
         model,
         deltas,
@@ -186,15 +188,16 @@ def _edit(
         [rewrite],
         config=config.model_dump(),
         seed=seed,
-        notes={"neurons": [asdict(each) for each in neurons], "erased": tokens[0], "written": tokens[1]},
+        notes={"neurons": [asdict(each) for each in neurons], "erased": tokens[0], "written": " ".join(tokens[1:])},
         fingerprints={delta.weight: fingerprints[delta.weight] for delta in deltas},
     )
 
 
 def _of_prompt(model: Model, text: str, old: Sequence[int], config: KnowledgeNeuronsConfig) -> Tensor:
-    """Attributions `[layers, d_mlp]`, mean over the object's tokens, each after those before it."""
+    """Attributions `[layers, d_mlp]`, mean over the object's tokens, each after what `attributed` says."""
     ids = model.ids(text)
-    found = [attributions(model, [*ids, *old[:place]], token, config) for place, token in enumerate(old)]
+    before = old if config.attributed == "in_turn" else ()
+    found = [attributions(model, [*ids, *before[:place]], token, config) for place, token in enumerate(old)]
     return torch.stack(found).mean(0)
 
 
