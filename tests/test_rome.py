@@ -177,9 +177,10 @@ def test_it_makes_the_new_object_likelier(family, form):
     assert score(model, [FACT.text], ["Paris"])[0].mean == before
 
 
-def test_one_z_takes_the_place_of_every_value():
+@pytest.mark.parametrize("kl_at", ["fact_token", "end"])
+def test_one_z_takes_the_place_of_every_value(kl_at):
     model, steps = model_of(dtype=torch.float64), []
-    edited(dtype=torch.float64, value_form="z", kl_factor=0.3, progress=steps.append)
+    edited(dtype=torch.float64, value_form="z", kl_factor=0.3, kl_at=kl_at, progress=steps.append)
     texts = [p + FACT.text for p in PREFIXES]
     _, values = measured(model, 1, [(text, len(p)) for text, p in zip(texts, PREFIXES, strict=True)], FACT.subject)
     kl_text = f"{FACT.subject} is a"
@@ -208,11 +209,22 @@ def test_one_z_takes_the_place_of_every_value():
                 ids = encoded["input_ids"]
                 nll.append(-np.mean([float(logs[i - 1, ids[i]]) for i in range(len(ids) - n, len(ids))]))
             else:
-                distributions.append(logs[last])
+                distributions.append(logs[last if kl_at == "fact_token" else -1])
     clean, changed = distributions
     assert steps[-1].nll == pytest.approx(np.mean(nll), rel=1e-9)
     assert steps[-1].kl == pytest.approx(0.3 * float((changed.exp() * (changed - clean)).sum()), rel=1e-9)
     assert steps[0].kl > 0  # at the first step z is the contexts' mean already, not the prompt's own value
+
+
+def test_the_words_after_the_subject_count_in_the_divergence_of_the_paper_alone():
+    assert (RomeConfig.paper().kl_at, RomeConfig.reference().kl_at) == ("end", "fact_token")
+    found = {
+        (at, prompt): edited(kl_factor=0.5, kl_at=at, kl_prompt=prompt).notes["steps"][-1]["kl"]
+        for at in ("fact_token", "end")
+        for prompt in ("{} is a", "{} was born")
+    }
+    assert found["fact_token", "{} is a"] == found["fact_token", "{} was born"]
+    assert found["end", "{} is a"] != found["end", "{} was born"]
 
 
 def test_the_clamp_holds_delta_and_leaves_adam_alone():

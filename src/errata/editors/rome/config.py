@@ -38,9 +38,9 @@ class RomeConfig(Config):
         kl_factor: factor of the Kullback-Leibler divergence in the loss; 0 leaves it out.
         kl_reduction: "sum": the divergence in nats (published code, with 0.0625); "mean": that over the size of the
             vocabulary (how the paper's factor of 100 is read here).
-        kl_prompt: the prompt whose next-token distribution, at the fact token, is to stay. It is read at that token
-            as in the published code; the paper's equation 4 reads it at the prompt's end. With fact_token
-            "subject_last" the words after the subject therefore do not count in the loss.
+        kl_prompt: the prompt whose next-token distribution is to stay.
+        kl_at: where that distribution is read. "fact_token": at the token whose value is changed (published code), so
+            that words behind it do not count. "end": at the prompt's end (paper, equation 4).
         clamp: ‖δ‖ is kept below this many times ‖v₀‖; None: it is not.
         stop_below: stop as soon as the loss is below this, in nats.
         loss_layer: the layer whose state the final norm and head read the predictions from. None: the last.
@@ -69,6 +69,7 @@ class RomeConfig(Config):
     kl_factor: float = Field(0.0625, ge=0)
     kl_reduction: Literal["sum", "mean"] = "sum"
     kl_prompt: str = "{} is a"
+    kl_at: Literal["fact_token", "end"] = "fact_token"
     clamp: float | None = Field(4.0, gt=0)
     stop_below: float = Field(5e-2, ge=0)
     loss_layer: int | None = Field(None, ge=0)
@@ -87,6 +88,7 @@ class RomeConfig(Config):
             "value_form": "z",
             "kl_factor": 1e2,
             "kl_reduction": "mean",
+            "kl_at": "end",
             "weight_decay": 1.5e-3,
             "decay": "adam",
             "clamp": None,

@@ -54,7 +54,7 @@ def texts_of(
     if config.kl_factor:
         before = next((prefix for prefix in prefixes if prefix), "") if first is False else ""
         kl = Context.of(Fact(rewrites[0].subject, config.kl_prompt), before, model.tokenizer)
-        texts.append(_until_lookup(model, "kl", kl, config))
+        texts.append(_until_lookup(model, "kl", kl, config, whole=config.kl_at == "end"))
     contexts = [
         _with_target(model, Context.of(rewrite.fact, prefix, model.tokenizer), rewrite, config)
         for rewrite in rewrites
@@ -63,10 +63,12 @@ def texts_of(
     return (*(text for text in contexts if first is None or (text.lookup == 0) == first), *texts)
 
 
-def _until_lookup(model: Model, kind: Literal["kl", "bare"], context: Context, config: RomeConfig) -> Text:
+def _until_lookup(
+    model: Model, kind: Literal["kl", "bare"], context: Context, config: RomeConfig, whole: bool = False
+) -> Text:
     ids, index = context.lookup(model, config.fact_token)
     model.require_room(ids, context.text)
-    return Text(kind, ids[: index + 1], index)
+    return Text(kind, ids if whole else ids[: index + 1], index)
 
 
 def _with_target(model: Model, context: Context, rewrite: Rewrite, config: RomeConfig) -> Text:
