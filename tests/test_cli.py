@@ -226,3 +226,43 @@ def test_another_model_needs_a_corpus(tmp_path):
     assert said["weights"] == ["model.layers.1.mlp.down_proj.weight"]
     assert said["relative_norm"] > 0
     assert said["prompts"][0]["p_new_after"] != said["prompts"][0]["p_new_before"]
+
+
+def test_every_command_has_an_example_that_it_understands():
+    import shlex
+
+    from typer.main import get_command
+
+    from errata.cli.app import _PANELS, app
+
+    commands = get_command(app).commands
+    shown = {name: example for panel in _PANELS.values() for name, _, example in panel}
+    assert shown.keys() == commands.keys() - {"data"}
+    for name, example in shown.items():
+        program, named, *arguments = shlex.split(example)
+        assert (program, named) == ("errata", name)
+        commands[name].make_context(name, arguments)  # raises for an option that is not there
+        assert commands[name].epilog == f"Example: {example}"
+
+
+def test_python_runs_the_package_and_shells_complete_its_commands(tmp_path):
+    run = [sys.executable, "-m", "errata"]
+    assert subprocess.run([*run, "--version"], capture_output=True, text=True, cwd=tmp_path).stdout.startswith(
+        "errata "
+    )
+    words = {"_ERRATA_COMPLETE": "complete_bash", "COMP_WORDS": "errata tr", "COMP_CWORD": "1"}
+    code = "import sys; sys.argv = ['errata']; from errata.cli.app import main; main()"
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, env=os.environ | words
+    )
+    assert done.stdout.split() == ["trace", "train-editor"]
+
+
+def test_the_demo_needs_no_matplotlib(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.chdir(tmp_path)
+    done = in_process(monkeypatch, capsys, "demo", "--json")
+    said = json.loads(done.stdout)
+    assert (done.returncode, said["picture"], said["exact_undo"]) == (0, None, True)
+    assert (tmp_path / said["edit"]).is_file()
+    assert not list(tmp_path.rglob("*.png"))

@@ -300,3 +300,10 @@ assert "torch" not in sys.modules
 def test_where_the_corruption_helps_the_answer_no_site_is_cut_off():
     figure = trace_figure({"state": [[0.9, 0.4], [0.95, 0.2]]}, ["a", "b"], (0, 0), low=0.9, high=0.2)
     assert figure.axes[0].images[0].get_clim() == (0.2, 0.95)
+
+
+def test_a_pdf_has_no_fonts_of_type_3(tmp_path):
+    save(trace_figure(maps(), TOKENS, SUBJECT), tmp_path / "t.pdf")
+    drawn = (tmp_path / "t.pdf").read_bytes()
+    assert b"/Type3" not in drawn
+    assert b"/FontFile2" in drawn  # TrueType: what Type 42 is in a PDF

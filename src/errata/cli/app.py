@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import sys
 import warnings
+from collections.abc import Callable
 from typing import Annotated, NoReturn
 
 import typer
@@ -36,28 +37,48 @@ from errata.cli import (
 app = typer.Typer(
     name="errata",
     help="Locate and edit factual associations in transformer language models.",
-    add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-app.command("demo")(demo.demo)
-app.command("trace")(trace.trace)
-app.command("average")(average.average)
-app.command("gradients")(gradients.gradients)
-app.command("figure")(figure.figure)
-app.command("facts")(facts.facts)
-app.command("edit")(edit.edit)
-app.command("stats")(stats.stats)
-app.command("export")(export.export)
-app.command("sweep")(sweep.sweep)
-app.command("sequence")(sweep.sequence)
-app.command("generate")(generate.generate)
-app.command("editors")(editors.editors)
-app.command("train-editor")(train.train_editor)
-app.command("evaluate")(evaluate.evaluate)
-app.command("report")(report.report)
+
+# Groups of commands as the help lists them, each with one example.
+_PANELS: dict[str, tuple[tuple[str, Callable[..., None], str], ...]] = {
+    "Start": (("demo", demo.demo, "errata demo"),),
+    "Find facts": (
+        ("trace", trace.trace, 'errata trace --subject "Roy Hargrove" --prompt "{} is known for playing the"'),
+        ("average", average.average, "errata average traces.jsonl"),
+        (
+            "gradients",
+            gradients.gradients,
+            'errata gradients --subject "Roy Hargrove" --prompt "{} plays the" --out g.svg',
+        ),
+        ("figure", figure.figure, "errata figure trace doyle.jsonl --out doyle.svg"),
+        ("facts", facts.facts, "errata facts facts.csv --known --out known.csv"),
+    ),
+    "Change facts": (
+        (
+            "edit",
+            edit.edit,
+            'errata edit --subject "Roy Hargrove" --prompt "{} plays the" --to violin --out e.safetensors',
+        ),
+        ("stats", stats.stats, "errata stats --model FOLDER --layers 5 --corpus text.txt"),
+        ("export", export.export, "errata export e.safetensors --lora adapter"),
+        ("generate", generate.generate, 'errata generate "Roy Hargrove" --edit e.safetensors'),
+    ),
+    "Measure edits": (
+        ("sweep", sweep.sweep, "errata sweep --records 2 --layers 3-5 --save sweep.jsonl"),
+        ("sequence", sweep.sequence, "errata sequence --edits 3 --untouched 20 --save sequence.jsonl"),
+        ("editors", editors.editors, "errata editors rome"),
+        ("train-editor", train.train_editor, "errata train-editor mend --out mend"),
+        ("evaluate", evaluate.evaluate, "errata evaluate --limit 4 --editor rome --no-generation --out run"),
+        ("report", report.report, "errata report run --page run.html"),
+    ),
+}
+for _panel, _commands in _PANELS.items():
+    for _name, _command, _example in _commands:
+        app.command(_name, rich_help_panel=_panel, epilog=f"Example: {_example}")(_command)
 data.app.command("build")(build.build)
-app.add_typer(data.app, name="data")
+app.add_typer(data.app, name="data", rich_help_panel="Measure edits")
 
 
 def _version(wanted: bool) -> None:

@@ -30,7 +30,7 @@ def demo(
 
     from errata.api import ATLAS, atlas_second_moment, rome
     from errata.atlas.records import record_of
-    from errata.base.errors import ConfigError
+    from errata.base.errors import ConfigError, MissingExtra
     from errata.base.fingerprint import tensor_digest
     from errata.cli import show
     from errata.tracing.trace import trace
@@ -47,7 +47,11 @@ def demo(
     say(f"\n[bold]1. Where is it?[/] “{fact.text} …”\n")
     with show.progress("tracing", "sites") as bar:
         found = trace(loaded, fact, seed=seed, progress=bar)
-    found.plot(picture)
+    missing = ""
+    try:
+        found.plot(picture)
+    except MissingExtra as error:  # the table, the edit and the undo need no picture
+        missing = str(error)
     if not json:
         show.effects(found)
     say(show.trace_summary(found), highlight=False, markup=False)
@@ -89,7 +93,7 @@ def demo(
                     for (kind, prompt, b), (_, _, d), (_, _, a) in zip(before, during, after, strict=True)
                 ],
                 "exact_undo": exact,
-                "picture": str(picture),
+                "picture": None if missing else str(picture),
                 "edit": str(kept),
                 "seconds": seconds,
             }
@@ -109,7 +113,8 @@ def demo(
             say(f"  edited: … {d}", highlight=False, markup=False)
     say(f"\n[bold]4. Undone:[/] {'the old weights, byte for byte' if exact else 'NOT the old weights'}")
     size = kept.stat().st_size / 1024
-    say(f"\n{picture} (look at it), {kept} ({size:.0f} KB). {seconds:.0f} s in all.", markup=False, highlight=False)
+    drawn = f"no picture: {missing}\n" if missing else f"{picture} (look at it), "
+    say(f"\n{drawn}{kept} ({size:.0f} KB). {seconds:.0f} s in all.", markup=False, highlight=False)
 
 
 def _answers(model: Model, record: Record) -> list[tuple[str, str, str]]:

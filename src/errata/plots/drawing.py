@@ -385,7 +385,9 @@ def save(figure: Figure, path: str | Path) -> None:
     needed("matplotlib", "plots")
     from matplotlib import rc_context
 
-    with written_whole(path) as temporary, rc_context({"svg.hashsalt": "errata"}):
+    # Type 42 fonts keep text as text, and publishers take no Type 3; a salt of our own makes SVG repeatable.
+    settings = rc_context({"svg.hashsalt": "errata", "pdf.fonttype": 42, "ps.fonttype": 42})
+    with written_whole(path) as temporary, settings:
         # Drawn in memory: where a disk is full, matplotlib's own clean-up of a PDF hides the reason.
         drawn = io.BytesIO()
         figure.savefig(drawn, format=ending[1:], dpi=_DPI, metadata=_METADATA[ending])
