@@ -193,7 +193,7 @@ def test_another_model_and_its_second_moment(errata, tmp_path):
     run = Run.load("run")
     assert run.settings["model"] == "m"
     assert all(result.health["drift"] >= 0 for result in run.edited["r"].by_case.values())
-    refused(errata(*command, "--identity", "--probe", "probe.txt"), "config.second_moment was")
+    refused(errata(*command, "--identity", "--probe", "probe.txt"), "config.second_moment: others than then")
 
 
 def test_how_edits_that_were_made_move_a_text(errata):
@@ -316,7 +316,7 @@ def test_a_run_is_not_gone_on_with_by_another(errata):
         (["--limit", "1"], "is a run over 2 records, and 1 are asked for"),
         (["--seed", "1"], "seed was 0, now is 1"),
         (["--generation"], "generation was null"),
-        (["--health"], "probes was null"),
+        (["--health"], "was null, now is given"),
         (["--editor", "new=rome:steps=2,prefixes=none"], "config.steps was 2, now is 3"),
     ):
         changed = [each.replace("steps=2", "steps=3") for each in command] if "steps" in message else command

@@ -116,7 +116,7 @@ def test_a_broken_file_is_refused(tmp_path):
 
 
 def test_a_trace_whose_maps_do_not_fit_its_tokens_is_refused(tmp_path):
-    broken = CausalTrace(FACT, "x", ("a", "b"), (0, 0), 0.9, 0.1, {"state": np.zeros((3, 2))}, {}, "m")
+    broken = CausalTrace(FACT, "x", ("a", "b"), (0, 0), 0.9, 0.1, {"state": np.zeros((3, 2))}, {"window": None}, "m")
     broken.save(tmp_path / "t.jsonl")
     with pytest.raises(ResultFileError, match="do not fit together"):
         CausalTrace.load(tmp_path / "t.jsonl")
