@@ -335,11 +335,8 @@ def test_files_are_to_be_read_by_others(tmp_path):
     assert (content["kind"], content["version"], content["roles"]) == ("average effects", 1, list(ROLES))
     assert content["means"]["total_effect"] == asdict(found.means["total_effect"])
     assert content["sites"]["mlp"]["mean"][2][1] == found.mean["mlp"][2, 1]
-    with (tmp_path / "a.csv").open(encoding="utf-8") as stream:
-        first = stream.readline()
-    assert first.startswith("# errata: {")
-    assert json.loads(first.removeprefix("# errata: "))["settings"]["window"] == 10
-    by_csv = pandas.read_csv(tmp_path / "a.csv", comment="#")
+    by_csv = pandas.read_csv(tmp_path / "a.csv")
+    assert json.loads(by_csv.pop("errata").dropna().item())["settings"]["window"] == 10
     pandas.testing.assert_frame_equal(by_csv, found.to_frame(), rtol=1e-12)
     by_parquet = pandas.read_parquet(tmp_path / "a.parquet")
     assert by_parquet.attrs["errata"]["settings"]["window"] == 10
@@ -349,9 +346,18 @@ def test_files_are_to_be_read_by_others(tmp_path):
 def test_rows_may_have_been_sorted(tmp_path):
     found = average_effects(random_traces())
     found.save(tmp_path / "a.csv")
-    comment, head, *rows = (tmp_path / "a.csv").read_text(encoding="utf-8").splitlines()
-    (tmp_path / "a.csv").write_text("\n".join([comment, head, *sorted(rows), ""]), encoding="utf-8")
+    head, *rows = (tmp_path / "a.csv").read_text(encoding="utf-8").splitlines()
+    (tmp_path / "a.csv").write_text("\n".join([head, *sorted(rows), ""]), encoding="utf-8")
     equal(AverageEffects.load(tmp_path / "a.csv"), found)
+
+
+def test_a_csv_of_an_earlier_version_is_read(tmp_path):
+    found = average_effects(random_traces())
+    found.save(tmp_path / "a.csv")
+    header = pandas.read_csv(tmp_path / "a.csv")["errata"].dropna().item()
+    table = found.to_frame().to_csv(index=False, lineterminator="\n")
+    (tmp_path / "old.csv").write_text(f"# errata: {header}\n{table}", encoding="utf-8")
+    equal(AverageEffects.load(tmp_path / "old.csv"), found)
 
 
 @pytest.mark.parametrize("ending", ENDINGS)

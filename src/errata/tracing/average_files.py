@@ -27,7 +27,8 @@ KIND = "average effects"
 FORMAT = 1
 ENDINGS = (".json", ".csv", ".parquet")
 
-_COMMENT = "# errata: "
+_COLUMN = "errata"  # of a CSV: the header, in one of its rows, so that any reader of CSV can read the file
+_COMMENT = "# errata: "  # where earlier versions have it, before the table
 
 
 def write(path: str | Path, averages: AverageEffects) -> None:
@@ -37,8 +38,9 @@ def write(path: str | Path, averages: AverageEffects) -> None:
         sites = {part: {name: plain(of[name]) for name in COLUMNS} for part, of in averages.sites.items()}
         write_text(path, _dumps({**_header(averages), "sites": sites}))
     elif ending == ".csv":
-        table = averages.to_frame().to_csv(index=False, lineterminator="\n")
-        write_text(path, f"{_COMMENT}{_dumps(_header(averages))}\n{table}")
+        frame = averages.to_frame()
+        frame[_COLUMN] = [_dumps(_header(averages)), *[None] * (len(frame) - 1)]
+        write_text(path, frame.to_csv(index=False, lineterminator="\n"))
     elif ending == ".parquet":
         needed("pyarrow", "tables")
         frame = averages.to_frame()
@@ -173,13 +175,18 @@ def _read_json(path: Path) -> tuple[dict[str, Any], dict[str, dict[str, Array]]]
 
 
 def _read_csv(path: Path) -> tuple[dict[str, Any], dict[str, dict[str, Array]]]:
-    comment, _, table = path.read_text(encoding="utf-8").partition("\n")
-    if not comment.startswith(_COMMENT):
-        raise ValueError(f"its first line does not begin with {_COMMENT.strip()!r}")
+    table = path.read_text(encoding="utf-8")
     if not table.endswith("\n"):  # else a number cut short would pass
         raise ValueError("its last line has no end")
-    header = _checked(load_json(comment.removeprefix(_COMMENT)))
+    told = ""
+    if table.startswith(_COMMENT):
+        first, _, table = table.partition("\n")
+        told = first.removeprefix(_COMMENT)
     rows = list(csv.DictReader(io.StringIO(table)))
+    told = told or next((row[_COLUMN] for row in rows if row.get(_COLUMN)), "")
+    if not told:
+        raise ValueError(f"it has no column {_COLUMN!r} with what the averages are of")
+    header = _checked(load_json(told))
     places = [(row["part"], row["role"], int(row["layer"])) for row in rows]
     return header, _arrays(header, places, {name: [float(row[name] or "nan") for row in rows] for name in COLUMNS})
 
