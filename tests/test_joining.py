@@ -330,7 +330,7 @@ def test_what_is_scored_traced_and_edited_is_one_text(fact):
     assert [*prepared.span.ids, *prepared.target] == ids
     trained = text_of(model, fact.text, fact.object, fact.separator)
     assert [*trained.ids, trained.targets[-1]] == ids
-    context, *_ = texts_of(model, fact.rewrite(fact.object), [""], RomeConfig(kl_factor=0))
+    context, *_ = texts_of(model, [fact.rewrite(fact.object)], [""], RomeConfig(kl_factor=0))
     assert [*context.ids, context.targets[-1]] == ids
     (asked,) = Question(fact.text, (fact.object,), fact.separator).rows(model)
     assert asked == (ids, n_prompt)

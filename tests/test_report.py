@@ -8,6 +8,7 @@ import json
 import math
 import re
 from dataclasses import replace
+from pathlib import Path
 from statistics import harmonic_mean
 
 import numpy as np
@@ -17,7 +18,7 @@ from errata.base.errors import ConfigError
 from errata.benchmarks.records import Record
 from errata.evaluation import formats
 from errata.evaluation.published import ROWS, beside, published
-from errata.evaluation.report import COUNTERFACT, Row, Table, table
+from errata.evaluation.report import COUNTERFACT, Row, Table, _shortened, table
 from errata.evaluation.results import Result, Run
 from errata.metrics.counterfact import RecordAnswers
 from errata.models.scoring import Score
@@ -345,3 +346,23 @@ def test_zsre(tmp_path):
     assert [each.mean for each in row.values.values()] == [1.0, 1.0, 0.5]
     assert rows(found, "paper")["ROME"].values["paraphrase"].mean == 0.881
     assert "P is" not in " ".join(found.legend())
+
+
+def test_long_automatic_names_are_short_in_tables_and_told_in_the_legend():
+    row = _shortened(
+        [
+            tuple(
+                _row_named(name)
+                for name in ("rome", "ft-l", "ft-l-layer=2,epsilon=0.0005", "ft-l-layer=3,epsilon=0.0005")
+            )
+        ]
+    )
+    assert [each.label for each in row[0]] == ["rome", "ft-l", "ft-l#2", "ft-l#3"]
+    assert [each.name for each in row[0]][2] == "ft-l-layer=2,epsilon=0.0005"
+    found = Table("counterfact", "per_token", "normal", (), (row[0],), sets=("my set",))
+    assert "ft-l#2 is ft-l-layer=2,epsilon=0.0005; ft-l#3 is ft-l-layer=3,epsilon=0.0005." in found.legend()
+    assert found.title == "CounterFact's numbers on my set: m"
+
+
+def _row_named(name):
+    return Row(name, "run", "m", Path("run"), {}, 1, 1)

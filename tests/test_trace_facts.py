@@ -188,7 +188,7 @@ def test_weights_changed_behind_torchs_back_are_another_model(tmp_path):
     live = model()
     trace_facts(live, FACTS[:2], tmp_path / "t", **SETTINGS)
     live.blocks[1].mlp.c_proj.weight.data[5] = 0
-    with pytest.raises(ResultFileError, match="fingerprint"):
+    with pytest.raises(ResultFileError, match="the weights of the model"):
         trace_facts(live, FACTS[:2], tmp_path / "t", **SETTINGS)
 
 

@@ -26,7 +26,7 @@ except ImportError:  # Windows: there two writers at once are not noticed
     fcntl = None  # type: ignore[assignment]
 
 
-_DIGEST = re.compile(r"[0-9a-f]{32,}$")
+_DIGEST = re.compile(r"[0-9a-f]{32}(?:[0-9a-f]{32})?$")  # of 128 or 256 bits
 
 
 class Journal:

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -111,6 +112,7 @@ class Row:
         seconds: a record, on the mean; None if not known.
         strong: names of columns: best of the editors; of a difference, those with 0 outside of the interval.
         fails: names of columns.
+        short: what stands for a name that is too long to be shown; the legend tells its settings.
     """
 
     name: str
@@ -125,6 +127,7 @@ class Row:
     seconds: float | None = None
     strong: frozenset[str] = frozenset()
     fails: frozenset[str] = frozenset()
+    short: str = ""
 
     @property
     def complete(self) -> bool:
@@ -136,7 +139,8 @@ class Row:
         """What stands before the row."""
         if self.source == "paper":
             return f"{self.name}, paper"
-        return self.name if self.complete else f"{self.name} ({self.measured} of {self.of})"
+        name = self.short or self.name
+        return name if self.complete else f"{name} ({self.measured} of {self.of})"
 
 
 @dataclass(frozen=True)
@@ -150,6 +154,7 @@ class Table:
         columns: that some row has a number for, in the paper's order.
         blocks: rows of each run.
         differences: between two rows, of each run that has both.
+        sets: what the records of the runs are called.
     """
 
     kind: str
@@ -158,11 +163,15 @@ class Table:
     columns: tuple[Column, ...]
     blocks: tuple[tuple[Row, ...], ...]
     differences: tuple[Row, ...] = ()
+    sets: tuple[str, ...] = ()
 
     @property
     def title(self) -> str:
         """What it is a table of."""
         name = "CounterFact" if self.kind == "counterfact" else "zsRE"
+        others = [each for each in self.sets if Path(each).stem.casefold() != name.casefold()]
+        if others:
+            name = f"{name}'s numbers on {', '.join(others)}"
         models = list(dict.fromkeys(block[0].model for block in self.blocks))
         return f"{name}: {', '.join(models)}"
 
@@ -182,6 +191,9 @@ class Table:
             said.append("Rows of the paper are as Meng et al. (2022) print them.")
         if self.differences:
             said.append("Differences are paired: over the records that both rows have.")
+        long = {row.short: row.name for block in self.blocks for row in block if row.short}
+        if long:
+            said.append("; ".join(f"{short} is {name}" for short, name in long.items()) + ".")
         said.append(f"Fails, the whole interval: {LEGEND_FAILS[self.kind]}.")
         return said
 
@@ -211,15 +223,34 @@ def table(
     """
     _require_together(runs)
     columns = COUNTERFACT if runs[0].kind == "counterfact" else ZSRE
-    blocks = [_block(run, columns, probability, interval, seed) for run in runs]
+    blocks = _shortened([_block(run, columns, probability, interval, seed) for run in runs])
     differences = _differences(runs, compare, columns, probability, interval, seed) if compare else ()
     there = {name for block in blocks for row in block for name in row.values}
     kept = tuple(column for column in columns if column.name in there)
-    return Table(runs[0].kind, probability, interval, kept, tuple(blocks), tuple(differences))
+    sets = (str(run.settings.get("records", {}).get("source", "")) for run in runs)
+    named = tuple(dict.fromkeys(filter(None, sets)))
+    return Table(runs[0].kind, probability, interval, kept, tuple(blocks), tuple(differences), named)
 
 
 # ---------------------------------------------------------------------------------------------
 # Rows
+
+
+_LONGEST_NAME = 20  # characters that every format has room for
+
+
+def _shortened(blocks: Sequence[tuple[Row, ...]]) -> list[tuple[Row, ...]]:
+    """The blocks, in which rows with long automatic names have short ones: ft-l#2 for ft-l-layer=2,epsilon=0.0005."""
+    names = dict.fromkeys(row.name for block in blocks for row in block if row.source == "run")
+    short: dict[str, str] = {}
+    for name in names:
+        automatic = re.match(r"(.+?)-[a-z_]+=", name)
+        if automatic and len(name) > _LONGEST_NAME:
+            number = 2
+            while f"{automatic[1]}#{number}" in (*names, *short.values()):
+                number += 1
+            short[name] = f"{automatic[1]}#{number}"
+    return [tuple(replace(row, short=short.get(row.name, "")) for row in block) for block in blocks]
 
 
 def _require_together(runs: Sequence[Run]) -> None:
