@@ -312,7 +312,7 @@ def value(**changes):
 )
 def test_maps_that_do_not_fit_are_refused(tmp_path, changes):
     value(**changes).save(tmp_path / "g.jsonl")
-    with pytest.raises(ResultFileError, match="do not fit together|should be a valid list"):
+    with pytest.raises(ResultFileError, match=r"do not fit together|should be a valid list"):
         IntegratedGradients.load(tmp_path / "g.jsonl")
 
 
