@@ -188,8 +188,8 @@ def test_real_signals_at_random_moments(model):
     before, came = state(model), 0
     for turn in range(60):
         sender = threading.Timer((turn % 60) * 5e-5, _thread.interrupt_main)
-        sender.start()
         try:
+            sender.start()
             one(model) if turn % 2 else stack(model)
             sender.join()
             for _ in range(1000):
