@@ -136,7 +136,7 @@ class _Unbroken(contextlib.AbstractContextManager[T], Generic[T]):
 
 
 def unbroken(function: Callable[P, Iterator[T]]) -> Callable[P, contextlib.AbstractContextManager[T]]:
-    """As `contextlib.contextmanager`; signals wait while what stands before and after the `yield` runs."""
+    """`contextlib.contextmanager` in which signals wait while the code before and after the `yield` runs."""
     manager = contextlib.contextmanager(function)
 
     @functools.wraps(function)

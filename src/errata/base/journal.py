@@ -248,7 +248,7 @@ def _require_same(
 
 
 def _difference(key: str, before: Mapping[str, Any], now: Mapping[str, Any], names: Mapping[str, str]) -> str:
-    """How a setting differs: its old and new value, or, of digests, that it is another."""
+    """Difference of a setting: its old and new value; for digests, only that it differs."""
     digests = [value for value in (before.get(key), now.get(key)) if isinstance(value, str) and _DIGEST.match(value)]
     if len(digests) == 2:
         return f"{names.get(key, key)}: others than then"

@@ -46,7 +46,7 @@ def taking_apart(
 
 
 def reason_of(cause: BaseException) -> str:
-    """What an exception says, in one line."""
+    """Message of an exception, in one line."""
     if isinstance(cause, RecursionError):
         return "it is nested too deeply"
     said = " ".join(str(cause).split()).rstrip(".")

@@ -1,4 +1,4 @@
-"""How pieces of text are joined: a prompt and what completes it, a sentence and the prompt after it.
+"""Joining pieces of text: a prompt and its completion, a sentence and the prompt after it.
 
 A space stands between words only in scripts that separate words by spaces. Whether one belongs between two pieces is
 read off the text before the join: its script, and what it ends in.

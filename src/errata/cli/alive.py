@@ -15,7 +15,7 @@ _stages: list[str] = []  # what is under way, and how far it has come; the inner
 
 @contextlib.contextmanager
 def stage(what: str) -> Iterator[list[str]]:
-    """What the lines say for the time of the block. The last item of the list that it yields can be replaced."""
+    """Text of the lines while the block runs. The last item of the yielded list can be replaced."""
     _stages.append(what)
     try:
         yield _stages

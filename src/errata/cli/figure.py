@@ -91,7 +91,7 @@ def figure(
 
 
 def _of_parts(traced: Mapping[str, T], parts: str | None, file: Path) -> dict[str, T]:
-    """What was traced of the named parts, in their order; everything if none are named.
+    """Traced values of the named parts, in their order; all parts if none are named.
 
     Raises:
         ConfigError: if a part was not traced.

@@ -84,7 +84,7 @@ class _Notes(TypedDict, total=False):
 
 
 class _Header(TypedDict):
-    """What a file says of an edit, besides its tensors."""
+    """Header of an edit's file: everything besides its tensors."""
 
     method: str
     rewrites: list[dict[str, str]]
@@ -626,7 +626,7 @@ class Edit:
 
     @property
     def _made_for(self) -> str:
-        """What to do about another model."""
+        """Advice where the edit was made for another model."""
         own = self.source.get("hub") or self.source.get("path") or self.model
         named = self.model if self.model == "atlas" else own
         return f"Load the model that it was made for: --model {named}, or load_model({named!r})"

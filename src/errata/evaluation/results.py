@@ -69,7 +69,7 @@ class _Records(TypedDict):
 
 
 class _Header(TypedDict):
-    """What a file says of its run, as far as it is read."""
+    """Settings in the header of a run, as far as they are read."""
 
     model: str
     records: _Records

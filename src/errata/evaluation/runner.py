@@ -179,7 +179,7 @@ def evaluate(
 
 
 def _together(model: Model, path: Path) -> int:
-    """How many records are measured at once: as the run began, for the last bits depend on it."""
+    """Number of records measured at once. A run keeps the number it began with: the last bits depend on it."""
     with suppress(ResultFileError):
         begun = read_journal(path, KIND, FORMAT)[0].get("together")
         if isinstance(begun, int) and begun > 0:
@@ -191,7 +191,7 @@ def _together(model: Model, path: Path) -> int:
 
 
 def _told_of(records: Sequence[AnyRecord], settings: Mapping[str, Any], path: Path | None = None) -> dict[str, Any]:
-    """What a header says of the records: of those with which the journal at `path` was begun, if it was."""
+    """Records as the header names them: those with which the journal at `path` was begun, if it exists."""
     count = len(records)
     if path is not None:
         with suppress(ResultFileError, AttributeError):

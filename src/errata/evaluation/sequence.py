@@ -45,7 +45,7 @@ NEWEST = 10  # edits over which the recall of the newest is averaged: by itself 
 
 
 class _Header(TypedDict):
-    """What a file says of its run, as far as it is read."""
+    """Settings in the header of a run, as far as they are read."""
 
     model: str
     every: Annotated[int, Field(ge=1)]

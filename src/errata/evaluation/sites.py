@@ -57,7 +57,7 @@ _PARTS = _OF_CASE, _OF_LAYER, _OF_SITE = (False, False, True), (True, False, Fal
 
 
 class _Header(TypedDict):
-    """What a file says of its run, as far as it is read."""
+    """Settings in the header of a run, as far as they are read."""
 
     model: str
     layers: list[int]

@@ -213,7 +213,7 @@ def _from_disk(
 
 
 def _auto_class(config: Any) -> Any:
-    """What loads a model of this config with its head: images beside the text do no harm."""
+    """Auto class that loads a model of this config with its head, image-and-text models included."""
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
     alone = type(config) in AutoModelForCausalLM._model_mapping

@@ -30,7 +30,7 @@ def require_unquantised(hf: nn.Module) -> None:
 
 
 def refusal(path: str, what: str, how: str) -> UnsupportedModel:
-    """What to say of a quantised module, or model."""
+    """Message about a quantised module or model."""
     return UnsupportedModel(
         f"{path}: {what} is quantised ({how}): its weights are codes, not numbers, so they can be neither measured nor "
         "edited. Load the model that was quantised, or turn it into numbers with model.dequantize() and give errata "

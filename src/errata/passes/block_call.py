@@ -53,7 +53,7 @@ class Past(DynamicCache):
         return torch.cat([self.keys_before, key_states], -2), torch.cat([self.values_before, value_states], -2)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        """How many tokens went before."""
+        """Number of earlier tokens."""
         return self.keys_before.shape[-2] if self.keys_before.dim() > 1 else 0
 
 
@@ -76,7 +76,7 @@ class Earlier:
     states: Tensor
 
     def of(self, rows: Tensor | slice, tokens: int | None = None) -> Earlier:
-        """Those of some rows, their first tokens alone if so many are named."""
+        """Selected rows, cut to their first tokens if a number is given."""
         return Earlier(self.states[rows, :tokens])
 
     def after(self, states: Tensor, run: Callable[[DynamicCache], object]) -> Earlier:
@@ -84,7 +84,7 @@ class Earlier:
         return Earlier(torch.cat([self.states, states], 1))
 
     def get_seq_length(self) -> int:
-        """How many tokens went before."""
+        """Number of earlier tokens."""
         return self.states.shape[1]
 
 
@@ -189,7 +189,7 @@ def run(block: nn.Module, states: Tensor, arguments: Mapping[str, Any], past: Pa
 
 
 def unseen(past: Past | Earlier) -> int:
-    """How many tokens at the beginning of what a block computes are not those that were asked for."""
+    """Number of leading tokens of a block's output that were not asked for."""
     return past.get_seq_length() if isinstance(past, Earlier) else 0
 
 
@@ -200,7 +200,7 @@ def is_mask(name: str) -> bool:
 
 @dataclass(frozen=True)
 class MaskValues:
-    """What the entries of a mask `[r, heads or 1, n, tokens]` mean, whose last token is the last of its queries.
+    """Meaning of the entries of a mask `[r, heads or 1, n, tokens]` whose last token is the last of its queries.
 
     Models do not agree on it: True is "seen" to most of those that are handed yes and no, and "hidden" to MPT; others
     add a number. It is read off the mask itself, since a decoder's token sees itself and no later one.

@@ -46,7 +46,7 @@ def hooked(model: Model, patches: Mapping[Stream, Patch]) -> Iterator[None]:
 
 @unbroken
 def hooked_block(model: Model, patches: Mapping[Stream, Patch], rows: int, begin: int = 0) -> Iterator[None]:
-    """As `hooked`, while blocks are called on their own: the batch size is given, as no embedding runs to tell it.
+    """`hooked` for blocks that are called on their own: the batch size is given, as no embedding runs to tell it.
 
     Tokens before `begin` are hidden from the functions.
     """

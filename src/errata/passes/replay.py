@@ -226,7 +226,7 @@ def record(
 
 
 def engine_of(model: Model) -> Engine:
-    """How runs of a model are varied: "replay" where its blocks can be resumed, "plain" where they run on whole texts.
+    """Engine of a model's runs: "replay" where its blocks can be resumed, "plain" where they run on whole texts.
 
     Measured once on a short text, for a model with the attention that it has now.
     """
@@ -271,7 +271,7 @@ def _record(
     first: int,
     cache: DynamicCache | None,
 ) -> Recording:
-    """As `record`, without a check; with no cache, to be run on as whole texts."""
+    """`record` without self-check and without cache, for models that run on whole texts."""
     calls: list[Call] = []
     states: dict[int, Tensor] = {}
     kept: dict[Stream, Tensor] = {}

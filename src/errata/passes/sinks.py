@@ -22,7 +22,7 @@ SINK = 0.8  # mean cosine of their keys from which on they count as one vector
 
 @dataclass(frozen=True)
 class FirstTokenCosines:
-    """How alike the keys of 32 different tokens are, as mean cosine between two of them.
+    """Similarity of the keys of 32 different tokens, as mean cosine between two of them.
 
     Attributes:
         first: where each is the first token of a text.

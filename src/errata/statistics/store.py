@@ -41,7 +41,7 @@ class _Halves(TypedDict):
 
 
 class _Header(TypedDict):
-    """What a file says of a second moment."""
+    """Header of a second moment's file."""
 
     count: Annotated[int, Field(ge=0)]
     layer: int | None

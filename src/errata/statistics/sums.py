@@ -28,7 +28,7 @@ SAMPLED = 64  # keys a layer by which the halves are compared
 
 
 class _Header(TypedDict):
-    """What a file says of sums."""
+    """Header of unfinished sums."""
 
     batches: int
     counts: tuple[int, int]

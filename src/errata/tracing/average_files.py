@@ -134,7 +134,7 @@ class _Best(TypedDict):
 
 
 class _Header(TypedDict):
-    """What a file says of averages, besides those of sites."""
+    """Header of averages: everything besides the averages of sites."""
 
     kind: str
     model: str

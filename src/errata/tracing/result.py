@@ -33,7 +33,7 @@ KIND = "causal traces"
 
 
 class Origin(TypedDict):
-    """What a file says of the model that its numbers are of."""
+    """Model that a file's numbers were measured on."""
 
     model: str
     fingerprint: str

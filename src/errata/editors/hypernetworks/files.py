@@ -31,7 +31,7 @@ _NETWORKS: dict[str, tuple[type[NetworkConfig], Any]] = {
 
 
 class _Header(TypedDict):
-    """What a file says of a trained editor."""
+    """Header of a trained editor's file."""
 
     method: str
     config: dict[str, Any]

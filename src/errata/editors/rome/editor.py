@@ -181,7 +181,7 @@ class _Work:
 
 @dataclass(frozen=True)
 class _Request:
-    """What one edit writes.
+    """Rewrites that one edit writes.
 
     Attributes:
         numbers: places of its rewrites among those of the call.
@@ -221,7 +221,7 @@ def _all_at_once(work: _Work, rewrites: Sequence[Rewrite]) -> list[_Made]:
     found: dict[int, _Made] = {}
     groups: list[list[int]] = []
     for number, rewrite in enumerate(rewrites):
-        try:  # before anything is sampled: a prompt that does not do fails fast, and not the others of its subject
+        try:  # check before sampling: a bad prompt fails fast, and alone of its subject
             texts = texts_of(work.model, [rewrite], ("",), work.config)
             value.loss_layer_of(work.model, work.layer, texts, work.config)
         except (FactError, ConfigError) as error:
@@ -250,7 +250,7 @@ def _go_together(group: Sequence[Rewrite], rewrite: Rewrite) -> bool:
 
 
 def _subject(rewrite: Rewrite) -> str:
-    """What rewrites of one subject have in common, in any letter case."""
+    """Subject in a form that is equal for any letter case and spacing."""
     return " ".join(rewrite.subject.casefold().split())
 
 

@@ -47,7 +47,7 @@ def texts_of(
     Raises:
         FactError: if a text is too long for the model, a role has no token, or the target melts into the prompt.
     """
-    # First the bare prompts: one that does not do is told of as it was written.
+    # Bare prompts come first, so that an error quotes the prompt as it was written.
     texts = [
         _until_lookup(model, "bare", Context.of(rewrite.fact, "", model.tokenizer), config) for rewrite in rewrites
     ]
