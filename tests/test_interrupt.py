@@ -32,6 +32,13 @@ from tiny import MLP_WIDTH, WIDTH, byte_tokenizer, tiny
 HOME = str(Path(package.__file__).parent)
 
 
+@pytest.fixture(autouse=True)
+def _gradients_are_on_afterwards():
+    """An error on the last line of torch's own no_grad leaves gradients off: other tests are not to meet that."""
+    yield
+    torch.set_grad_enabled(True)
+
+
 @pytest.fixture(scope="module")
 def model():
     return load_pretrained((tiny("gpt2"), byte_tokenizer()), name="tiny")
