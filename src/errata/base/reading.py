@@ -70,7 +70,7 @@ def load_json(text: str | bytes) -> Any:
 def of_type(value: Any, kind: Any) -> Any:
     """A value from a file as it is, once it is sure that it is of a type, such as `list[int]` or a TypedDict.
 
-    Types are exact: True is no int and "3" is no number. An object may have further keys.
+    Types are exact: neither True nor "3" counts as an int. An object may have further keys.
 
     Raises:
         ValueError: if it is of another; the message says where.

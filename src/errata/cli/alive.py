@@ -1,4 +1,4 @@
-"""Signs of life of a long command where standard error is no terminal: a line at least every minute."""
+"""Progress lines of a long command, at least one a minute, where standard error is not a terminal."""
 
 from __future__ import annotations
 

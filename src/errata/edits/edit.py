@@ -155,7 +155,7 @@ class Edit:
             weights the model stores transposed or shares with another module, under "derived" what was done to
             the edit since it was made.
         source: where a loader finds that model, {"path": folder} or {"hub": id, "revision": commit}; empty in older
-            files. It is no part of the content: equal edits may have been made from different folders.
+            files. Equality ignores it: equal edits may have been made from different folders.
 
     Raises:
         ConfigError: if there are no deltas, a delta's weight has no fingerprint, or config or notes are not

@@ -201,7 +201,7 @@ def _told_of(records: Sequence[AnyRecord], settings: Mapping[str, Any], path: Pa
 
 
 def _require_no_more(folder: Path, records: Sequence[AnyRecord]) -> None:
-    """Make sure that a run is not gone on with by fewer records than it has.
+    """Refuse to continue a run with fewer records than it has.
 
     Raises:
         ConfigError: if it is.

@@ -135,7 +135,7 @@ class Trained:
 def _require_sizes(
     d_model: int, shapes: Mapping[str, tuple[int, int]], config: Mapping[str, Any], tensors: Mapping[str, Tensor]
 ) -> None:
-    """Make sure, before a network is made, that it is no larger than the tensors that are to fill it.
+    """Check that a network would not be larger than the tensors that fill it, before memory is taken for it.
 
     Raises:
         ValueError: if a size is not one of theirs.
