@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import os
 
 import pytest
@@ -10,6 +11,30 @@ import pytest
 os.environ["HF_HUB_OFFLINE"] = "1"
 if "PYTEST_XDIST_WORKER" in os.environ:  # tests that run beside each other have a thread each
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+def _failed_if_skipped(report) -> None:
+    """Turns a skip into a failure."""
+    if report.skipped:
+        *_, reason = report.longrepr
+        report.outcome = "failed"
+        report.longrepr = f"golden numbers are part of the project, so a test of them is never skipped. {reason}"
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item):
+    report = yield
+    if item.path.stem.endswith("_goldens") or "goldens." in inspect.getsource(item.function):
+        _failed_if_skipped(report)
+    return report
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report(collector):
+    report = yield
+    if collector.path.stem.endswith("_goldens"):
+        _failed_if_skipped(report)
+    return report
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -1,8 +1,7 @@
-"""The golden numbers: what the published code computed on one small GPT-2 that a recipe makes.
+"""Golden numbers: results of the published code on one small GPT-2, in the folder `goldens/` beside this file.
 
-They live outside the project, in `shared/goldens` beside it. Where they are absent (a plain clone), every
-test that asks for them is skipped with that reason. `tiny_np(dtype)` builds the model; `arrays` and `info`
-read the files.
+`tiny_np(dtype)` builds the model from its recipe; `arrays`, `matrix` and `info` read the files. A test that uses
+them is never skipped: `conftest.py` turns such a skip into a failure.
 """
 
 from __future__ import annotations
@@ -13,55 +12,43 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pytest
 import torch
 
-SHARED = Path(__file__).parents[2] / "shared"
-GOLDENS = SHARED / "goldens"
-
-
-def need() -> Path:
-    """The folder of golden numbers, or a skip that says what is missing."""
-    if not (GOLDENS / "meta.json").is_file():
-        pytest.skip(f"golden numbers are not here ({GOLDENS})")
-    if not (SHARED / "data" / "gpt2-tokenizer" / "vocab.json").is_file():
-        pytest.skip(f"GPT-2's tokenizer is not here ({SHARED / 'data' / 'gpt2-tokenizer'})")
-    return GOLDENS
+GOLDENS = Path(__file__).parent / "goldens"
+GPT2_FILES = GOLDENS / "gpt2-tokenizer"
 
 
 def arrays(name: str) -> dict[str, np.ndarray]:
     """All arrays of `name`.npz."""
-    with np.load(need() / f"{name}.npz", allow_pickle=False) as stored:
+    with np.load(GOLDENS / f"{name}.npz", allow_pickle=False) as stored:
         return {key: stored[key] for key in stored.files}
 
 
 def matrix(name: str) -> np.ndarray:
     """The one array of `name`.npy."""
-    return np.load(need() / f"{name}.npy", allow_pickle=False)
+    return np.load(GOLDENS / f"{name}.npy", allow_pickle=False)
 
 
 def info(name: str) -> Any:
     """The content of `name`.json."""
-    return json.loads((need() / f"{name}.json").read_text(encoding="utf-8"))
+    return json.loads((GOLDENS / f"{name}.json").read_text(encoding="utf-8"))
 
 
 def gpt2_tokenizer():
     """GPT-2's own tokenizer, padding with the end of text."""
-    need()
     from transformers import GPT2TokenizerFast
 
-    tokenizer = GPT2TokenizerFast.from_pretrained(str(SHARED / "data" / "gpt2-tokenizer"))
+    tokenizer = GPT2TokenizerFast.from_pretrained(str(GPT2_FILES))
     tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 
 
 @functools.lru_cache(maxsize=2)
 def tiny_np(dtype: torch.dtype = torch.float32):
-    """The goldens' model, wrapped: 6 layers of width 128, 4 heads, parameters from `RandomState(0)`.
+    """The model of the goldens, wrapped: 6 layers of width 128, 4 heads, parameters from `RandomState(0)`.
 
-    It is made once a process and dtype: a test that changes its weights must put them back.
+    It is cached per process and dtype: a test that changes its weights must restore them.
     """
-    need()
     from transformers import GPT2Config, GPT2LMHeadModel
 
     from errata.models.loading import load_pretrained

@@ -6,10 +6,10 @@ import json
 
 import pytest
 
-import goldens
 from errata.benchmarks import sources
+from samples import sample
 from test_cli import refused
-from test_records import DATA, FLAT, NESTED, ZSRE, changed, write
+from test_records import FLAT, NESTED, ZSRE, changed, write
 from test_sources import CONTENT, of, server  # noqa: F401
 
 
@@ -34,8 +34,7 @@ def test_describe(run, tmp_path):
 
 @pytest.mark.parametrize("name", ["counterfact_nested", "counterfact_flat", "zsre", "known_facts"])
 def test_describe_samples(run, name):
-    goldens.need()
-    done = run("describe", DATA / f"{name}_sample.json", "--json")
+    done = run("describe", sample(name), "--json")
     assert (done.returncode, done.stderr) == (0, "")
     assert json.loads(done.stdout)["records"] == {"counterfact_nested": 150, "zsre": 100}.get(name, 200)
 

@@ -18,7 +18,7 @@ from errata.edits.edit import Edit
 from errata.evaluation import executors, runner
 from errata.evaluation.results import Run
 from errata.statistics.second_moment import SecondMoment
-from goldens import SHARED
+from samples import sample
 from test_cli import refused
 from tiny import TEXT, byte_tokenizer, tiny
 
@@ -153,25 +153,23 @@ def test_a_run_may_be_stopped_and_goes_on_with_the_same_command(errata, monkeypa
 @pytest.mark.parametrize(
     ("name", "numbers"),
     [
-        ("counterfact_nested_sample.json", {"s", "es", "ps", "ns", "ats"}),
-        ("counterfact_flat_sample.json", {"s", "es", "ps", "ns"}),
-        ("zsre_sample.json", {"efficacy", "paraphrase", "specificity"}),
+        ("counterfact_nested", {"s", "es", "ps", "ns", "ats"}),
+        ("counterfact_flat", {"s", "es", "ps", "ns"}),
+        ("zsre", {"efficacy", "paraphrase", "specificity"}),
     ],
 )
 def test_published_schemas(errata, name, numbers):
-    data = SHARED / "data" / name
-    if not data.is_file():
-        pytest.skip(f"samples of the published sets are not here ({data})")
+    data = sample(name)
     done = errata("--out", "run", "--data", str(data), "--limit", "3", *CHEAP, *ROME, "--json")
     assert done.returncode == 0, done.stderr
     told = json.loads(done.stdout)
     assert numbers <= {column["name"] for column in told["columns"]}
     assert [(row["name"], row["measured"]) for row in told["rows"]] == [("unedited", 3), ("r", 3)]
     # The same file by another path, from another folder, is the same run; and a sample is another.
-    shutil.copy(data, name)
-    assert errata("--out", "run", "--data", name, "--limit", "3", *CHEAP, *ROME).returncode == 0
-    refused(errata("--out", "run", "--data", name, "--limit", "3", "--sample", "2", *CHEAP), "records")
-    done = errata("--out", "few", "--data", name, "--limit", "5", "--sample", "2", "--seed", "3", *CHEAP)
+    shutil.copy(data, data.name)
+    assert errata("--out", "run", "--data", data.name, "--limit", "3", *CHEAP, *ROME).returncode == 0
+    refused(errata("--out", "run", "--data", data.name, "--limit", "3", "--sample", "2", *CHEAP), "records")
+    done = errata("--out", "few", "--data", data.name, "--limit", "5", "--sample", "2", "--seed", "3", *CHEAP)
     assert done.returncode == 0
     assert len(Run.load("few").records) == 2
 

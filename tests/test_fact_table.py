@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from errata.base.errors import ConfigError, OutputError, ResultFileError
 from errata.base.facts import Fact
 from errata.benchmarks.fact_table import FACTS, FactRow, read_facts, told_unread, write_facts
-from goldens import SHARED
+from samples import sample
 
 NEEDLE = Fact("The Space Needle", "{} is located in the city of", "Seattle")
 ROME = Fact("Rome", "The capital {} is in", "Italy")
@@ -141,9 +141,7 @@ def test_known_facts(tmp_path):
 
 
 def test_known_facts_of_the_published_code():
-    path = SHARED / "data" / "known_facts_sample.json"
-    if not path.is_file():
-        pytest.skip(f"the sample is not here ({path})")
+    path = sample("known_facts")
     found = read_facts(path)
     assert len(found.rows) == 200
     assert not found.bad

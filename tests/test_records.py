@@ -21,6 +21,7 @@ from errata.benchmarks.fact_table import read_facts
 from errata.benchmarks.records import Record, ZsreRecord
 from errata.benchmarks.sets import read_records, what_is_in
 from errata.benchmarks.snippets import Snippet, Snippets, read_snippets, write_snippets
+from samples import sample
 
 NESTED = {
     "case_id": 7,
@@ -66,7 +67,6 @@ NEEDLE = Record(
     (),
     ("Q5083", "Q90"),
 )
-DATA = goldens.SHARED / "data"
 
 
 def changed(entry, **fields):
@@ -166,16 +166,14 @@ def test_counterfact_as_the_published_code_has_it(tmp_path):
     [("counterfact_nested", "counterfact", 150), ("counterfact_flat", "counterfact", 200), ("zsre", "zsre", 100)],
 )
 def test_samples_load_whole(name, kind, count):
-    goldens.need()
-    found = read_records(DATA / f"{name}_sample.json")
+    found = read_records(sample(name))
     assert (found.kind, len(found.records), found.bad) == (kind, count, ())
     cases = [record.case_id for record in found.records]
     assert cases == sorted(set(cases))
 
 
 def test_records_are_written_and_read_back(tmp_path):
-    goldens.need()
-    records = read_records(DATA / "counterfact_nested_sample.json").records
+    records = read_records(sample("counterfact_nested")).records
     for name in ("a.json", "deep/b.jsonl"):
         write_records(tmp_path / name, records)
         assert read_records(tmp_path / name).records == records
@@ -406,10 +404,7 @@ def test_flat_questions_have_answers_of_their_own(tmp_path):
     ("name", "kind"), [("counterfact_flat2", "counterfact"), ("wikibigedit", "zsre"), ("zsre2", "zsre")]
 )
 def test_more_samples(name, kind):
-    path = DATA / f"{name}_sample.json"
-    if not path.is_file():
-        pytest.skip(f"the sample is not here ({path})")
-    found = read_records(path)
+    found = read_records(sample(name))
     assert (found.kind, len(found.records) + len(found.bad)) == (kind, 200)
     assert len(found.bad) <= 5, found.bad
 

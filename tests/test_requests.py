@@ -9,7 +9,7 @@ import pytest
 from errata.base.errors import ConfigError, ResultFileError
 from errata.base.facts import Fact, Rewrite
 from errata.benchmarks.requests import RequestRow, read_requests
-from goldens import SHARED
+from samples import sample
 
 NEEDLE = Rewrite(Fact("The Space Needle", "{} is located in the city of", "Seattle"), "Paris")
 ROME = Rewrite(Fact("Rome", "The capital {} is in"), "France")
@@ -107,11 +107,9 @@ def test_other_files(tmp_path):
         read_requests(tmp_path / "requests.txt")
 
 
-@pytest.mark.parametrize("name", ["counterfact_nested_sample.json", "counterfact_flat_sample.json"])
+@pytest.mark.parametrize("name", ["counterfact_nested", "counterfact_flat"])
 def test_samples_of_counterfact(name):
-    path = SHARED / "data" / name
-    if not path.is_file():
-        pytest.skip(f"{path} is not here: the samples are not part of the package")
+    path = sample(name)
     found = read_requests(path)
     entries = json.loads(path.read_text())
     assert len(found.rows) + len(found.bad) == len(entries)

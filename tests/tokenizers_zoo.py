@@ -7,13 +7,11 @@ start of a word and inside it, so that nothing in a test is unknown unless the t
 from __future__ import annotations
 
 from functools import cache
-from pathlib import Path
 
-import pytest
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-GPT2_FILES = Path(__file__).parents[2] / "shared/data/gpt2-tokenizer"
+from goldens import GPT2_FILES
 
 # What subjects are made of: each is whole in itself, so that none changes its neighbours when composed.
 UNITS = (
@@ -38,8 +36,6 @@ def gpt2_tokenizer(
     *, trim: bool = False, prefix: bool = False, post_prefix: bool | None = None
 ) -> PreTrainedTokenizerFast:
     """GPT-2's real vocabulary; optionally with offsets trimmed of spaces, or a space put before the text."""
-    if not (GPT2_FILES / "vocab.json").exists():
-        pytest.skip(f"GPT-2's vocabulary is not at {GPT2_FILES}")
     files = (str(GPT2_FILES / name) for name in ("vocab.json", "merges.txt"))
     tokenizer = Tokenizer(models.BPE.from_file(*files))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=prefix)
