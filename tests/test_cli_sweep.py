@@ -53,6 +53,9 @@ def test_sweep_on_the_atlas(tmp_path):
     assert said["sites"]["last"]["s"]["mean"] == found.mean["s"][1].tolist()
     assert said["unedited"]["es"]["mean"] == found.unedited["es"].mean
     assert said["best"]["s"] == found.best()[2] > said["unedited"]["s"]["mean"]
+    command[command.index("--records") + 1] = 3  # a finished sweep goes on with more
+    more = json.loads(errata(*command, "--json").stdout)
+    assert (more["records"], more["sites"]["subject_last"]["impossible"]) == (3, [0, 3])
 
 
 @pytest.mark.parametrize(
@@ -90,6 +93,10 @@ def test_sequence_on_the_atlas(tmp_path):
     assert said["recalled"]["edited"][0] is None
     assert said["recalled"]["untouched"][0] == 1.0  # those that it knows are watched
     assert said["recalled"]["edited"][1:] == SequenceScores.load(save).edited[1:].tolist()
+    command[command.index("--edits") + 1] = 4  # a finished run goes on with more
+    more = json.loads(errata(*command, "--json").stdout)
+    assert more["edits"] == [0, 2, 3, 4]
+    assert more["recalled"]["untouched"][:3] == said["recalled"]["untouched"]
 
 
 def tables(tmp_path, live):

@@ -294,3 +294,39 @@ def test_settings_that_allow_of_no_edit(tmp_path):
             config=RomeConfig(**{**CONFIG.model_dump(), "fact_token": "subject_last"}),
         )
     assert weights_digest(live.hf) == weights
+
+
+def test_a_run_goes_on_with_more_rewrites_and_not_with_fewer(tmp_path):
+    path = tmp_path / "s.jsonl"
+    run(path, rewrites=REWRITES[:3])
+    begun = files(path)
+    found = run(path)
+    assert found.edits.tolist() == [0, 2, 3, 4, 5]
+    again = files(path)
+    assert again[""].startswith(begun[""])
+    at_once = tmp_path / "at-once.jsonl"
+    whole = run(at_once)
+    assert {**files(at_once), "": b""} == {**again, "": b""}  # the very same edits
+    assert found.edited.tolist()[-1:] == whole.edited.tolist()[-1:]
+    np.testing.assert_array_equal(SequenceScores.load(path).untouched, found.untouched)
+    for fewer in (REWRITES[:4], REWRITES[:3]):
+        with pytest.raises(ConfigError, match=f"a run over 5 edits, and {len(fewer)} are asked for"):
+            run(path, rewrites=fewer)
+    with pytest.raises(ResultFileError, match=r"edit 4 of .* is of another rewrite"):
+        run(path, rewrites=[*REWRITES[:3], *REWRITES[:2]])
+    assert files(path) == again
+
+
+@pytest.mark.parametrize("kept", ["joint", "apart"])
+def test_an_edit_keeps_what_is_written_of_its_subject_unless_told_otherwise(tmp_path, kept):
+    of_one = [Fact("Dante", prompt).rewrite(word) for prompt, word in (("{} is", "Paris"), ("{} was", "founder"))]
+    config = RomeConfig(**{**CONFIG.model_dump(), "fact_token": "subject_last", "same_subject": kept})
+    run(tmp_path / "s.jsonl", rewrites=of_one, config=config)
+    twin = model()
+    config = RomeConfig(**{**config.model_dump(), "layer": 1, "max_drift": None})
+    for number, rewrite in enumerate(of_one, 1):
+        edit = rome(twin, rewrite, config, second_moment=SecondMoment.identity(twin.d_mlp))
+        stored = Edit.load(edits_folder(tmp_path / "s.jsonl") / f"{number:04d}.safetensors")
+        assert torch.equal(edit.deltas[0].matrix(), stored.deltas[0].matrix())
+        edit.apply(twin)
+    assert json.loads((tmp_path / "s.jsonl").read_text().splitlines()[0])["config"]["same_subject"] == kept

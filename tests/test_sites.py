@@ -184,7 +184,7 @@ def test_killed_at_a_random_moment_and_resumed_it_is_the_same_byte_for_byte(whol
         ({"config": RomeConfig(**{**CONFIG.model_dump(), "steps": 5})}, "config.steps"),
         ({"records": RECORDS[1:]}, "cases"),
         ({"records": [*RECORDS[:4], Record(40, "", RECORDS[0].rewrite, (), (), (), ())]}, "records"),
-        ({"live": 1}, "fingerprint"),
+        ({"live": 1}, "weights of the model"),
     ],
 )
 def test_another_run_is_not_appended(whole, tmp_path, change, named):
@@ -294,3 +294,24 @@ def test_all_layers_and_tokens_unless_named_and_numbers_of_any_kind(tmp_path):
     assert found.layers == (1,)
     assert found.tokens == ("subject_first", "subject_last", "subject_first_after", "last")
     assert swept(tmp_path / "t", records=RECORDS[:1], layers=None, tokens=["last"]).layers == (0, 1, 2)
+
+
+def test_a_sweep_goes_on_with_more_records_and_not_with_fewer(whole, tmp_path):
+    path = tmp_path / "s"
+    swept(path, records=RECORDS[:2])
+    begun = path.read_bytes()
+    found = swept(path)
+    again, at_once = path.read_bytes(), SiteScores.load(whole)
+    assert again.startswith(begun)
+    for name in METRICS:
+        np.testing.assert_array_equal(found.mean[name], at_once.mean[name])
+        np.testing.assert_array_equal(SiteScores.load(path).mean[name], at_once.mean[name])
+    assert found.unedited == at_once.unedited
+    assert found.settings["cases"] == at_once.settings["cases"]
+    for fewer in (RECORDS[:4], RECORDS[:2]):
+        with pytest.raises(ConfigError, match=f"a run over 5 records, and {len(fewer)} are asked for"):
+            swept(path, records=fewer)
+    other = Record(40, "", RECORDS[0].rewrite, (), (), (), ())
+    with pytest.raises(ResultFileError, match=r"case 40 of .* is another record"):
+        swept(path, records=[*RECORDS[:4], other])
+    assert path.read_bytes() == again

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 Save = Annotated[Path, typer.Option(help="The results, .jsonl: each as soon as it is there, so a stopped run goes on.")]
 
+_RESERVED = 100  # records of the atlas whose subjects are never among the untouched facts
 _REASONS = 4  # told on the terminal: one a token
 
 
@@ -48,7 +49,7 @@ def sweep(
 ) -> None:
     """Edit records at every layer and token and score the edits, after Figure 5 of the paper.
 
-    A run that was stopped goes on where it was if it is started again.
+    A run that was stopped goes on where it was if it is started again, and goes on with more --records.
     """
     from errata.base.errors import ConfigError
     from errata.cli import show
@@ -123,7 +124,7 @@ def sequence(
     """Make edits one after the other on one model: how many of them, and of untouched facts, does it recall?
 
     Bad lines of a table are named, and the others used; the exit code is 1 then. A run that was stopped goes on where
-    it was if it is started again. The edits themselves are kept in a folder beside --save.
+    it was if it is started again, and goes on with more --edits. The edits are kept in a folder beside --save.
     """
     from errata.base.errors import ConfigError
     from errata.cli import show
@@ -149,8 +150,10 @@ def sequence(
             f"only the atlas brings its own edits and facts: for {loaded.name} give tables of them by --requests and "
             "--facts"
         )
-    rewrites = (_rewrites_of_the_atlas(edits) if rewrites is None else rewrites)[:edits]
-    known = _known(loaded, _facts_of_the_atlas(seed) if watched is None else watched, rewrites, untouched)
+    # Facts are untouched by later requests too, so that a run can go on with more of them.
+    reserved = _rewrites_of_the_atlas(max(edits, _RESERVED)) if rewrites is None else rewrites
+    rewrites = reserved[:edits]
+    known = _known(loaded, _facts_of_the_atlas(seed) if watched is None else watched, reserved, untouched)
     config, _ = resolve(loaded, [each.fact for each in rewrites], None, layer, seed)
     moment = source.of(loaded, cast("int", config.layer))
     with show.going_on("editing", "edits") as tell:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
+from pathlib import Path
 from typing import Any
 
 from errata.base.display import shown
-from errata.base.errors import ResultFileError
+from errata.base.errors import ConfigError, ResultFileError
 from errata.base.fingerprint import tensor_digest
+from errata.base.journal import read_journal
 from errata.base.versions import library_versions
 from errata.editors.rome import RomeConfig
 from errata.models.fingerprint import weights_digest
@@ -47,6 +50,26 @@ def digest(values: Any) -> str:
 def moment_digest(second_moment: SecondMoment) -> str:
     """sha256, in hex, of a second moment's numbers."""
     return tensor_digest(second_moment.matrix)
+
+
+def begun_with(path: str | Path, kind: str, version: int, key: str) -> Any:
+    """A setting in the header of the run at `path`; None if there is no such run, or it does not name it."""
+    with contextlib.suppress(ResultFileError):  # opening the file will say what is wrong
+        return read_journal(path, kind, version)[0].get(key)
+    return None
+
+
+def require_no_more(path: str | Path, there: int, wanted: int, what: str) -> None:
+    """Make sure that a run is not gone on with for less than it holds already.
+
+    Raises:
+        ConfigError: if it is.
+    """
+    if there > wanted:
+        raise ConfigError(
+            f"{path} is a run over {there} {what}, and {wanted} are asked for: ask for {there} or more, which adds to "
+            "it, or name another file"
+        )
 
 
 def broken(path: object, line: object) -> ResultFileError:

@@ -1,9 +1,10 @@
 """One edit after the other on one model: how long are they recalled, and what becomes of facts that none touched?
 
-Each edit is made with the earlier ones on the model. A fact is recalled if every token of its object is the model's
+Each edit is made with the earlier ones on the model, and keeps what earlier ones wrote of its own subject unless the
+settings say `same_subject="apart"`. A fact is recalled if every token of its object is the model's
 most probable one. What is measured is in a file at once, and each edit in a folder beside it, so that a run that is
 killed and started again goes on from the same weights, and its files are the same, byte for byte, as those of a run in
-one go. At the end the model is as it was.
+one go. A finished run goes on with more rewrites behind those that it has. At the end the model is as it was.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from errata.base.reading import of_type, taking_apart
 from errata.editors.rome import RomeConfig, rome
 from errata.editors.rome.prepare import settled
 from errata.edits.edit import Edit
-from errata.evaluation.run import broken, digest, header, moment_digest
+from errata.evaluation.run import begun_with, broken, digest, header, moment_digest, require_no_more
 from errata.models.model import Model
 from errata.models.scoring import Score, score
 from errata.plots.drawing import save
@@ -154,8 +155,9 @@ def edit_in_sequence(
 ) -> SequenceScores:
     """Make ROME edits one after the other, each on top of the earlier ones, and measure what is recalled.
 
-    If the file is there already, of the same model, rewrites and settings, the run goes on where it was. Ctrl-C ends it
-    after the edit under way; a second one at once. The model is left as it was, byte for byte.
+    If the file is there already, of the same model, rewrites and settings, the run goes on where it was; rewrites may
+    have been added behind those that it was begun with. Ctrl-C ends it after the edit under way; a
+    second one at once. The model is left as it was, byte for byte.
 
     Args:
         model: any decoder; the second moment and the prefixes are of it as it is now, without the edits.
@@ -170,7 +172,8 @@ def edit_in_sequence(
         progress: called with edits done and edits in all.
 
     Raises:
-        ConfigError: if there is nothing to edit or to watch, a number is out of range, or no layer is named.
+        ConfigError: if there is nothing to edit or to watch, a number is out of range, no layer is named, or the file
+            holds more edits than are asked for.
         FactError: if a fact has no object, or cannot be scored.
         StaleStatistics: if the second moment is of another layer or size.
         ResultFileError: if the file is of another model, other rewrites or settings, or broken, or an edit is missing.
@@ -186,22 +189,31 @@ def edit_in_sequence(
     config = settled(model, [each.fact for each in rewrites], config, layer, seed)
     wanted = [Fact(each.subject, each.prompt, each.new_object, each.separator) for each in rewrites]
     recalled(model, [*wanted, *untouched])  # what cannot be scored is told before any work
+    begun = begun_with(path, KIND, FORMAT, "rewrites")
+    begun = begun if isinstance(begun, int) and 0 < begun < len(rewrites) else len(rewrites)
     settings = header(
         model,
         config,
         seed,
         second_moment=moment_digest(second_moment),
         every=every,
-        rewrites=len(rewrites),
+        rewrites=begun,
         untouched=len(untouched),
-        facts=digest([[as_plain(rewrite) for rewrite in rewrites], [as_plain(fact) for fact in untouched]]),
+        facts=digest([[as_plain(rewrite) for rewrite in rewrites[:begun]], [as_plain(fact) for fact in untouched]]),
     )
     with (
-        Journal.open(path, KIND, FORMAT, settings) as journal,
+        Journal.open(path, KIND, FORMAT, settings, names=_NAMES) as journal,
         deferred_interrupt() as stop_here,
         contextlib.ExitStack() as on_model,
     ):
         lines = _checked(journal.records, settings, path)
+        require_no_more(path, len(lines) - 1, len(rewrites), "edits")
+        for line, rewrite in zip(lines[begun + 1 :], rewrites[begun:], strict=False):
+            if line.get("rewrite") != digest(as_plain(rewrite)):
+                raise ResultFileError(
+                    f"edit {line['edits']} of {path} is of another rewrite than {rewrite.text!r} to "
+                    f"{rewrite.new_object!r}: give the rewrites that it went on with, or name another file"
+                )
         if progress:
             progress(max(0, len(lines) - 1), len(rewrites))
         for number, line in enumerate(lines if len(lines) <= len(rewrites) else ()):
@@ -216,6 +228,8 @@ def edit_in_sequence(
                 "lost": None,
                 "untouched_lost": None,
             }
+            if number > begun:  # the header does not know it
+                line["rewrite"] = digest(as_plain(rewrites[number - 1]))
             if number:
                 made = _put_on(model, rewrites[number - 1], config, second_moment, seed, on_model)
                 if isinstance(made, Edit):
@@ -267,6 +281,8 @@ def _lost(model: Model, facts: Sequence[Fact]) -> list[int]:
 # ---------------------------------------------------------------------------------------------
 # From the files
 
+_NAMES = {"fingerprint": "the weights of the model", "facts": "the rewrites or the untouched facts"}
+
 
 def _edit_path(path: str | Path, number: int) -> Path:
     return edits_folder(path) / f"{number:04d}.safetensors"
@@ -301,8 +317,10 @@ def _checked(
     for number, line in enumerate(lines):
         try:
             of_type(line, _Line)
-            measured = number % settings["every"] == 0 or number == settings["rewrites"]
-            fits = line["edits"] == number <= settings["rewrites"]
+            # A run that was gone on with for more rewrites has measured after its former last one too.
+            due = number % settings["every"] == 0 or number == settings["rewrites"]
+            measured = due or line["lost"] is not None
+            fits = line["edits"] == number
             fits &= isinstance(line["recalled"], bool) == (number > 0)
             fits &= isinstance(line["edit"], str) or number == 0 or isinstance(line["reason"], str)
             for name, of in (("lost", number), ("untouched_lost", settings["untouched"])):

@@ -6,14 +6,15 @@ model's scores, and the reason is kept.
 
 What is done is in a file at once, a line a site and record. A run that is killed and started again goes on, and its
 file is the same, byte for byte, as that of a run in one go: which records are edited together depends on the records
-alone.
+alone. Records can be added to a run behind those that it has.
 """
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast, get_args
@@ -33,7 +34,7 @@ from errata.benchmarks.records import Record
 from errata.editors.rome import RomeConfig, rome
 from errata.editors.rome.prepare import settled
 from errata.edits.edit import Edit
-from errata.evaluation.run import broken, changed, digest, header, moment_digest
+from errata.evaluation.run import begun_with, broken, changed, digest, header, moment_digest, require_no_more
 from errata.metrics.counterfact import RecordScores, score_record, summarise
 from errata.metrics.summary import Estimate
 from errata.models.model import Model
@@ -87,7 +88,7 @@ class SiteScores:
         counts: how many records were scored `[tokens, layers]`.
         impossible: how many of these could not be edited and count as unedited, likewise.
         reasons: why not, and how often each, the most frequent first.
-        settings: the header of the file.
+        settings: the header of the file, with the cases that were added later.
     """
 
     model: str
@@ -168,8 +169,9 @@ def sweep_sites(
 ) -> SiteScores:
     """Edit and score every record at every layer and token, and keep each result in a file as soon as it is there.
 
-    If the file is there already, of the same model, records and settings, what it holds is not made again. Ctrl-C ends
-    the run after the records under way; a second one at once. The model is left as it was.
+    If the file is there already, of the same model, records and settings, what it holds is not made again; records may
+    have been added behind those that it was begun with. Ctrl-C ends the run after the records under way; a second
+    one at once. The model is left as it was.
 
     Args:
         model: any decoder.
@@ -183,7 +185,8 @@ def sweep_sites(
         progress: called with edits done and edits in all.
 
     Raises:
-        ConfigError: if there is nothing to do, or a layer, token or case is unknown or there twice.
+        ConfigError: if there is nothing to do, a layer, token or case is unknown or there twice, or the file holds
+            more records than are asked for.
         FactError: if a record's prompts or objects cannot be scored.
         StaleStatistics: if a second moment is of another layer or size.
         ResultFileError: if the file is of another model, other records or settings, or broken.
@@ -195,19 +198,29 @@ def sweep_sites(
     tokens = _checked(tokens, get_args(Role), "token")
     cases = _checked(None, [record.case_id for record in records], "case")
     # Each site is edited at its own layer and nowhere else, as in the paper's Figure 5.
-    config = changed(settled(model, [], config, layers[0], seed), attention_sink="ignore")
+    config = changed(settled(model, [], config, layers[0], seed, alone=True), attention_sink="ignore")
+    begun = begun_with(path, KIND, FORMAT, "cases")
+    begun = len(begun) if isinstance(begun, list) and begun == cases[: len(begun)] else len(cases)
     settings = header(
         model,
         changed(config, layer=None, fact_token="subject_last"),  # each site has its own
         seed,
         layers=layers,
         tokens=tokens,
-        cases=cases,
-        records=digest([as_plain(record) for record in records]),
+        cases=cases[:begun],
+        records=digest([as_plain(record) for record in records[:begun]]),
     )
     groups = [records[begin : begin + _TOGETHER] for begin in range(0, len(records), _TOGETHER)]
-    with Journal.open(path, KIND, FORMAT, settings) as journal, deferred_interrupt() as stop_here:
+    _require_no_fewer(path, cases)
+    with Journal.open(path, KIND, FORMAT, settings, names=_NAMES) as journal, deferred_interrupt() as stop_here:
         lines = _by_key(journal.records, settings, path)
+        for record in records[begun:]:
+            line = lines.get((None, None, record.case_id))
+            if line and line.get("record") != digest(as_plain(record)):
+                raise ResultFileError(
+                    f"case {record.case_id} of {path} is another record: give the records that it went on with, or "
+                    "name another file"
+                )
 
         def keep(key: Key, **values: Any) -> None:
             if key not in lines:
@@ -220,9 +233,10 @@ def sweep_sites(
                 done = sum(token is not None for _, token, _ in lines)
                 progress(done, len(records) * len(layers) * len(tokens))
 
-        for record in records:
+        for number, record in enumerate(records):
             if (None, None, record.case_id) not in lines:
-                keep((None, None, record.case_id), scores=_score(model, record))
+                added = {} if number < begun else {"record": digest(as_plain(record))}
+                keep((None, None, record.case_id), scores=_score(model, record), **added)
                 stop_here()
         tell()
         for layer in layers:
@@ -294,6 +308,29 @@ def _score(model: Model, record: Record) -> dict[str, float | None]:
 # ---------------------------------------------------------------------------------------------
 # From the file
 
+_NAMES = {"fingerprint": "the weights of the model", "records": "the records"}
+
+
+def _require_no_fewer(path: str | Path, cases: Sequence[int]) -> None:
+    """Refuse to go on with a file for fewer records than it has.
+
+    Raises:
+        ConfigError: if it is.
+    """
+    with contextlib.suppress(ResultFileError):  # opening it will say what is wrong
+        header, lines = read_journal(path, KIND, FORMAT)
+        with taking_apart(path, f"a file of {KIND}"):
+            of_type(header, _Header)
+        there = _cases(header, lines)
+        if there[: len(cases)] == list(cases):
+            require_no_more(path, len(there), len(cases), "records")
+
+
+def _cases(settings: Mapping[str, Any], lines: Iterable[Mapping[str, Any]]) -> list[int]:
+    """Cases that a run was begun with, and those that were added, whose lines of the unedited model name a record."""
+    added = (line.get("case") for line in lines if "record" in line)
+    return list(dict.fromkeys([*settings["cases"], *(case for case in added if type(case) is int)]))
+
 
 def _by_key(
     lines: Sequence[Mapping[str, Any]], settings: Mapping[str, Any], path: str | Path
@@ -304,6 +341,7 @@ def _by_key(
         ResultFileError: if one is there twice, or does not fit the header.
     """
     found: dict[Key, Mapping[str, Any]] = {}
+    there = {**settings, "cases": set(_cases(settings, lines))}
     for line in lines:
         layer, token, case = key = cast("Key", tuple(line.get(name) for name in ("layer", "token", "case")))
         try:
@@ -311,7 +349,7 @@ def _by_key(
             parts = (layer is not None, token is not None, case is not None)
             fits = parts in _PARTS and key not in found
             for name, value in (("layers", layer), ("tokens", token), ("cases", case)):
-                fits &= value is None or value in settings[name]
+                fits &= value is None or value in there[name]
             if parts == _OF_LAYER:
                 fits &= isinstance(line["second_moment"], str)
             elif parts == _OF_SITE and line["scores"] is None:
@@ -331,7 +369,8 @@ def _scores(line: Mapping[str, Any]) -> RecordScores:
 
 
 def _averaged(settings: Mapping[str, Any], lines: Mapping[Key, Mapping[str, Any]]) -> SiteScores:
-    layers, tokens, cases = settings["layers"], settings["tokens"], settings["cases"]
+    layers, tokens, cases = settings["layers"], settings["tokens"], _cases(settings, lines.values())
+    settings = {**settings, "cases": cases}
     shape = len(tokens), len(layers)
     mean = {name: np.full(shape, np.nan) for name in METRICS}
     interval = {name: np.full(shape, np.nan) for name in METRICS}

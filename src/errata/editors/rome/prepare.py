@@ -57,7 +57,7 @@ def prepare(
         raise ConfigError(
             "layer='auto' traces facts to find the layer, and there are none: give some (facts=[...]), or name a layer"
         )
-    config = settled(model, facts, config, None, seed)
+    config = settled(model, facts, config, None, seed, alone=True)
     assert isinstance(config.layer, int)  # settled
     if config.loss_layer is not None and not config.layer <= config.loss_layer < model.n_layers:
         raise ConfigError(
@@ -69,18 +69,28 @@ def prepare(
     return Editor("rome", told, partial(_make, config=config, second_moment=moment, seed=seed))
 
 
-def settled(model: Model, facts: Sequence[Fact], config: RomeConfig | None, layer: int | None, seed: int) -> RomeConfig:
+def settled(
+    model: Model,
+    facts: Sequence[Fact],
+    config: RomeConfig | None,
+    layer: int | None,
+    seed: int,
+    *,
+    alone: bool = False,
+) -> RomeConfig:
     """The settings of `rome`, or the model's own, ready for many edits.
 
     Prefixes are strings: sampled once, and from the model as it is now. No edit is probed and refused as disabling:
-    what edits break is what a run measures. Each rewrite is edited as if it were alone, those of one subject too.
+    what edits break is what a run measures. With `alone`, each rewrite is edited as if no other existed, those of one
+    subject too.
 
     Raises:
         ConfigError: if no layer is named and none is known, or it is not there.
     """
     config, _ = resolve(model, facts, config, layer, seed)
     sampled = prefixes(model, config.prefixes, seed)
-    return RomeConfig(**{**config.model_dump(), "prefixes": sampled, "max_drift": None, "same_subject": "apart"})
+    apart = {"same_subject": "apart"} if alone else {}
+    return RomeConfig(**{**config.model_dump(), "prefixes": sampled, "max_drift": None, **apart})
 
 
 def _make(
