@@ -205,5 +205,5 @@ def test_numbers_that_cannot_be_are_refused(model, settings, said):
 
 def test_without_ray_it_is_asked_for(model, monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
-    with pytest.raises(MissingExtra, match=r"pip install 'errata\[ray\]'"):
+    with pytest.raises(MissingExtra, match=r"pip install 'errata-lm\[ray\]'"):
         Cluster(model, errata.load_model)

@@ -11,7 +11,7 @@ import pytest
 from errata.base.errors import ConfigError, MissingExtra, OutputError
 from errata.plots.trace import save, trace_figure
 
-matplotlib = pytest.importorskip("matplotlib", reason="pictures need the extra errata[plots]")
+matplotlib = pytest.importorskip("matplotlib", reason="pictures need the extra errata-lm[plots]")
 
 TOKENS = ("The", " Space", " Need", "le", " is", " in")
 SUBJECT = (0, 3)
@@ -275,9 +275,9 @@ def test_no_place_to_write(tmp_path):
 def test_without_matplotlib(monkeypatch, tmp_path):
     figure = trace_figure(maps(1, 1, ["mlp"]), ["a"], (0, 0))
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(MissingExtra, match=r"pip install 'errata\[plots\]'"):
+    with pytest.raises(MissingExtra, match=r"pip install 'errata-lm\[plots\]'"):
         trace_figure(maps(), TOKENS, SUBJECT)
-    with pytest.raises(MissingExtra, match=r"pip install 'errata\[plots\]'"):
+    with pytest.raises(MissingExtra, match=r"pip install 'errata-lm\[plots\]'"):
         save(figure, tmp_path / "a.png")
 
 

@@ -17,7 +17,7 @@ from errata.plots.gradients import gradients_figure
 from errata.plots.lines import lines_figure
 from errata.plots.severed import severed_figure
 
-matplotlib = pytest.importorskip("matplotlib", reason="pictures need the extra errata[plots]")
+matplotlib = pytest.importorskip("matplotlib", reason="pictures need the extra errata-lm[plots]")
 
 PARTS = ("state", "mlp", "attention")
 ROLES = ("first subject", "middle subject", "last subject", "first after", "further", "last")

@@ -12,7 +12,7 @@ from errata.plots.drawing import save
 from errata.plots.sequence import sequence_figure
 from errata.plots.sites import sites_figure
 
-matplotlib = pytest.importorskip("matplotlib", reason="pictures need the extra errata[plots]")
+matplotlib = pytest.importorskip("matplotlib", reason="pictures need the extra errata-lm[plots]")
 
 METRICS = ("es", "ps", "ns", "s")
 TOKENS = ("subject_first", "subject_last", "subject_first_after", "last")

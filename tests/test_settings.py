@@ -12,7 +12,7 @@ from errata.plots.drawing import save
 from errata.plots.settings import settings_figure
 from made_runs import counterfact_records, counterfact_result, write_run, zsre_run
 
-matplotlib = pytest.importorskip("matplotlib", reason="pictures need the extra errata[plots]")
+matplotlib = pytest.importorskip("matplotlib", reason="pictures need the extra errata-lm[plots]")
 
 
 def run(tmp_path, configs: dict[str, dict], editors: dict[str, str] | None = None) -> Run:

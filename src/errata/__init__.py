@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from errata.base.errors import ErrataError as ErrataError
     from errata.base.facts import Fact as Fact
     from errata.base.facts import Rewrite as Rewrite
+    from errata.base.versions import __version__ as __version__
     from errata.benchmarks.sets import read_records as read_records
     from errata.editors.rome.config import RomeConfig as RomeConfig
     from errata.edits.edit import Edit as Edit
@@ -47,9 +48,8 @@ if TYPE_CHECKING:
 
     second_moments = collect
 
-__version__ = "0.1.0"
-
 _HOME = {
+    "__version__": ("errata.base.versions", "__version__"),
     "load_model": ("errata.api", "load_model"),
     "rome": ("errata.api", "rome"),
     "editor": ("errata.api", "editor"),
@@ -80,7 +80,7 @@ _HOME = {
     "CausalTrace": ("errata.tracing.result", "CausalTrace"),
 }
 
-__all__ = [*sorted(_HOME), "__version__"]
+__all__ = sorted(_HOME)
 
 
 def __getattr__(name: str) -> Any:

@@ -1,4 +1,4 @@
-"""Optional dependencies: imported when they are needed, asked for by name when they are missing."""
+"""Optional dependencies, imported on first use. A missing one is an error that names the extra to install."""
 
 from __future__ import annotations
 
@@ -6,10 +6,11 @@ import importlib
 from typing import Any
 
 from errata.base.errors import MissingExtra
+from errata.base.versions import DISTRIBUTION
 
 
 def needed(module: str, extra: str) -> Any:
-    """A module that comes with an extra of the package.
+    """Imports a module that an extra of the package installs.
 
     Raises:
         MissingExtra: if it is not installed.
@@ -17,4 +18,6 @@ def needed(module: str, extra: str) -> Any:
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
-        raise MissingExtra(f"this needs {module}, which is not installed: pip install 'errata[{extra}]'") from error
+        raise MissingExtra(
+            f"this needs {module}, which is not installed: pip install '{DISTRIBUTION}[{extra}]'"
+        ) from error

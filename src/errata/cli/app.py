@@ -10,9 +10,9 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from errata import __version__
 from errata.base.display import shown
 from errata.base.errors import ErrataError
+from errata.base.versions import __version__
 from errata.cli import (
     alive,
     average,
