@@ -6,7 +6,8 @@ import pytest
 
 import errata
 from errata.base.errors import ConfigError
-from errata.edits.edit import Edit, StartTokenDiffers
+from errata.edits.edit import Edit
+from errata.edits.stack import StartTokenDiffers
 from errata.models.start_token import adds_start_token, with_start_token
 from errata.models.tokens import locate_fact
 from tokenizers_zoo import byte_fallback, byte_level, unigram

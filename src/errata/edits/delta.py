@@ -9,6 +9,7 @@ that nothing that happens to the caller's tensors reaches an edit.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -213,3 +214,18 @@ class Dense:
 
 Delta = RankOne | LowRank | Dense
 KINDS: dict[str, type[RankOne] | type[LowRank] | type[Dense]] = {kind.kind: kind for kind in (RankOne, LowRank, Dense)}
+
+
+def total(deltas: Sequence[Delta]) -> Tensor:
+    """The sum of changes of one weight, `[d_out, d_in]`."""
+    matrix = deltas[0].matrix()
+    for delta in deltas[1:]:
+        matrix = matrix + delta.matrix()
+    return matrix
+
+
+def lost(whole: Sequence[Delta], written: Sequence[Delta]) -> float:
+    """‖whole − written‖ / ‖whole‖ of the changes of one weight."""
+    if not any(isinstance(delta, Dense) for delta in whole):
+        return 0.0
+    return Dense(whole[0].weight, total(whole)).residual(Dense(whole[0].weight, total(written)))

@@ -1,58 +1,33 @@
-"""An edit as a value: changes of weights and where they came from.
+"""An edit: a small object that can be applied to a model, undone bit for bit, combined with others, and saved.
 
-Making an edit leaves the model alone; `apply` puts it on, `undo` takes it off, exact to the last bit,
-because the touched weight's own bytes are kept meanwhile (nothing is ever subtracted). Edits stack: the
-last one applied is the first to be undone; `remove` takes one out from among others, by putting the rest on
-again. An edit knows the fingerprints of the weights it was made for, and goes on no others.
-
-Edits are combined, scaled, truncated and restricted to layers; each gives a new edit, which tells in its notes
-what it was made from.
+Making an edit leaves the model as it is. The edit records the fingerprints of the weights that it was made for, and is
+applied to no others. Combining, scaling, truncating and restricting give a new edit, which records in its notes what it
+was made from. How edits are applied and undone is in `stack.py`.
 """
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import json
 import math
-import warnings
-import weakref
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from functools import cached_property
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import torch
-from torch import Tensor
-from typing_extensions import NotRequired, TypedDict
-
-from errata.base.arguments import checked, require
+from errata.base.arguments import checked
 from errata.base.autocast import without_autocast
-from errata.base.errors import (
-    ConfigError,
-    EditFileError,
-    EditMismatch,
-    EditStateError,
-    ErrataError,
-    UnsupportedModel,
-)
-from errata.base.facts import Fact, Rewrite
+from errata.base.errors import ConfigError, EditFileError, EditMismatch, ErrataError
+from errata.base.facts import Rewrite
 from errata.base.fingerprint import tensor_digest
-from errata.base.interrupt import unbroken, uninterrupted
-from errata.base.reading import of_type, taking_apart
-from errata.base.versions import library_versions
+from errata.base.reading import taking_apart
 from errata.edits import files, lora
-from errata.edits.delta import Delta, Dense
-from errata.edits.ledger import warn_of_contradictions
+from errata.edits.content import COMBINED, Content
+from errata.edits.contradictions import warn_of_contradictions
+from errata.edits.delta import Delta, Dense, lost, total
+from errata.edits.fit import changes_in, layout_of
+from errata.edits.stack import Stack
 from errata.models import weights
-
-if TYPE_CHECKING:
-    from errata.models.model import Model
-
-
-COMBINED = "combined"
-
+from errata.models.model import Model
 
 # Notes on what an edit does, which an edit derived from it does not do.
 MEASURED = (
@@ -67,127 +42,12 @@ MEASURED = (
 )
 
 
-class _Layout(TypedDict, total=False):
-    """Which touched weights the model stores otherwise than most do."""
-
-    transposed: list[str]
-    shared: list[str]
-
-
-class _Notes(TypedDict, total=False):
-    """The notes that the package itself reads."""
-
-    layout: _Layout
-    derived: list[dict[str, Any]]
-    start_token: str
-    health: dict[str, Any] | None
-
-
-class _Header(TypedDict):
-    """Header of an edit's file: everything besides its tensors."""
-
-    method: str
-    rewrites: list[dict[str, str]]
-    config: dict[str, Any]
-    fingerprints: dict[str, str]
-    model: str
-    versions: dict[str, str]
-    seed: int
-    notes: _Notes
-    source: NotRequired[dict[str, str]]
-
-
-class StartTokenDiffers(UserWarning):
-    """An edit was made with another start token before every text than the model has that it goes on."""
-
-
-def _start_token(token: str) -> dict[str, str]:
-    """The note on it: none where there is none."""
-    return {"start_token": token} if token else {}
-
-
-class FrozenDict(dict):
-    """A dict that cannot be changed, of settings or notes. Its lists are tuples, its dicts frozen too."""
-
-    def _refuse(self, *args: Any, **kwargs: Any) -> Any:
-        raise TypeError("an edit is a value: its settings and notes cannot be changed. dict(...) gives a copy")
-
-    if not TYPE_CHECKING:
-        __setitem__ = __delitem__ = __ior__ = update = pop = popitem = clear = setdefault = _refuse
-
-    def __reduce__(self) -> tuple:
-        return type(self), (dict(self),)  # pickled and copied as a whole: items cannot be set one by one
-
-
-def frozen(value: Any) -> Any:
-    """A JSON-able value made immutable: dicts become `FrozenDict`, lists tuples, one-number tensors numbers.
-
-    Raises:
-        ConfigError: for anything that JSON cannot hold, NaN and infinity among it.
-    """
-    if isinstance(value, Mapping):
-        return FrozenDict({str(key): frozen(each) for key, each in value.items()})
-    if isinstance(value, (list, tuple)):
-        return tuple(frozen(each) for each in value)
-    if hasattr(value, "item"):
-        value = value.item()
-    if isinstance(value, float) and not math.isfinite(value):
-        raise ConfigError(f"{value} cannot be kept in an edit's settings or notes: only finite numbers can")
-    if value is None or isinstance(value, (str, bool, int, float)):
-        return value
-    raise ConfigError(f"a {type(value).__name__} cannot be kept in an edit's settings or notes: only JSON values can")
-
-
 @dataclass(frozen=True, eq=False, repr=False)
-class Edit:
-    """Changes of a model's weights, with their origin. Immutable; equal if the content is equal.
+class Edit(Content):
+    """A change of a model's weights that can be applied, undone and saved. Immutable; equal if the content is equal.
 
-    Attributes:
-        deltas: the changes, `RankOne`, `LowRank` or `Dense`.
-        method: what made them, such as "rome".
-        rewrites: the facts and their new objects.
-        config: the method's settings, JSON-able.
-        fingerprints: digest of each touched weight as it was when the edit was made, by weight name.
-        model: name of the model it was made for.
-        versions: of errata, torch and transformers.
-        seed: of everything random in its making.
-        notes: what the method reports, JSON-able (losses of every step, residuals); under "layout" which touched
-            weights the model stores transposed or shares with another module, under "derived" what was done to
-            the edit since it was made.
-        source: where a loader finds that model, {"path": folder} or {"hub": id, "revision": commit}; empty in older
-            files. Equality ignores it: equal edits may have been made from different folders.
-
-    Raises:
-        ConfigError: if there are no deltas, a delta's weight has no fingerprint, or config or notes are not
-        JSON-able.
+    Its attributes are those of `Content`. Editors make edits, as `errata.rome` does; `Edit.of` makes one from deltas.
     """
-
-    deltas: tuple[Delta, ...]
-    method: str
-    rewrites: tuple[Rewrite, ...] = ()
-    config: Mapping[str, Any] = field(default_factory=dict)
-    fingerprints: Mapping[str, str] = field(default_factory=dict)
-    model: str = ""
-    versions: Mapping[str, str] = field(default_factory=library_versions)
-    seed: int = 0
-    notes: Mapping[str, Any] = field(default_factory=dict)
-    source: Mapping[str, str] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        require(self.deltas, ["RankOne|LowRank|Dense"], "Edit: deltas")
-        require(self.rewrites, ["Rewrite"], "Edit: rewrites")
-        object.__setattr__(self, "deltas", tuple(self.deltas))
-        object.__setattr__(self, "rewrites", tuple(self.rewrites))
-        for name in ("config", "fingerprints", "versions", "notes", "source"):
-            object.__setattr__(self, name, frozen(getattr(self, name)))
-        if not self.deltas:
-            raise ConfigError("an edit without any change of a weight is none: give at least one delta")
-        for delta in self.deltas:
-            if delta.weight not in self.fingerprints:
-                raise ConfigError(
-                    f"the edit changes {delta.weight} but has no fingerprint of it, so it could not tell "
-                    "the model it was made for. Make it with Edit.of(model, ...)"
-                )
 
     @classmethod
     @checked(model="Model", deltas=["RankOne|LowRank|Dense"], rewrites=["Rewrite"])
@@ -209,7 +69,7 @@ class Edit:
         Who makes many edits of one weight may take its fingerprint once, and hand it over.
         """
         deltas = tuple(deltas)
-        layout = _layout(model, deltas)
+        layout = layout_of(model, deltas)
         return cls(
             deltas=deltas,
             method=method,
@@ -226,7 +86,7 @@ class Edit:
             source=model.source,
         )
 
-    # ---- edits of edits ----
+    # ---- edits of edits --------------------------------------------------------------------------------
 
     @classmethod
     @checked(edits=["Edit"], model="Model")
@@ -253,7 +113,9 @@ class Edit:
             raise ConfigError("there is no edit to combine: give at least one")
         if len(set(edits)) < len(edits):
             raise ConfigError("an edit cannot be combined with itself: edit.scaled(2) is twice its change")
-        fingerprints = _joined_fingerprints(edits, [{}] * len(edits) if model is None else _states(edits, model))
+        fingerprints = _joined_fingerprints(
+            edits, [{}] * len(edits) if model is None else Stack(model).states_before(edits)
+        )
         if len(edits) == 1:
             return edits[0]
         for place, edit in enumerate(edits):
@@ -327,13 +189,8 @@ class Edit:
         ]
         return self._derived(deltas, {"truncated": rank, "residuals": residuals}) if residuals else self
 
-    @property
-    def weights(self) -> tuple[str, ...]:
-        """Names of the weights that it changes, in order."""
-        return tuple(dict.fromkeys(delta.weight for delta in self.deltas))
-
     def _derived(self, deltas: Sequence[Delta], step: Mapping[str, Any], **changes: Any) -> Edit:
-        """This edit with other deltas, told in its notes; what was measured of it holds no more."""
+        """This edit with other deltas. Its notes record the step, and lose what was measured of this edit."""
         derived = (*self.notes.get("derived", ()), {"from": self.id, **step})
         touched = {delta.weight for delta in deltas}
         notes = {name: note for name, note in self.notes.items() if name not in MEASURED}
@@ -345,11 +202,6 @@ class Edit:
             **changes,
         )
 
-    def _origins(self) -> set[str]:
-        """Ids of all edits whose change is in this one, itself among them."""
-        told = [self.notes, *self.config.get("parts", ())] if self.method == COMBINED else [self.notes]
-        return {self.id, *(part["id"] for part in told[1:]), *(s["from"] for t in told for s in t.get("derived", ()))}
-
     def _as_part(self) -> dict[str, Any]:
         """What a combined edit keeps of this one, besides deltas and rewrites."""
         own: dict[str, Any] = {"id": self.id, "method": self.method, "seed": self.seed, "config": self.config}
@@ -357,11 +209,9 @@ class Edit:
         derived = {"derived": self.notes["derived"]} if "derived" in self.notes else {}
         return {**own, **counts, **derived}
 
-    # ---- on and off a model ----
+    # ---- on a model ------------------------------------------------------------------------------------
 
-    @uninterrupted
     @checked(model="Model")
-    @without_autocast
     def apply(self, model: Model) -> None:
         """Put the edit on the model, all of it or (on any error) nothing. Signals such as Ctrl-C wait meanwhile.
 
@@ -376,62 +226,9 @@ class Edit:
             EditMismatch: if a weight is missing, has another shape or other bytes, or cannot hold the sum.
             EditStateError: if this edit is applied to the model already.
         """
-        if self._is_on(model):
-            raise EditStateError(f"{self} is applied to {model.name!r} already. Undo it before applying it again")
-        for entry in model.applied:
-            if self._origins() & entry.edit._origins():
-                raise EditStateError(
-                    f"{self} and {entry.edit}, which is on {model.name!r}, come from the same edit, whose change "
-                    "would be "
-                    "on it twice. Undo the one before applying the other"
-                )
-        warn_of_contradictions([entry.edit for entry in model.applied], self)
-        self._warn_of_start_token(model)
-        self._put_on(model)
+        Stack(model).apply(self)
 
-    def _warn_of_start_token(self, model: Model) -> None:
-        """An edit of a text that begins with a start token holds only where texts begin with it."""
-        made_with = self.notes.get("start_token", "")
-        if self.rewrites and made_with != model.start_token:
-            made, has = (
-                f"the start token {token!r}" if token else "no start token" for token in (made_with, model.start_token)
-            )
-            warnings.warn(
-                f"{self} was made with {made}, and {model.name!r} was loaded with {has}, so its prompts are other "
-                f"tokens here and the edit may not show: load the model with start_token={made_with or None!r} "
-                "(--start-token)",
-                StartTokenDiffers,
-                stacklevel=3,
-            )
-
-    def _put_on(self, model: Model, checked: bool = True) -> None:
-        """`apply` without a look at the other edits; unless `checked`, on weights that it was not made for, too."""
-        changes = self._changes(model)
-        before = {name: tensor_digest(model.weight(name)) for name in changes}
-        if checked:
-            self._check_fingerprints(model, before)
-        kept: dict[str, Tensor] = {}
-        stack = list(model.applied)
-        try:
-            for name, deltas in changes.items():
-                weight = model.weight(name)
-                kept[name] = weight.detach().clone()
-                weights.add_(model, name, _sum(deltas))
-                if not torch.isfinite(weight).all():
-                    raise EditMismatch(
-                        f"{self} does not fit into {name}: {weight.dtype} overflows. Load the model in a wider dtype"
-                    )
-            after = {name: tensor_digest(model.weight(name)) for name in changes}
-            model.applied.append(_Applied(self, kept, before, after))
-        except BaseException:
-            _restore(model, kept)
-            model.applied[:] = stack
-            raise
-        _undone.setdefault(model, set()).discard(self.id)
-
-    @uninterrupted
     @checked(model="Model")
-    @without_autocast
     def undo(self, model: Model) -> None:
         """Take the edit off: the touched weights are again, byte for byte, what they were.
 
@@ -439,28 +236,9 @@ class Edit:
             EditStateError: if the edit is not applied to this model, has been undone, is not the last one
                 applied, or if something else has changed the weight since.
         """
-        place = self._place(model)
-        later = len(model.applied) - 1 - place
-        if later:
-            raise EditStateError(
-                f"{self} cannot be undone yet: {later} edit(s) were applied after it. "
-                f"Undo them first, beginning with {model.applied[-1].edit}; or take this one out from among "
-                "them with edit.remove(model)"
-            )
-        entry = model.applied[-1]
-        self._require_untouched(model, [entry])
-        try:
-            _restore(model, entry.kept)
-            model.applied.pop()
-        except BaseException:  # half of it would be neither the one nor the other
-            _restore(model, entry.kept)
-            model.applied[:] = [other for other in model.applied if other is not entry]
-            raise
-        _undone.setdefault(model, set()).add(self.id)
+        Stack(model).undo(self)
 
-    @uninterrupted
     @checked(model="Model")
-    @without_autocast
     def remove(self, model: Model, *, force: bool = False) -> None:
         """Take the edit off from among others, or (on any error) leave everything as it is.
 
@@ -477,49 +255,10 @@ class Edit:
                 for weights with this one in them, or if something else has changed a weight since.
             EditMismatch: if a later edit, without this one, no longer fits into the weight's dtype.
         """
-        place = self._place(model)
-        stack: list[_Applied] = list(model.applied)
-        covered = stack[place:]
-        self._require_untouched(model, covered)
-        now = {name: model.weight(name).detach().clone() for entry in covered for name in entry.kept}
-        try:
-            for entry in reversed(covered):
-                _restore(model, entry.kept)
-            del model.applied[place:]
-            for entry in covered[1:]:
-                if not (force or entry.edit._goes_on(model)):
-                    raise EditStateError(
-                        f"{self} cannot be taken off alone: {entry.edit} was made for weights with it in them, and "
-                        "would do something else without it. Take that one off first, or say force=True to put it "
-                        "on again all the same"
-                    )
-                entry.edit._put_on(model, checked=False)
-        except BaseException:
-            _restore(model, now)
-            model.applied[:] = stack
-            raise
-        _undone.setdefault(model, set()).add(self.id)
-
-    def _place(self, model: Model) -> int:
-        """Where the edit stands in the model's stack, or an error that says why it does not."""
-        place = next((i for i, entry in enumerate(model.applied) if entry.edit == self), None)
-        if place is None:
-            raise EditStateError(self._why_not_applied(model))
-        return place
-
-    def _require_untouched(self, model: Model, entries: Sequence[_Applied]) -> None:
-        """Make sure that nothing but edits has changed the weights that these cover."""
-        latest = {id(model.weight(name)): (name, digest) for entry in entries for name, digest in entry.after.items()}
-        for name, digest in latest.values():
-            if tensor_digest(model.weight(name)) != digest:
-                raise EditStateError(
-                    f"{self} cannot be undone: something other than an edit has changed {name} since, "
-                    "and undoing would throw that away. Load the model again"
-                )
+        Stack(model).remove(self, force=force)
 
     @checked(model="Model")
-    @unbroken
-    def applied(self, model: Model) -> Iterator[Model]:
+    def applied(self, model: Model) -> contextlib.AbstractContextManager[Model]:
         """The model with the edit on it, for the time of a `with` block.
 
         However the block ends, Ctrl-C at any moment included, the edit comes off. An error of the block stays the one
@@ -528,36 +267,7 @@ class Edit:
         Raises:
             EditMismatch, EditStateError: as `apply` and `undo`.
         """
-        there = self._is_on(model)
-        try:
-            try:
-                self.apply(model)
-                yield model
-                self.undo(model)
-            except BaseException as error:
-                if not there and self._is_on(model):
-                    self._undo_after(error, model)
-                raise
-        finally:  # once more, in case that was cut short
-            if not there and self._is_on(model):
-                with contextlib.suppress(EditStateError):
-                    self.undo(model)
-
-    def _is_on(self, model: Model) -> bool:
-        return any(entry.edit == self for entry in model.applied)
-
-    def _undo_after(self, error: BaseException, model: Model) -> None:
-        """Take the edit off after an error, which says so if that is refused."""
-        try:
-            self.undo(model)
-        except EditStateError as refused:
-            if str(refused) == str(error):
-                return
-            if hasattr(error, "add_note"):
-                error.add_note(f"Besides, {refused}")
-            elif error.__context__ is None:  # Python 3.10
-                refused.__context__ = None
-                error.__context__ = refused
+        return Stack(model).applied(self)
 
     @checked(model="Model")
     @without_autocast
@@ -567,9 +277,9 @@ class Edit:
         Raises:
             EditMismatch: if a weight is missing or has another shape.
         """
-        changes = self._changes(model)
+        changes = changes_in(model, self)
         size = math.hypot(*(float(model.weight(name).detach().double().norm()) for name in changes))
-        change = math.hypot(*(d[0].norm() if len(d) == 1 else float(_sum(d).norm()) for d in changes.values()))
+        change = math.hypot(*(d[0].norm() if len(d) == 1 else float(total(d).norm()) for d in changes.values()))
         return change / size if size else math.inf
 
     @checked(model="Model")
@@ -581,83 +291,16 @@ class Edit:
         Raises:
             EditMismatch: if a weight is missing or has another shape.
         """
-        lost, size = [], []
-        for name, deltas in self._changes(model).items():
+        errors, sizes = [], []
+        for name, deltas in changes_in(model, self).items():
             stored = weights.matrix(model, name).detach()
-            change = _sum(deltas).to(stored.device)
+            change = total(deltas).to(stored.device)
             held = (stored + change).to(stored.dtype)
-            lost.append(float((held.double() - stored.double() - change.double()).norm()))
-            size.append(float(change.double().norm()))
-        return math.hypot(*lost) / math.hypot(*size) if any(size) else 0.0
+            errors.append(float((held.double() - stored.double() - change.double()).norm()))
+            sizes.append(float(change.double().norm()))
+        return math.hypot(*errors) / math.hypot(*sizes) if any(sizes) else 0.0
 
-    def _changes(self, model: Model) -> dict[str, list[Delta]]:
-        """The deltas of each weight that this model must have; two names of one tied weight count as one."""
-        names: dict[int, str] = {}
-        changes: dict[str, list[Delta]] = {}
-        for delta in self.deltas:
-            try:
-                weight, shape = model.weight(delta.weight), tuple(weights.matrix(model, delta.weight).shape)
-            except ErrataError as error:
-                raise EditMismatch(f"{self} does not fit {model.name!r}: {error}. {self._made_for}") from error
-            if shape != delta.shape:
-                raise EditMismatch(
-                    f"{self} does not fit {model.name!r}: {delta.weight} is {list(shape)} as [d_out, d_in], "
-                    f"the change is {list(delta.shape)}. {self._made_for}"
-                )
-            changes.setdefault(names.setdefault(id(weight), delta.weight), []).append(delta)
-        return changes
-
-    def _check_fingerprints(self, model: Model, now: Mapping[str, str]) -> None:
-        for name, digest in now.items():
-            if self.fingerprints[name] == digest:
-                continue
-            left = _left_by_edits(model, name)
-            if left not in (None, digest):
-                raise EditMismatch(
-                    f"{self} cannot go on {model.name!r}: something other than an edit has changed {name} since the "
-                    "last edit went on. Load the model again"
-                )
-            if self.fingerprints[name] != _unedited(model, name, digest):
-                raise EditMismatch(
-                    f"{self} was made for other weights: {name} of {model.name!r} has not the bytes (or "
-                    f"the dtype) that it had in {self.model!r}. {self._made_for}, in that dtype; apply first the edits "
-                    "that it was made after; or make it again for this one"
-                )
-
-    @property
-    def _made_for(self) -> str:
-        """Advice where the edit was made for another model."""
-        own = self.source.get("hub") or self.source.get("path") or self.model
-        named = self.model if self.model == "atlas" else own
-        return f"Load the model that it was made for: --model {named}, or load_model({named!r})"
-
-    def _goes_on(self, model: Model) -> bool:
-        """Whether its fingerprints are those of the model, as it is or as it was before any edit."""
-        try:
-            self._check_fingerprints(model, {name: tensor_digest(model.weight(name)) for name in self._changes(model)})
-        except EditMismatch:
-            return False
-        return True
-
-    def _why_not_applied(self, model: Model) -> str:
-        if self.id in _undone.get(model, ()):
-            return f"{self} has been undone on {model.name!r} already. There is nothing left to undo"
-        for other in list(_undone):
-            if other is not model and any(entry.edit == self for entry in other.applied):
-                return f"{self} is applied to another model, {other.name!r}, not to this {model.name!r}. Undo it there"
-        return f"{self} is not applied to {model.name!r}, so it cannot be undone. Apply it first"
-
-    # ---- as a value and as a file ----
-
-    @cached_property
-    def id(self) -> str:
-        """sha256, in hex, of the whole content: equal edits have equal ids, on every machine."""
-        parts = [
-            [delta.kind, delta.weight, {part: tensor_digest(t) for part, t in delta.tensors().items()}]
-            for delta in self.deltas
-        ]
-        text = json.dumps([self._header(), parts], sort_keys=True, ensure_ascii=False, allow_nan=False)
-        return hashlib.sha256(text.encode()).hexdigest()
+    # ---- files -----------------------------------------------------------------------------------------
 
     def save(self, path: str | Path) -> None:
         """Write a safetensors file with readable metadata, whole or not at all.
@@ -665,7 +308,7 @@ class Edit:
         Raises:
             OutputError: if the file cannot be written.
         """
-        files.write(path, {"id": self.id, **self._header(), "source": self.source}, self.deltas)
+        files.write(path, {"id": self.id, **self.header(), "source": self.source}, self.deltas)
 
     @classmethod
     def load(cls, path: str | Path) -> Edit:
@@ -676,7 +319,7 @@ class Edit:
             tampered with.
         """
         header, deltas = files.read(path)
-        edit = cls._from_header(header, deltas, path)
+        edit = cls.from_header(header, deltas, path)
         with taking_apart(path, "a whole edit", EditFileError, "Save it again"):
             found = edit.id  # cannot be had of text that has half a character
         if found != header.get("id"):
@@ -715,8 +358,8 @@ class Edit:
             whole.setdefault(delta.weight, []).append(delta)
         layout, source = self.notes.get("layout", {}), self.source
         if model is not None:
-            self._changes(model)
-            layout, source = _layout(model, self.deltas), model.source or source
+            changes_in(model, self)
+            layout, source = layout_of(model, self.deltas), model.source or source
         if shared := layout.get("shared"):
             raise ConfigError(
                 f"{shared[0]} is shared with another module, and an adapter would change it in one of the two places. "
@@ -726,12 +369,12 @@ class Edit:
         lora.write(
             folder,
             written.deltas,
-            {"id": written.id, **written._header(), "source": source},
+            {"id": written.id, **written.header(), "source": source},
             base=source.get("path") or source.get("hub") or self.model,
             revision=source.get("revision"),
             transposed=bool(layout.get("transposed")),
         )
-        return {name: _lost(deltas, [d for d in written.deltas if d.weight == name]) for name, deltas in whole.items()}
+        return {name: lost(deltas, [d for d in written.deltas if d.weight == name]) for name, deltas in whole.items()}
 
     @classmethod
     @checked(model="Model")
@@ -754,96 +397,14 @@ class Edit:
             except ErrataError as error:
                 raise EditMismatch(f"the adapter {folder} does not fit {model.name!r}: {error}") from error
         else:
-            edit = cls._from_header(header, deltas, folder)
-        edit._changes(model)
+            edit = cls.from_header(header, deltas, folder)
+        changes_in(model, edit)
         return edit
 
-    @classmethod
-    def _from_header(cls, header: Mapping[str, Any], deltas: tuple[Delta, ...], path: str | Path) -> Edit:
-        with taking_apart(path, "a whole edit", EditFileError, "Save it again"):
-            of_type(header, _Header)
-            return cls(
-                deltas=deltas,
-                method=header["method"],
-                rewrites=tuple(_rewrite(each) for each in header["rewrites"]),
-                **{name: header[name] for name in ("config", "fingerprints", "model", "versions", "seed", "notes")},
-                source={str(name): str(value) for name, value in header.get("source", {}).items()},
-            )
 
-    def _header(self) -> dict[str, Any]:
-        """All that is not a tensor."""
-        rewrites = [rewrite.as_dict() for rewrite in self.rewrites]
-        names = ("method", "config", "fingerprints", "model", "versions", "seed", "notes")
-        return {"rewrites": rewrites, **{name: getattr(self, name) for name in names}}
-
-    def __eq__(self, other: object) -> bool:
-        return self.id == other.id if isinstance(other, Edit) else NotImplemented
-
-    def __hash__(self) -> int:
-        return hash(self.id)
-
-    def __str__(self) -> str:
-        what = "; ".join(f"{r.subject} -> {r.new_object}" for r in self.rewrites[:2])
-        more = f"; and {len(self.rewrites) - 2} more" if len(self.rewrites) > 2 else ""
-        return f"edit {self.id[:8]} ({self.method}{': ' if what else ''}{what}{more})"
-
-    def __repr__(self) -> str:
-        return f"<{self}: {', '.join(map(repr, self.deltas))}>"
-
-
-@dataclass(frozen=True)
-class _Applied:
-    """One place of a model's stack: an edit, and the weights that it covers as they were."""
-
-    edit: Edit
-    kept: dict[str, Tensor]
-    before: dict[str, str]
-    after: dict[str, str]
-
-
-# Ids of the edits undone on each model that has ever had one: only error messages read it.
-_undone: weakref.WeakKeyDictionary[Model, set[str]] = weakref.WeakKeyDictionary()
-
-
-def _left_by_edits(model: Model, name: str) -> str | None:
-    """The digest of a weight as the last edit that touched it left it; None if none has."""
-    weight = model.weight(name)
-    afters = [e.after[other] for e in model.applied for other in e.after if model.weight(other) is weight]
-    return afters[-1] if afters else None
-
-
-def _unedited(model: Model, name: str, now: str) -> str:
-    """The digest of a weight as it was before any edit; `now`, if none has touched it."""
-    weight = model.weight(name)
-    befores = (e.before[other] for e in model.applied for other in e.before if model.weight(other) is weight)
-    return next(befores, now)
-
-
-@uninterrupted
-def _states(edits: Sequence[Edit], model: Model) -> list[Mapping[str, str]]:
-    """For each edit the digests of the weights it touches just before it goes on; the model is left as it is."""
-    stack: list[_Applied] = list(model.applied)
-    on = [entry.edit for entry in stack]
-    if edits[0] in on:
-        begin = on.index(edits[0])
-        if on[begin : begin + len(edits)] == list(edits):
-            return [entry.before for entry in stack[begin : begin + len(edits)]]
-    for edit in edits:
-        if edit in on:
-            raise EditStateError(
-                f"{edit} is applied to {model.name!r}, but the edits to combine are not, one right after the other. "
-                "Undo those that are applied, or apply the others"
-            )
-    kept: list[Mapping[str, Tensor]] = []
-    try:
-        for edit in edits:
-            edit._put_on(model)
-            kept.append(model.applied[-1].kept)
-        return [entry.before for entry in model.applied[len(stack) :]]
-    finally:
-        for tensors in reversed(kept):
-            _restore(model, tensors)
-        model.applied[:] = stack
+def _start_token(token: str) -> dict[str, str]:
+    """Note of an edit on the start token that it was made with; none without one."""
+    return {"start_token": token} if token else {}
 
 
 def _joined_fingerprints(edits: Sequence[Edit], states: Sequence[Mapping[str, str]]) -> dict[str, str]:
@@ -872,47 +433,3 @@ def _joined_fingerprints(edits: Sequence[Edit], states: Sequence[Mapping[str, st
                     "Edit.combine(edits, model)"
                 )
     return joined
-
-
-def _layout(model: Model, deltas: Iterable[Delta]) -> dict[str, list[str]]:
-    """Which of the touched weights the model stores transposed, and which it shares between modules; only those."""
-    names = sorted({delta.weight for delta in deltas})
-    parameters = list(model.hf.named_parameters(remove_duplicate=False))
-    found = {
-        "transposed": [n for n in names if _is_transposed(model, n)],
-        "shared": [n for n in names if any(p is model.weight(n) and other != n for other, p in parameters)],
-    }
-    return {kind: those for kind, those in found.items() if those}
-
-
-def _is_transposed(model: Model, name: str) -> bool:
-    try:
-        weight = model.weight(name)
-        return weight.dim() == 2 and weights.matrix(model, name).stride() != weight.stride()
-    except UnsupportedModel:  # no linear map: `apply` says so
-        return False
-
-
-def _lost(whole: list[Delta], written: list[Delta]) -> float:
-    """‖whole − written‖ / ‖whole‖ of the changes of one weight."""
-    if not any(isinstance(delta, Dense) for delta in whole):
-        return 0.0
-    return Dense(whole[0].weight, _sum(whole)).residual(Dense(whole[0].weight, _sum(written)))
-
-
-def _sum(deltas: list[Delta]) -> Tensor:
-    total = deltas[0].matrix()
-    for delta in deltas[1:]:
-        total = total + delta.matrix()
-    return total
-
-
-def _restore(model: Model, kept: Mapping[str, Tensor]) -> None:
-    with torch.no_grad():
-        for name, tensor in kept.items():
-            model.weight(name).copy_(tensor)
-
-
-def _rewrite(entry: Mapping[str, str]) -> Rewrite:
-    fact = Fact(entry["subject"], entry["prompt"], entry["object"], entry.get("separator"))
-    return fact.rewrite(entry["new_object"])

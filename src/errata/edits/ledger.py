@@ -1,25 +1,21 @@
-"""What is on a model: every applied edit, in order, and which of them contradict each other."""
+"""The ledger: a table of the edits that are applied to a model and of what contradicts what, and a saved copy."""
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, cast
 
 from errata.base.arguments import checked
 from errata.base.autocast import without_autocast
 from errata.base.facts import Rewrite
+from errata.edits.contradictions import ContradictoryEdits, contradiction
+from errata.edits.edit import Edit
+from errata.edits.stack import Stack
+from errata.models.model import Model
 from errata.models.saving import save_pretrained
 
-if TYPE_CHECKING:
-    from errata.edits.edit import Edit
-    from errata.models.model import Model
-
-
-class ContradictoryEdits(UserWarning):
-    """Two edits give the same prompt another object: the later wins if made with the earlier on, else they mix."""
+__all__ = ["AppliedEdit", "ContradictoryEdits", "ledger", "save_merged"]
 
 
 @dataclass(frozen=True)
@@ -44,7 +40,7 @@ class AppliedEdit:
 @checked(model="Model")
 def ledger(model: Model) -> tuple[AppliedEdit, ...]:
     """The edits that are on the model now, in the order in which they were applied."""
-    edits: list[Edit] = [entry.edit for entry in model.applied]
+    edits = [cast(Edit, entry.edit) for entry in Stack(model).entries]
     return tuple(
         AppliedEdit(
             place=place,
@@ -57,31 +53,6 @@ def ledger(model: Model) -> tuple[AppliedEdit, ...]:
     )
 
 
-def contradiction(earlier: Edit, later: Edit) -> tuple[Rewrite, Rewrite] | None:
-    """The first two rewrites that give one prompt, subject in its place, different objects; None if none do."""
-    wanted = {rewrite.text: rewrite for rewrite in earlier.rewrites}
-    for rewrite in later.rewrites:
-        other = wanted.get(rewrite.text)
-        if other is not None and other.new_object != rewrite.new_object:
-            return other, rewrite
-    return None
-
-
-def warn_of_contradictions(earlier: Iterable[Edit], later: Edit) -> None:
-    """A `ContradictoryEdits` for each of the earlier edits that the later one contradicts."""
-    for edit in earlier:
-        if found := contradiction(edit, later):
-            old, new = found
-            warnings.warn(
-                f"{later} contradicts {edit}, which comes before it: {new.text!r} was to go on with "
-                f"{old.new_object!r}, now with {new.new_object!r}. Made one after the other, the later one wins; made "
-                "for the same weights, they mix. Take "
-                "the earlier one off if it is no longer wanted",
-                ContradictoryEdits,
-                stacklevel=4,
-            )
-
-
 @checked(model="Model")
 @without_autocast
 def save_merged(model: Model, folder: str | Path) -> None:
@@ -92,11 +63,10 @@ def save_merged(model: Model, folder: str | Path) -> None:
     Raises:
         OutputError: if the folder holds something already, or cannot be written.
     """
-    save_pretrained(model, folder, {"model": model.name, "edits": [told(line.edit) for line in ledger(model)]})
+    save_pretrained(model, folder, {"model": model.name, "edits": [_summary(line.edit) for line in ledger(model)]})
 
 
-def told(edit: Edit) -> dict[str, Any]:
-    """An edit in a few words, ready for JSON."""
+def _summary(edit: Edit) -> dict[str, Any]:
     return {
         "id": edit.id,
         "method": edit.method,
