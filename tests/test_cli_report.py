@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import re
 import subprocess
 import sys
 
@@ -11,7 +13,9 @@ from typer.testing import CliRunner
 
 from errata.base.errors import ConfigError, OutputError, ResultFileError
 from errata.cli.app import app
-from made_runs import counterfact_run, zsre_run
+from made_runs import counterfact_records, counterfact_result, counterfact_run, write_run, zsre_run
+
+LONG = "ft-l-layer=2,epsilon=0.0005"
 
 
 def errata(*arguments):
@@ -32,6 +36,27 @@ def test_a_table_on_the_terminal(run):
     for text in ("CounterFact: gpt2-xl", "ROME, paper", "89.2", "rome − ft", "s / record", "the unedited model's"):
         assert text in said
     assert max(map(len, said.splitlines())) <= 80
+
+
+@pytest.mark.parametrize("width", [80, 160])
+def test_an_interval_stands_beside_its_number(tmp_path, monkeypatch, width):
+    monkeypatch.setenv("COLUMNS", str(width))
+    names = ("rome", LONG)
+    records = counterfact_records(20)
+    results = {name: [counterfact_result(r, "rome") for r in records] for name in ("unedited", *names)}
+    said = errata(write_run(tmp_path / "run", records, results, "mine"), "--compare", *names)
+    rows = [line.split() for line in said.splitlines() if line.startswith((" unedited ", " rome ", " ft-l#2 "))]
+    assert max(map(len, said.splitlines())) <= width
+    # The nine columns of the paper go on below where there is no room for them.
+    intervals = [sum(cell.startswith("±") for cell in row) for row in rows if row[0] == "unedited"]
+    assert intervals == ([5, 4, 3, 0] if width == 80 else [9, 3])
+    for row in rows:
+        for number, interval in itertools.pairwise(row[1:]):
+            assert not interval.startswith("±") or re.fullmatch(r"−?[\d.]+[*!]*", number)
+    tables, legend = said.split("S, harmonic", 1)
+    assert "ft-l#2" in tables
+    assert LONG not in tables.replace("\n", "")
+    assert f"ft-l#2 is {LONG}." in " ".join(legend.split())
 
 
 @pytest.mark.parametrize(

@@ -175,7 +175,8 @@ def browse(tmp_path_factory):
         end = text.rindex("</script>")
         file.write_text(f"{text[:end]}\n;{steps}\n{text[end:]}", encoding="utf-8")
         flags = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
-        flags += "--disable-component-update --disable-sync --enable-logging=stderr --dump-dom"
+        flags += "--disable-component-update --disable-sync --enable-logging=stderr --dump-dom "
+        flags += "--virtual-time-budget=5000"
         command = [browser, *flags.split(), f"--user-data-dir={folder / 'user'}", f"{file.as_uri()}{at}"]
         done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
         if not done.stdout:
@@ -202,6 +203,74 @@ def test_the_page_draws_itself(run, browse):
     assert shown == sorted(shown)
     assert shown[0] == min(rome)
     assert dom.count("<script") == 2
+
+
+LONG = "ft-l-layer=2,epsilon=0.0005"
+OWN = "my-own-name-of-an-editor-that-goes-on-and-on-beyond-the-end-of-any-histogram"
+
+
+@pytest.fixture
+def long_names(tmp_path):
+    """A run with long names of editors, one of which fails in columns that a narrow screen has no room for."""
+    records = counterfact_records(20)
+    manners = {"unedited": "unedited", LONG: "rome", OWN: "kn", "編" * 30: "ft"}
+    results = {name: [counterfact_result(r, manner) for r in records] for name, manner in manners.items()}
+    return Run.load(write_run(tmp_path / "run", records, results, "a-model-whose-name-has-no-end-" * 3))
+
+
+def test_long_names_are_short_in_histograms(long_names, browse):
+    dom = browse(page([long_names], table([long_names])))
+    names = re.findall(r'<text class="name"[^>]*>(.*?)<title>(.*?)</title>', dom)
+    assert names[:4] == [
+        ("unedited", "unedited"),
+        ("ft-l#2", LONG),
+        (OWN[:35] + "…", OWN),
+        ("編" * 17 + "…", "編" * 30),
+    ]
+    assert f"ft-l#2 is {LONG}" in dom
+
+
+MEASURE = """
+const inside = (each) => each.closest(".scroll, .said, .hidden, svg");
+const box = (query) => document.querySelector(query).getBoundingClientRect();
+const wide = [...document.querySelectorAll("body *")].filter((each) => !inside(each) &&
+  each.getBoundingClientRect().right > innerWidth + 0.5);
+const beside = [...document.querySelectorAll(".plot")].map((each) => {
+  const edge = each.getBoundingClientRect();
+  const texts = [...each.querySelectorAll("text")].map((text) => text.getBoundingClientRect());
+  return Math.max(...texts.map((text) => Math.max(text.right - edge.right, edge.left - text.left)));
+});
+parent.postMessage(JSON.stringify({
+  window: innerWidth, page: document.documentElement.scrollWidth,
+  wide: wide.map((each) => each.outerHTML.slice(0, 200)), beside: Math.max(...beside),
+  parts: [".scores", ".legend", ".records", ".plots"].map((query) => box(query).width),
+  opened: document.querySelectorAll(".detail").length, fails: document.querySelectorAll(".scores .fails").length,
+}), "*");
+"""
+
+
+@pytest.mark.parametrize("width", [320, 390, 700, 1400, 2000])
+def test_the_page_uses_its_width_and_no_more(long_names, browse, width, tmp_path):
+    # In a frame, for a browser's own window is never as narrow as a telephone.
+    text, end = page([long_names], table([long_names])), "</script>\n</body>"
+    assert text.count(end) == 1
+    (tmp_path / "framed.html").write_text(text.replace(end, MEASURE + end), encoding="utf-8")
+    address = f"{(tmp_path / 'framed.html').as_uri()}#open=3&row={LONG}"
+    dom = browse(
+        f'<pre id="measured"></pre><iframe src="{address}" width="{width}" height="900" style="border: 0"></iframe>'
+        "<script></script>",
+        "onmessage = (event) => { document.getElementById('measured').textContent = event.data; };",
+    )
+    found = json.loads(html.unescape(re.search(r'<pre id="measured">(.*?)</pre>', dom, re.DOTALL)[1]))
+    assert found["window"] == width
+    assert found["opened"] == 1
+    assert found["fails"] > 0
+    assert found["page"] <= width
+    assert found["wide"] == []
+    assert found["beside"] <= 1
+    assert min(found["parts"]) >= min(width - 64, 1400)
+    if width >= 1400:
+        assert found["parts"][0] <= width
 
 
 def test_a_record_opens(run, browse):

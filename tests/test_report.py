@@ -8,7 +8,6 @@ import json
 import math
 import re
 from dataclasses import replace
-from pathlib import Path
 from statistics import harmonic_mean
 
 import numpy as np
@@ -18,7 +17,7 @@ from errata.base.errors import ConfigError
 from errata.benchmarks.records import Record
 from errata.evaluation import formats
 from errata.evaluation.published import ROWS, beside, published
-from errata.evaluation.report import COUNTERFACT, Row, Table, _shortened, table
+from errata.evaluation.report import COUNTERFACT, Row, Table, table
 from errata.evaluation.results import Result, Run
 from errata.metrics.counterfact import RecordAnswers
 from errata.models.scoring import Score
@@ -293,6 +292,7 @@ def test_markdown(run):
     for part in text.split("\n\n")[1:4:2]:
         assert len({len(re.findall(r"(?<!\\)\|", line)) for line in part.splitlines()}) == 1
     assert re.search(r"\| \*\*90\.0 ±0\.0\*\* \|", text) is None
+    assert re.search(r"\| 0\.0 ±0\.0 \|", text)
     assert " ✗ |" in text
 
 
@@ -323,6 +323,46 @@ def test_latex_escapes_names_of_models(tmp_path):
     assert r"\emph{y\textbackslash{}\{\}\#\$\textasciitilde{}\textasciicircum{}}" in text
 
 
+SIGNS = "[a]& 50% _x_ #1 {b} ~c~ ^d^ $e$ \\f *g* `h` <i> |j|"
+
+
+def two_models(tmp_path, *models) -> Table:
+    """Headings with the names of models, which a table of one model has not."""
+    return table([Run.load(counterfact_run(tmp_path / str(i), 3, (), model)) for i, model in enumerate(models)])
+
+
+def test_signs_that_latex_takes_for_its_own(tmp_path):
+    text = formats.latex(two_models(tmp_path, SIGNS, "\x1b[31m*"))
+    wanted = r"{}[a]\& 50\% \_x\_ \#1 \{b\} \textasciitilde{}c\textasciitilde{} \textasciicircum{}d\textasciicircum{} "
+    wanted += r"\$e\$ \textbackslash{}f *g* `h` $<$i$>$ |j|"
+    assert rf"\emph{{{wanted}}}" in text
+    assert "\x1b" not in text
+    for line in text.splitlines():  # all that is left are LaTeX's own
+        bare = re.sub(r"\\([&%$#_{}\\]|[a-z]+)|\$[^$]*\$", "", line)
+        assert not re.search(r"[#_~^$]", bare) or line.startswith("%"), line
+        assert line.startswith("%") or bare.count("{") == bare.count("}")
+
+
+def test_names_that_latex_would_take_for_arguments_of_the_line_before(run):
+    row = table([run]).blocks[0][0]
+    for name in ("[5pt] mine", "*mine"):
+        text = formats.latex(Table("counterfact", "per_token", "normal", (), ((replace(row, short=name),),)))
+        assert f"\\midrule\n{{}}{name} &" in text
+
+
+def test_signs_that_markdown_takes_for_its_own(tmp_path):
+    text = formats.markdown(two_models(tmp_path, SIGNS, "\x1b[31m*"))
+    wanted = r"\[a\]&amp; 50% \_x\_ #1 {b} \~c\~ ^d^ \$e\$ \\f \*g\* \`h\` &lt;i&gt; \|j\|"
+    assert f"| *{wanted}* |" in text
+    assert r"| *\\x1b\[31m\** |" in text
+
+
+def test_markdowns_notes_are_text(run):
+    row = replace(table([run]).blocks[0][0], short="a", name="<b>_c_*")
+    notes = formats.markdown(Table("counterfact", "per_token", "normal", (), ((row,),))).rsplit("\n\n", 1)[1]
+    assert r"a is &lt;b&gt;\_c\_\*." in notes
+
+
 def test_csv_and_json_hold_fractions(run):
     found = table([run], compare=("rome", "ft"))
     lines = list(csv.DictReader(io.StringIO(formats.as_csv(found))))
@@ -348,21 +388,52 @@ def test_zsre(tmp_path):
     assert "P is" not in " ".join(found.legend())
 
 
-def test_long_automatic_names_are_short_in_tables_and_told_in_the_legend():
-    row = _shortened(
-        [
-            tuple(
-                _row_named(name)
-                for name in ("rome", "ft-l", "ft-l-layer=2,epsilon=0.0005", "ft-l-layer=3,epsilon=0.0005")
-            )
-        ]
-    )
-    assert [each.label for each in row[0]] == ["rome", "ft-l", "ft-l#2", "ft-l#3"]
-    assert [each.name for each in row[0]][2] == "ft-l-layer=2,epsilon=0.0005"
-    found = Table("counterfact", "per_token", "normal", (), (row[0],), sets=("my set",))
-    assert "ft-l#2 is ft-l-layer=2,epsilon=0.0005; ft-l#3 is ft-l-layer=3,epsilon=0.0005." in found.legend()
-    assert found.title == "CounterFact's numbers on my set: m"
+LONG = ("ft-l-layer=2,epsilon=0.0005", "ft-l-layer=3,epsilon=0.0005")
 
 
-def _row_named(name):
-    return Row(name, "run", "m", Path("run"), {}, 1, 1)
+@pytest.fixture
+def long_names(tmp_path) -> Table:
+    """A table of a run whose editors have long automatic names, with the difference of two of them."""
+    records = counterfact_records(4)
+    results = {name: [said(each, 0.9, 0.1, 0.1) for each in records] for name in ("unedited", "rome", "ft-l", *LONG)}
+    return table([Run.load(write_run(tmp_path / "run", records, results, "mine"))], compare=LONG)
+
+
+def test_the_title_names_the_set(long_names):
+    assert replace(long_names, sets=("my set",)).title == "CounterFact's numbers on my set: mine"
+
+
+def test_long_automatic_names_are_short_in_tables_and_told_in_the_legend(long_names):
+    assert [row.label for row in long_names.blocks[0]] == ["unedited", "rome", "ft-l", "ft-l#2", "ft-l#3"]
+    assert [row.name for row in long_names.blocks[0]][3:] == [*LONG]
+    assert [row.label for row in long_names.differences] == ["ft-l#2 − ft-l#3"]
+    assert f"ft-l#2 is {LONG[0]}; ft-l#3 is {LONG[1]}." in long_names.legend()
+
+
+def test_long_names_in_markdown_and_latex_stand_in_the_notes_alone(long_names):
+    markdown, latex = formats.markdown(long_names), formats.latex(long_names)
+    for text, minus in ((markdown, "| ft-l#2 − ft-l#3 |"), (latex, r"ft-l\#2 $-$ ft-l\#3 &")):
+        tables, notes = text.rsplit("\n\n", 1)
+        assert minus in tables
+        for name in LONG:
+            assert name not in tables
+            assert notes.count(name) == 1
+
+
+def test_long_names_in_csv_and_json_stand_beside_the_short_ones(long_names):
+    lines = list(csv.DictReader(io.StringIO(formats.as_csv(long_names))))
+    wanted = [("unedited", ""), ("rome", ""), ("ft-l", ""), (LONG[0], "ft-l#2"), (LONG[1], "ft-l#3")]
+    difference = (f"{LONG[0]} − {LONG[1]}", "ft-l#2 − ft-l#3")
+    assert [(line["row"], line["short"]) for line in lines] == [*wanted, difference]
+    held = json.loads(formats.as_text(long_names, "json"))
+    assert [(row["name"], row["short"]) for row in (*held["rows"], *held["differences"])] == [*wanted, difference]
+
+
+@pytest.mark.parametrize("kind", ["per_token", "total"])
+def test_every_format_says_what_its_probabilities_are_of(run, kind):
+    found = table([run], kind)
+    words = {"per_token": "exp of the mean log-probability per token", "total": "of all tokens"}[kind]
+    for text in (formats.markdown(found), formats.latex(found), " ".join(found.legend())):
+        assert f"P is the object's probability, {words}." in text
+    lines = list(csv.DictReader(io.StringIO(formats.as_csv(found))))
+    assert {line["probability"] for line in lines} == {kind} == {formats.as_json(found)["probability"]}

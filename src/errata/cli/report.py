@@ -4,21 +4,26 @@ from __future__ import annotations
 
 import io
 import sys
+from collections.abc import Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, Optional
 
 import typer
 
+from errata.base.display import printable
 from errata.cli import options
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.table import Table as Shown
 
     from errata.evaluation.formats import Panel
     from errata.evaluation.report import Table
 
 Format = Literal["table", "markdown", "latex", "csv", "json"]
 
+_LABEL = 24  # characters of the column of names, at most: longer names wrap
 _STYLES = {"run": "", "paper": "dim italic", "difference": ""}
 
 
@@ -117,33 +122,48 @@ def _show(found: Table, console: Console) -> None:
         _show_panel(panel, console, colours)
     marks = f"Bold: {STRONG}. Red: fails." if colours else f"*: {STRONG}. !: fails."
     for line in (*found.legend(), marks):
-        console.print(line, highlight=False, markup=False)
+        console.print(printable(line), highlight=False, markup=False)
 
 
 def _show_panel(panel: Panel, console: Console, colours: bool) -> None:
-    """A block with a heading is a table of its own: a heading would have to fit into the column of names."""
-    from rich import box
-    from rich.table import Table as Shown
+    """Columns that there is no room for go on below, in tables of their own."""
     from rich.text import Text
 
-    console.print(Text(panel.title, style="bold"))
+    from errata.cli import show
+
+    def widest(columns: Sequence[int]) -> Shown:
+        return max(_tables(panel, columns, colours), key=lambda each: console.measure(each).maximum)
+
+    widths = [width for _, width in panel.groups] or [1] * len(panel.heads)
+    groups = [range(end - width, end) for width, end in zip(widths, accumulate(widths), strict=True)]
+    console.print(Text(printable(panel.title), style="bold"))
+    for columns in show.side_by_side(widest, groups, console.width):
+        for each in _tables(panel, columns, colours):
+            console.print(each)
+
+
+def _tables(panel: Panel, columns: Sequence[int], colours: bool) -> list[Shown]:
+    """A block with a heading is a table of its own: a heading would have to fit into the column of names."""
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
     shown: list[Shown] = []
     for heading, lines in panel.blocks:
         if heading or not shown:
-            title = Text(heading) if heading else None
-            shown.append(Shown(title=title, title_justify="left", header_style="bold", box=box.SIMPLE_HEAD))
+            title = Text(printable(heading)) if heading else None
+            shown.append(Table(title=title, title_justify="left", header_style="bold", box=box.SIMPLE_HEAD))
             shown[-1].padding = 0, 1, 0, 0
-            shown[-1].add_column("", overflow="fold")
-            for head in panel.heads:
-                shown[-1].add_column(Text(head), justify="right", no_wrap=True)
+            shown[-1].add_column("", overflow="fold", max_width=_LABEL)
+            for i in columns:
+                shown[-1].add_column(Text(panel.heads[i]), justify="right", no_wrap=True)
         shown[-1].add_section()
         for line in lines:
             cells = []
-            for cell in line.cells:
+            for cell in (line.cells[i] for i in columns):
                 style = ("bold " * cell.strong + "red" * cell.fails) if colours else ""
                 marks = "" if colours else "*" * cell.strong + "!" * cell.fails
                 text = Text(cell.text + marks, style=style)
-                cells.append(text.append(f"\n{cell.spread}", style="dim not bold") if cell.spread else text)
-            shown[-1].add_row(Text(line.label), *cells, style=_STYLES[line.source])
-    for each in shown:
-        console.print(each)
+                cells.append(text.append(f" {cell.spread}", style="dim not bold") if cell.spread else text)
+            shown[-1].add_row(Text(printable(line.label)), *cells, style=_STYLES[line.source])
+    return shown

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import re
 import sys
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import typer
 from rich.console import Console
+from rich.measure import Measurement
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
@@ -118,6 +120,10 @@ def percent(probability: float) -> str:
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[str]], title: str | None = None) -> None:
     """A table of texts, which wrap."""
+    console().print(_table(columns, rows, title))
+
+
+def _table(columns: Sequence[str], rows: Sequence[Sequence[str]], title: str | None = None) -> Table:
     shown = Table(
         title=None if title is None else Text(printable(title), style="italic"),
         title_justify="left",
@@ -127,7 +133,40 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[str]], title: str | No
         shown.add_column(Text(printable(column)), overflow="fold")
     for row in rows:
         shown.add_row(*(Text(printable(cell)) for cell in row))
-    console().print(shown)
+    return shown
+
+
+def side_by_side(
+    build: Callable[[Sequence[int]], Table], groups: Sequence[Sequence[int]], room: int
+) -> list[tuple[int, ...]]:
+    """Columns of the tables into which one is divided so that none is wider than a terminal.
+
+    Tables are as few as can be, and then the widest of them is as narrow as can be.
+
+    Args:
+        build: the table of some of the columns.
+        groups: columns that stay together.
+        room: the terminal's width.
+    """
+    unlimited = Console(width=10**4).options
+
+    @functools.cache
+    def width(columns: tuple[int, ...]) -> int:
+        return Measurement.get(console(), unlimited, build(columns)).maximum
+
+    def divided(room: int) -> list[tuple[int, ...]]:
+        found: list[tuple[int, ...]] = []
+        for group in map(tuple, groups):
+            if found and width(found[-1] + group) <= room:
+                found[-1] += group
+            else:
+                found.append(group)
+        return found
+
+    found = divided(room)
+    while len(narrower := divided(max(map(width, found), default=0) - 1)) <= len(found) and narrower != found:
+        found = narrower
+    return found
 
 
 def effects(trace: CausalTrace) -> None:
@@ -219,13 +258,20 @@ def averages(found: AverageEffects, parts: Sequence[str] | None = None, label: s
                 continue
             layer = int(np.nanargmax(mean[row]))
             half = found.interval[part][row, layer]
-            spread = "" if np.isnan(half) else f"\n±{_points(100 * half)}"
-            cells.append(f"{_points(100 * mean[row, layer])} at {layer}{spread}")
+            spread = "" if np.isnan(half) else f" ±{_points(100 * half)}"
+            cells.append(f"{_points(100 * mean[row, layer])}{spread} at {layer}")
         rows.append([f"{role} ({found.counts[row]})", *cells])
+    heads = ("token (facts)", *(part.replace("_", " ") for part in parts))
+
+    def some(columns: Sequence[int], title: str | None = None) -> Table:
+        chosen = (0, *columns)
+        return _table([heads[i] for i in chosen], [[row[i] for i in chosen] for row in rows], title)
+
     title = "Average indirect effect: points of probability\n(at the layer where it is highest, ± 95 % interval)"
     if label:
         title = f"{label}\n{title}"
-    table(("token (facts)", *(part.replace("_", " ") for part in parts)), rows, title)
+    for number, columns in enumerate(side_by_side(some, [[i + 1] for i in range(len(parts))], console().width)):
+        console().print(some(columns, title if number == 0 else None))
 
 
 def averages_summary(found: AverageEffects) -> str:

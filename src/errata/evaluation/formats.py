@@ -109,7 +109,7 @@ def markdown(table: Table) -> str:
                 lines.append(_piped(f"*{_unpiped(heading)}*", *("" for _ in panel.heads)))
             lines += [_piped(_unpiped(row.label), *map(cell, row.cells)) for row in rows]
         parts.append(f"**{_unpiped(panel.title)}**\n\n" + "\n".join(lines))
-    return "\n\n".join([*parts, _notes(table, f"Bold: {STRONG}. ✗: fails.")]) + "\n"
+    return "\n\n".join([*parts, _unpiped(_notes(table, f"Bold: {STRONG}. ✗: fails."))]) + "\n"
 
 
 def latex(table: Table) -> str:
@@ -122,7 +122,11 @@ def latex(table: Table) -> str:
 
     parts = ["% \\usepackage{booktabs, xcolor}"]
     for panel in panels(table):
-        lines = [f"% {' '.join(panel.title.split())}", rf"\begin{{tabular}}{{l{'r' * len(panel.heads)}}}", r"\toprule"]
+        lines = [
+            f"% {printable(' '.join(panel.title.split()))}",
+            rf"\begin{{tabular}}{{l{'r' * len(panel.heads)}}}",
+            r"\toprule",
+        ]
         if panel.groups:
             spans = (rf"\multicolumn{{{width}}}{{c}}{{{_escaped(name)}}}" for name, width in panel.groups)
             lines += [" & ".join(["", *spans]) + r" \\", " ".join(_rules(panel))]
@@ -138,15 +142,32 @@ def latex(table: Table) -> str:
 
 
 def as_csv(table: Table) -> str:
-    """A table as CSV, a row a line; of each number its mean, the ends of its interval, and its records."""
+    """A table as CSV, a row a line; of each number its mean, the ends of its interval, and its records.
+
+    `short` is what the other formats call a row whose name is too long for them; `probability`, what P is.
+    """
     fields = ("mean", "low", "high", "count")
-    heads = ["run", "model", "row", "source", "measured", "of", "failures", "disabling", "seconds"]
+    probability = table.probability if table.kind == "counterfact" else ""
+    heads = [
+        "run",
+        "model",
+        "row",
+        "short",
+        "source",
+        "probability",
+        "interval",
+        "measured",
+        "of",
+        "failures",
+        "disabling",
+        "seconds",
+    ]
     written = io.StringIO()
     writer = csv.writer(written, lineterminator="\n")
     writer.writerow([*heads, *(f"{column.name}_{field}" for column in table.columns for field in fields)])
     for row in _all(table):
-        names = map(unformulated, (str(row.run), row.model, row.name))
-        cells = [*names, row.source, row.measured, row.of]
+        names = map(unformulated, (str(row.run), row.model, row.name, row.short))
+        cells = [*names, row.source, probability, table.interval, row.measured, row.of]
         cells += [row.failures, row.disabling, row.seconds]
         for column in table.columns:
             found = row.values.get(column.name)
@@ -247,7 +268,7 @@ def _piped(*cells: str) -> str:
 
 def _unpiped(text: str) -> str:
     plain = printable(" ".join(text.split())).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
-    return re.sub(r"([\\|*_`\[\]])", r"\\\1", plain)
+    return re.sub(r"([\\|*_`\[\]~$])", r"\\\1", plain)
 
 
 def _rules(panel: Panel) -> Iterator[str]:
@@ -273,7 +294,9 @@ _LATEX = {
 
 
 def _escaped(text: str) -> str:
-    return "".join(_LATEX.get(sign, sign) for sign in " ".join(text.split()))
+    r"""Text for LaTeX; with {} in front where the \\ or \midrule before it would take its head for an argument."""
+    plain = printable(" ".join(text.split()))
+    return ("{}" if plain[:1] in {"[", "*"} else "") + "".join(_LATEX.get(sign, sign) for sign in plain)
 
 
 # ---------------------------------------------------------------------------------------------

@@ -59,6 +59,7 @@
   const row = () => run().rows.find((each) => each.name === state.row) || run().rows[run().rows.length > 1 ? 1 : 0];
   const unedited = () => run().rows[0];
   const isEdited = () => row() !== unedited();
+  const label = (one) => one.short || one.name;
   const valueAt = (name, i) => (row().numbers[name] || [])[i] ?? null;
 
   // ---- distributions ----
@@ -81,6 +82,13 @@
     return !axis.log && (axis.high - axis.low) * each.scale >= 20 ? fixed(value * each.scale, 0) : number(value, each);
   }
 
+  /** A text of so many letters at most, of which those of Chinese, Japanese and Korean count twice. */
+  function cut(text, most) {
+    let room = most;
+    const kept = [...text].filter((sign) => (room -= sign > "\u2e7f" ? 2 : 1) >= 0);
+    return room < 0 ? kept.slice(0, -1).join("") + "…" : text;
+  }
+
   function plot(each) {
     const rows = run().rows.filter((one) => (one.numbers[each.name] || []).some((v) => v !== null));
     if (!rows.length) return null;
@@ -97,20 +105,20 @@
       return { bins: bins.map((b) => b / n), raw: bins, mean: sum / n, n };
     });
     const tallest = Math.max(...counts.flatMap((one) => one.bins));
-    const width = 280, left = 62, high = 30, gap = 9, plotWidth = width - left - 6;
+    const width = 280, left = 1, high = 26, gap = 21, plotWidth = width - 2 * left;
     const x = (v) => left + ((axis.to(v) - axis.low) / (axis.high - axis.low)) * plotWidth;
     const bottom = rows.length * (high + gap);
     const view = `0 0 ${width} ${bottom + 30}`;
     const svg = make("svg:svg", { viewBox: view, role: "group", "aria-label": `${each.symbol}: ${each.what}` });
     rows.forEach((one, k) => {
       const { bins, raw, mean, n } = counts[k];
-      const base = k * (high + gap) + high;
-      const name = one.name.length > 9 ? one.name.slice(0, 8) + "…" : one.name;
+      const base = (k + 1) * (high + gap) - 5;
       const group = make("svg:g", { class: k === 0 && one.name === "unedited" ? "unedited" : "", role: "img",
         "aria-label": `${one.name}: mean ${number(mean, each)} ${each.unit}, ${n} records` });
-      const label = make("svg:text", { class: "name", x: left - 8, y: base - 3, "text-anchor": "end" }, name);
-      label.append(make("svg:title", {}, one.name));
-      group.append(label, make("svg:line", { class: "base", x1: left, x2: left + plotWidth, y1: base, y2: base }));
+      const name = make("svg:text", { class: "name", x: left, y: base - high - 5 }, cut(label(one), 36));
+      name.append(make("svg:title", {}, one.name));
+      const said = make("svg:text", { x: left + plotWidth, y: base - high - 5, "text-anchor": "end" }, number(mean, each));
+      group.append(name, said, make("svg:line", { class: "base", x1: left, x2: left + plotWidth, y1: base, y2: base }));
       bins.forEach((share, b) => {
         if (!share) return;
         const tall = Math.max(0.75, (share / tallest) * high);
@@ -129,7 +137,7 @@
     });
     const write = (text, k, y, anchor) =>
       svg.append(make("svg:text", { x: left + (plotWidth * k) / 2, y, "text-anchor": anchor }, text));
-    axis.ticks.forEach((t, k) => write(tick(t, each, axis), k, bottom + 8, ["start", "middle", "end"][k]));
+    axis.ticks.forEach((t, k) => write(tick(t, each, axis), k, bottom + 9, ["start", "middle", "end"][k]));
     write(each.unit + (axis.log ? ", logarithmic" : ""), 1, bottom + 24, "middle");
     const said = `${each.what}. Tallest bar: ${fixed(100 * tallest, 0)} % of records`;
     return make("figure", { class: "plot" }, make("figcaption", {}, make("b", {}, each.symbol), " " + said), svg);
@@ -139,7 +147,7 @@
     $("plots").replaceChildren(...data.columns.map(plot).filter(Boolean));
     const which = data.runs.length > 1 ? ` of ${run().folder}` : "";
     $("distributions-lead").textContent = `Each number over the records${which}` +
-      ": height is the share of records, the thin line is at the mean.";
+      ": height is the share of records; the thin line, and the number on the right, are the mean.";
   }
 
   // ---- which records, in which order ----
@@ -251,12 +259,12 @@
     if (typeof value === "boolean") return value ? "yes" : "no";
     return unit === "%" ? percent(value) : `${threeDigits(value)} ${unit}`;
   }
-  const pair = (label, text, style) => make("div", {}, make("dt", {}, label), make("dd", { class: style }, text));
+  const pair = (name, text, style) => make("div", {}, make("dt", {}, name), make("dd", { class: style }, text));
   function health(result) {
     const known = result && result.health ? result.health : {};
-    const shown = Object.entries(HEALTH).filter(([name]) => Object.hasOwn(known, name)).map(([name, [label, unit]]) => {
+    const shown = Object.entries(HEALTH).filter(([name]) => Object.hasOwn(known, name)).map(([name, [title, unit]]) => {
       const value = known[name];
-      return pair(label, told(value, unit), name === "disabling" && value ? "fails" : undefined);
+      return pair(title, told(value, unit), name === "disabling" && value ? "fails" : undefined);
     });
     for (const [name, value] of Object.entries((result && result.seconds) || {})) {
       shown.push(pair(`Time to ${name}`, `${threeDigits(value)} s`));
@@ -338,7 +346,7 @@
 
   // ---- controls; the state stands in the address, so that it can be kept as a link ----
 
-  const option = (value, label) => make("option", { value }, label);
+  const option = (value, text) => make("option", { value }, text);
   function fillControls() {
     $("run").replaceChildren(...data.runs.map((each, k) => option(k, `${each.model}, ${each.folder}`)));
     $("run-label").hidden = data.runs.length < 2;

@@ -88,7 +88,8 @@ def in_script(value: Any) -> str:
 def data(runs: Sequence[Run], table: Table) -> dict[str, Any]:
     """What the script draws, JSON-able. Lists over records are in the order of the run's; null: not measured."""
     texts = _texts_kept(runs)
-    found = [_run(run, table.probability, texts) for run in runs]
+    short = {row.name: row.short for block in table.blocks for row in block if row.short}
+    found = [_run(run, table.probability, texts, short) for run in runs]
     columns = [
         {
             **{name: getattr(column, name) for name in ("name", "symbol", "unit", "scale")},
@@ -105,7 +106,7 @@ def data(runs: Sequence[Run], table: Table) -> dict[str, Any]:
     return {"kind": table.kind, "columns": columns, "kinds": kinds, "textsKept": texts, "runs": found}
 
 
-def _run(run: Run, probability: Probability, texts: int) -> dict[str, Any]:
+def _run(run: Run, probability: Probability, texts: int, short: Mapping[str, str]) -> dict[str, Any]:
     relations = sorted({record.relation for record in run.records.values() if isinstance(record, Record)})
     rows = (run.unedited, *run.edited.values())
     return {
@@ -113,7 +114,7 @@ def _run(run: Run, probability: Probability, texts: int) -> dict[str, Any]:
         "folder": str(run.folder),
         "relations": relations,
         "records": [_record(record) for record in run.records.values()],
-        "rows": [_row(run, results, probability, texts) for results in rows],
+        "rows": [{**_row(run, results, probability, texts), "short": short.get(results.name, "")} for results in rows],
     }
 
 

@@ -223,8 +223,12 @@ def table(
     """
     _require_together(runs)
     columns = COUNTERFACT if runs[0].kind == "counterfact" else ZSRE
-    blocks = _shortened([_block(run, columns, probability, interval, seed) for run in runs])
-    differences = _differences(runs, compare, columns, probability, interval, seed) if compare else ()
+    blocks = [_block(run, columns, probability, interval, seed) for run in runs]
+    short = _short_names(row.name for block in blocks for row in block if row.source == "run")
+    blocks = [tuple(replace(row, short=short.get(row.name, "")) for row in block) for block in blocks]
+    differences = _differences(runs, compare, columns, probability, interval, seed) if compare else []
+    if compare and short.keys() & set(compare):
+        differences = [replace(row, short=_minus(*(short.get(name, name) for name in compare))) for row in differences]
     there = {name for block in blocks for row in block for name in row.values}
     kept = tuple(column for column in columns if column.name in there)
     sets = (str(run.settings.get("records", {}).get("source", "")) for run in runs)
@@ -239,9 +243,9 @@ def table(
 _LONGEST_NAME = 20  # characters that every format has room for
 
 
-def _shortened(blocks: Sequence[tuple[Row, ...]]) -> list[tuple[Row, ...]]:
-    """The blocks, in which rows with long automatic names have short ones: ft-l#2 for ft-l-layer=2,epsilon=0.0005."""
-    names = dict.fromkeys(row.name for block in blocks for row in block if row.source == "run")
+def _short_names(rows: Iterable[str]) -> dict[str, str]:
+    """Short names of rows that have long automatic ones: ft-l#2 for ft-l-layer=2,epsilon=0.0005."""
+    names = dict.fromkeys(rows)
     short: dict[str, str] = {}
     for name in names:
         automatic = re.match(r"(.+?)-[a-z_]+=", name)
@@ -250,7 +254,7 @@ def _shortened(blocks: Sequence[tuple[Row, ...]]) -> list[tuple[Row, ...]]:
             while f"{automatic[1]}#{number}" in (*names, *short.values()):
                 number += 1
             short[name] = f"{automatic[1]}#{number}"
-    return [tuple(replace(row, short=short.get(row.name, "")) for row in block) for block in blocks]
+    return short
 
 
 def _require_together(runs: Sequence[Run]) -> None:
@@ -411,8 +415,11 @@ def _difference(
     apart = frozenset(name for name, each in values.items() if each.low > 0 or each.high < 0)
     common = len(next(iter(one.values())).keys() & next(iter(other.values())).keys())
     model = str(run.settings.get("model", ""))
-    title = f"{names[0]} − {names[1]}"
-    return Row(title, "difference", model, run.folder, values, common, len(run.records), strong=apart)
+    return Row(_minus(*names), "difference", model, run.folder, values, common, len(run.records), strong=apart)
+
+
+def _minus(one: str, other: str) -> str:
+    return f"{one} − {other}"
 
 
 def _rows(run: Run) -> dict[str, Results]:
