@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 
@@ -229,20 +230,44 @@ def test_another_model_needs_a_corpus(tmp_path):
 
 
 def test_every_command_has_an_example_that_it_understands():
-    import shlex
+    found = dict(commands())
+    assert {"", "trace", "data", "data build"} <= found.keys()
+    for name, command in found.items():
+        title, program, *arguments = shlex.split(command.epilog)
+        assert (title, program) == ("Example:", "errata")
+        named = " ".join(arguments[: len(name.split())])
+        assert named == name
+        # Raises for an option that is not there, or a command of a group.
+        command.make_context(name, arguments[len(name.split()) :])
+        if hasattr(command, "commands"):
+            assert arguments[len(name.split())] in command.commands
 
+
+@pytest.mark.parametrize("width", [80, 200])
+def test_help_is_whole(monkeypatch, capsys, width):
+    monkeypatch.setenv("COLUMNS", str(width))
+    for name, command in commands():
+        said = in_process(monkeypatch, capsys, *name.split(), "--help").stdout
+        assert max(map(len, said.splitlines())) <= width, name
+        written = [command.help, command.epilog, *(getattr(each, "help", "") for each in command.params)]
+        assert said.count("…") == sum(text.count("…") for text in written if text), f"{name}: words are cut"
+        assert max(said) < "\U00010000", f"{name}: an emoji, of a word between colons"
+        assert command.epilog in " ".join(said.split())
+        for option in command.params:
+            if option.opts[0].startswith("-"):
+                assert re.search(rf"{option.opts[0]}\b", said), (name, option.opts)
+
+
+def commands(group=None, name=""):
+    """Each command with its name, groups and commands of groups too."""
     from typer.main import get_command
 
-    from errata.cli.app import _PANELS, app
+    from errata.cli.app import app
 
-    commands = get_command(app).commands
-    shown = {name: example for panel in _PANELS.values() for name, _, example in panel}
-    assert shown.keys() == commands.keys() - {"data"}
-    for name, example in shown.items():
-        program, named, *arguments = shlex.split(example)
-        assert (program, named) == ("errata", name)
-        commands[name].make_context(name, arguments)  # raises for an option that is not there
-        assert commands[name].epilog == f"Example: {example}"
+    group = group or get_command(app)
+    yield name, group
+    for each, command in getattr(group, "commands", {}).items():
+        yield from commands(command, f"{name} {each}".strip())
 
 
 def test_python_runs_the_package_and_shells_complete_its_commands(tmp_path):

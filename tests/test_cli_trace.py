@@ -8,16 +8,19 @@ import signal
 import subprocess
 import sys
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from errata.atlas.records import records
+from errata.cli import show
 from errata.cli.trace import trace as command
 from errata.tracing import many
 from errata.tracing.average import AverageEffects, average_effects
 from errata.tracing.config import TraceConfig
-from errata.tracing.result import load_traces, save_traces
+from errata.tracing.result import ROLES, load_traces, save_traces
+from errata.tracing.sweep import PARTS as ALL_PARTS
 from test_cli import FACT, refused
 
 DOYLE = {"subject": FACT[1], "prompt": FACT[3], "object": "English"}
@@ -216,9 +219,25 @@ def test_averages_are_shown(run, results):
     found = average_effects(load_traces(results))
     layer = int(found.mean["state"][2].argmax())
     [row] = [line for line in done.stdout.splitlines() if "last subject (4)" in line]
-    assert f" {100 * found.mean['state'][2, layer]:.1f} at {layer} " in row
+    mean, half = (100 * values["state"][2, layer] for values in (found.mean, found.interval))
+    assert f" {mean:.1f} ±{half:.1f} at {layer} " in row
     assert f"average total effect {100 * found.total_effect:.1f} ±" in done.stdout
     assert "Left out: 1 (answer is not the object)." in " ".join(done.stdout.split())
+
+
+def test_averages_of_many_parts_go_on_below(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    layers = np.linspace(0, 1, 4)[None].repeat(len(ROLES), 0)
+    mean, interval = (dict.fromkeys(ALL_PARTS, values) for values in (layers, layers / 10))
+    found = SimpleNamespace(mean=mean, interval=interval, counts=[100] * len(ROLES))
+    show.averages(found)
+    said = capsys.readouterr().out
+    assert max(map(len, said.splitlines())) <= 80
+    heads = [line for line in said.splitlines() if "token (facts)" in line]
+    assert len(heads) == 3
+    assert all(sum(part.replace("_", " ") in head for head in heads) for part in ALL_PARTS)
+    rows = [line for line in said.splitlines() if "last subject (100)" in line]
+    assert [row.count("100.0 ±10.0 at 3 ") for row in rows] == [2, 2, 1]
 
 
 def test_averages_of_several_files_are_shown_side_by_side(run, results, tmp_path):

@@ -38,6 +38,7 @@ app = typer.Typer(
     name="errata",
     help="Locate and edit factual associations in transformer language models.",
     pretty_exceptions_enable=False,
+    epilog="Example: errata demo",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
@@ -74,11 +75,18 @@ _PANELS: dict[str, tuple[tuple[str, Callable[..., None], str], ...]] = {
         ("report", report.report, "errata report run --page run.html"),
     ),
 }
+_DATA: tuple[tuple[str, Callable[..., None], str], ...] = (
+    ("list", data.list_sets, "errata data list"),
+    ("get", data.get, "errata data get counterfact"),
+    ("describe", data.describe_file, "errata data describe records.json"),
+    ("build", build.build, "errata data build facts.csv --templates templates.json --out mine"),
+)
 for _panel, _commands in _PANELS.items():
     for _name, _command, _example in _commands:
         app.command(_name, rich_help_panel=_panel, epilog=f"Example: {_example}")(_command)
-data.app.command("build")(build.build)
-app.add_typer(data.app, name="data", rich_help_panel="Measure edits")
+for _name, _command, _example in _DATA:
+    data.app.command(_name, epilog=f"Example: {_example}")(_command)
+app.add_typer(data.app, name="data", rich_help_panel="Measure edits", epilog="Example: errata data list")
 
 
 def _version(wanted: bool) -> None:

@@ -21,7 +21,6 @@ Folder = Annotated[
 ]
 
 
-@app.command("get")
 def get(
     names: Annotated[list[str], typer.Argument(help="Which sets: names of errata data list.")],
     folder: Folder = None,
@@ -49,7 +48,6 @@ def _in_megabytes(bar: Callable[[int, int | None], None], done: int, of: int | N
     bar(done // 10**6, None if of is None else -(-of // 10**6))
 
 
-@app.command("list")
 def list_sets(folder: Folder = None, json: options.Json = False) -> None:
     """Name the published sets, where they come from, their licences, and which are here."""
     from errata.benchmarks.fetching import place, state
@@ -75,7 +73,6 @@ def list_sets(folder: Folder = None, json: options.Json = False) -> None:
         show.line(f"not what was fetched any more: {', '.join(changed)}")
 
 
-@app.command("describe")
 def describe_file(
     file: Annotated[Path, typer.Argument(help="Records (.json, .jsonl, or their folder), or a table of facts.")],
     json: options.Json = False,

@@ -31,9 +31,9 @@ def evaluate(
     editor: Annotated[
         Optional[list[str]],  # noqa: UP045
         typer.Option(
-            help="An editor with its settings, such as rome, rome:key=reference,steps=25 or NAME=rome:preset=reference "
-            "for a row called so; several times, or with 'ft:layer={0..7}' or {1,3,5}, for several rows. None of them: "
-            "the unedited model alone."
+            help="An editor: its name, or also its settings, as in ft:steps=9 (with commas between several), and NAME= "
+            "in front for a row called so; given several times, or with layer={0..7} or {1,3,5}, for several rows. "
+            "Without one: the unedited model alone."
         ),
     ] = None,
     data: Annotated[
@@ -75,7 +75,7 @@ def evaluate(
     ] = "here",
     address: Annotated[
         Optional[str],  # noqa: UP045
-        typer.Option(help="Of a Ray cluster, such as auto or ray://host:10001; a local one unless given."),
+        typer.Option(help="Of a Ray cluster, such as auto or ray://HOST:PORT (a local one unless given)."),
     ] = None,
     workers: Annotated[Optional[int], typer.Option(min=1, help="How many, on Ray.")] = None,  # noqa: UP045
     cpus_per_worker: Annotated[float, typer.Option(min=0, help="On Ray.")] = 1,

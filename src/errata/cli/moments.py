@@ -17,7 +17,7 @@ Corpus = Annotated[
     Optional[str],  # noqa: UP045
     typer.Option(
         help="Texts for the second moment: a file or folder (.txt, .jsonl, .parquet, .gz), wikipedia, or a dataset "
-        "hf:ID[:CONFIG[:SPLIT]] at --revision. The atlas has its own."
+        "hf:NAME (and behind it :CONFIG or :CONFIG:SPLIT) at --revision. The atlas has its own."
     ),
 ]
 Field = Annotated[str, typer.Option(help="Of .jsonl, .parquet and datasets: the field with the text.")]

@@ -33,7 +33,12 @@ def sweep(
     records: Annotated[int, typer.Option(min=1, help="How many records, of the atlas's own.")] = 20,
     layers: Annotated[Optional[str], typer.Option(help="Such as 0-7 or 2,4,6; all unless given.")] = None,  # noqa: UP045
     tokens: Annotated[
-        str, typer.Option(help="Roles of the tokens, with commas.")
+        str,
+        typer.Option(
+            help="Roles of the tokens, with commas between; subject_first, subject_last, subject_first_after and last "
+            "unless given.",
+            show_default=False,
+        ),
     ] = "subject_first,subject_last,subject_first_after,last",
     corpus: moments.Corpus = None,
     field: moments.Field = "text",
