@@ -33,6 +33,7 @@ test-oldest test-newest: test-%:
 	.venv-$*/bin/python -m pip install --quiet --constraint .venv-$*/constraints.txt "$(TORCH)"
 	.venv-$*/bin/python -m pip install --quiet --upgrade --constraint .venv-$*/constraints.txt \
 		"$(TORCH)" --editable ".[plots,tables,peft,evaluation]" pytest pytest-timeout hypothesis
+	.venv-$*/bin/errata edit --help > /dev/null
 	.venv-$*/bin/python -m pytest $(VERSIONS_TESTED:%=tests/test_%.py)
 
 check: $(STAMP)
