@@ -8,6 +8,7 @@ import math
 import pytest
 import torch
 
+from errata.base import budgets
 from errata.base.errors import FactError
 from errata.edits.delta import Dense, LowRank, RankOne
 from errata.edits.edit import Edit
@@ -111,8 +112,8 @@ def test_small_batches_and_large_ones_agree(monkeypatch):
     model = model_of("gpt2")
     variants = variants_of(model)
     at_once = ask_together(model, QUESTIONS, variants)
-    monkeypatch.setattr("errata.passes.strands._TOKENS_AT_ONCE", {"cpu": 1})
-    monkeypatch.setattr("errata.metrics.asking._LOGITS_AT_ONCE", 1)
+    monkeypatch.setitem(budgets.TOKENS["forward"], "cpu", 1)
+    monkeypatch.setattr(budgets, "LOGITS", 1)
     for got, wanted in zip(ask_together(model, QUESTIONS, variants), at_once, strict=True):
         same(got, wanted, 1e-5)
 

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 import goldens
+from errata.base import budgets
 from errata.base.errors import ConfigError, FactError
 from errata.models.loading import load_pretrained
-from errata.tracing import noise as module
 from errata.tracing.corruption import Corruption
 from errata.tracing.noise import Disturbance, measure, subject_sigma
 from tiny import WIDTH, byte_tokenizer, llama_tokenizer, tiny
@@ -61,7 +61,7 @@ def test_uniform_noise_is_the_published_codes(model):
 
 
 def test_multivariate_noise_has_mean_and_covariance_of_the_vocabulary(model, monkeypatch):
-    monkeypatch.setattr(module, "_ROWS", 100)  # several parts
+    monkeypatch.setitem(budgets.TOKENS["record"], "cpu", 100)  # several parts
     table = table_of(model)[: len(model.tokenizer)]
     measured = measure(Corruption("multivariate"), model)
     assert (measured.measured_on, measured.measured_tokens) == ("vocabulary", len(table))
@@ -140,7 +140,7 @@ def test_sigma_is_over_all_numbers_of_all_tokens(model, monkeypatch):
     rows = [row for subject in SUBJECTS for row in model.tokenizer(subject)["input_ids"]]
     want = np.std(table_of(model)[rows], ddof=1)
     assert subject_sigma(model, SUBJECTS) == pytest.approx(want, rel=1e-12)
-    monkeypatch.setattr(module, "_ROWS", 3)
+    monkeypatch.setitem(budgets.TOKENS["record"], "cpu", 3)
     assert subject_sigma(model, (subject for subject in SUBJECTS)) == pytest.approx(want, rel=1e-12)
     measured = measure(Corruption(), model, SUBJECTS)
     assert measured.measured_tokens == len(rows)

@@ -144,7 +144,7 @@ def test_the_model_is_the_same_afterwards_and_after_an_interrupt(part, trainable
 
 
 def test_the_model_is_the_same_if_a_block_fails(monkeypatch):
-    from errata.passes.tails import Chunk
+    from errata.passes.suffixes import SuffixBatch
 
     model = model_of()
     before = state(model)
@@ -154,8 +154,8 @@ def test_the_model_is_the_same_if_a_block_fails(monkeypatch):
             raise RuntimeError("in the middle of a block")
         return whole(self, layer, *args, **kwargs)
 
-    whole = Chunk.step
-    monkeypatch.setattr(Chunk, "step", step)
+    whole = SuffixBatch.step
+    monkeypatch.setattr(SuffixBatch, "step", step)
     with pytest.raises(RuntimeError, match="in the middle"):
         fine_tune(model, REWRITE, CONFIG)
     assert state(model) == before

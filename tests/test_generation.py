@@ -10,6 +10,7 @@ import pytest
 import torch
 from transformers.cache_utils import Cache
 
+from errata.base import budgets
 from errata.base.errors import ConfigError, Diverged, FactError
 from errata.models import generation
 from errata.models.generation import generate
@@ -76,7 +77,7 @@ def test_a_text_depends_on_its_own_seed_alone():
 def test_small_batches_and_large_ones_give_the_same(monkeypatch):
     model = model_of("gpt2")
     texts = generate(model, PROMPTS, 12, top_k=5)
-    monkeypatch.setattr(generation, "_CACHE_AT_ONCE", {"cpu": 1})
+    monkeypatch.setitem(budgets.CACHE, "cpu", 1)
     assert generate(model, PROMPTS, 12, top_k=5) == texts
 
 

@@ -11,6 +11,7 @@ import torch
 import errata
 import goldens
 from errata.atlas.records import records
+from errata.base import budgets
 from errata.base.errors import ConfigError, FactError, UnsupportedModel
 from errata.base.facts import Fact
 from errata.base.fingerprint import tensor_digest
@@ -104,7 +105,7 @@ def test_layers_in_groups_are_layers_at_once(monkeypatch):
     model = model_of()
     ids = model.tokenizer(FACT.text)["input_ids"]
     whole = attributions(model, ids, 7, CONFIG)
-    monkeypatch.setattr(attribution, "free_memory", lambda *devices: 0)
+    monkeypatch.setattr(budgets, "free_memory", lambda *devices: 0)
     assert [*attribution._groups(model, 4, 9)] == [range(1), range(1, LAYERS)]
     torch.testing.assert_close(attributions(model, ids, 7, CONFIG), whole, rtol=0, atol=1e-14)
 

@@ -32,8 +32,8 @@ from errata.models.generation import generate
 from errata.models.model import Model
 from errata.models.scoring import Score, score
 from errata.models.weights import down_weight_name, matrix
-from errata.passes.packing import Strand
-from errata.passes.strands import Passes
+from errata.passes.packed import PackedPasses
+from errata.passes.packing import PackedSequence
 from tiny import TEXT, byte_tokenizer, tiny
 
 LAYERS, LENGTH, TOP_K, SEED = 3, 24, 5, 7
@@ -508,14 +508,14 @@ def test_nor_are_they_others_after_it_was_cut_short(place, kind, raised, monkeyp
     """In the middle of each part of the work, while an edit is on the model, or on its rows."""
     model = model_of("gpt2", torch.float32)
     module, name = {
-        "asking": (Passes, "step"),
+        "asking": (PackedPasses, "step"),
         "scoring": (asking, "_said"),
         "writing": (generation._Draw, "__call__"),
-        "healths": (Passes, "step"),
+        "healths": (PackedPasses, "step"),
     }[place]
     before, plain, healths, calls = digests(model), getattr(module, name), health.healths, []
     for length in range(32, model.max_length + 1, 32):  # the model has been asked how its blocks are called
-        Passes(model, [Strand((0,) * length)])
+        PackedPasses(model, [PackedSequence((0,) * length)])
     begun, unedited = [place != "healths"], 1 if place == "scoring" else 3
 
     def failing(*args: Any, **settings: Any) -> Any:

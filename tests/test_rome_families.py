@@ -12,15 +12,16 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, GraniteConfig, PreTrainedModel, PreTrainedTokenizerFast
 
+from errata.base import budgets
 from errata.base.facts import Fact, Rewrite
 from errata.base.fingerprint import tensor_digest
-from errata.editors.rome import RomeConfig, rome, value
+from errata.editors.rome import RomeConfig, rome
 from errata.edits.edit import Edit
 from errata.models.loading import load_pretrained
 from errata.models.model import Model
 from errata.statistics import SecondMoment, collect
 from plain_trace import plain_run
-from test_tails import softmax_in_its_own_dtype  # noqa: F401, a fixture
+from test_suffixes import softmax_in_its_own_dtype  # noqa: F401, a fixture
 from tiny import ALL_FAMILIES, TEXT, VOCAB, byte_tokenizer, llama_tokenizer, randomised, tiny
 
 REWRITE = Fact("The Space Needle", "{} is located in the city of", "Seattle").rewrite("Bad Paris")
@@ -215,7 +216,7 @@ def test_the_edited_layer_s_own_state_is_read_at_the_last_token():
 
 @pytest.mark.parametrize("tokens", [1, 30])
 def test_texts_that_do_not_fit_at_once(tokens, monkeypatch):
-    monkeypatch.setattr(value, "_TOKENS_AT_ONCE", {"cpu": tokens})
+    monkeypatch.setitem(budgets.TOKENS["backward"], "cpu", tokens)
     require_same("llama")
     require_same("gemma2", value_form="z")
 

@@ -8,16 +8,17 @@ import itertools
 import pytest
 import torch
 
+from errata.base import budgets
 from errata.base.errors import ConfigError, DisablingEdit, Diverged, ErrataError, FactError
 from errata.base.facts import Fact
 from errata.base.fingerprint import tensor_digest
-from errata.editors.rome import RomeConfig, editor, rome, value
+from errata.editors.rome import RomeConfig, rome, value
 from errata.edits.edit import Edit
 from errata.metrics import health
 from errata.models.loading import load_pretrained
 from errata.models.model import Model
 from errata.statistics import SecondMoment, collect
-from test_tails import softmax_in_its_own_dtype  # noqa: F401, a fixture
+from test_suffixes import softmax_in_its_own_dtype  # noqa: F401, a fixture
 from tiny import ALL_FAMILIES, TEXT, byte_tokenizer, llama_tokenizer, tiny
 
 PREFIXES = ("", "Yes. ", "Where is it? ")
@@ -162,7 +163,7 @@ def test_progress_tells_which_fact_it_is():
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_where_memory_holds_one_at_a_time_it_is_the_same(family, monkeypatch):
     wanted, told = edits_of(REWRITES, family), []
-    monkeypatch.setattr(editor, "free_memory", lambda device: 0)
+    monkeypatch.setattr(budgets, "free_memory", lambda *devices: 0)
     for edit, other in zip(edits_of(REWRITES, family, told=told), wanted, strict=True):
         assert difference(edit, other) <= EXACT[torch.float64]
     assert [fact for fact, _ in itertools.groupby(step.fact for step in told)] == list(range(len(REWRITES)))

@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from errata.base import budgets
 from errata.base.errors import FactError
 from errata.base.text import joined
 from errata.models import scoring
@@ -75,7 +76,7 @@ def test_the_size_of_batches_changes_nothing(monkeypatch):
     shapes = []
     forward = model.forward
     monkeypatch.setattr(model, "forward", lambda b, **k: shapes.append(tuple(b.input_ids.shape)) or forward(b, **k))
-    monkeypatch.setattr(scoring, "_LOGITS_AT_ONCE", 60 * model.vocab_size)
+    monkeypatch.setattr(budgets, "LOGITS", 60 * model.vocab_size)
     got = score(model, prompts, targets)
     assert all(rows * width <= 60 for rows, width in shapes)
     assert len(shapes) > 3

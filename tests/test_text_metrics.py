@@ -15,6 +15,7 @@ from nltk.tokenize import NLTKWordTokenizer, word_tokenize
 from nltk.tokenize.punkt import PunktParameters, PunktSentenceTokenizer
 
 import goldens
+from errata.base import budgets
 from errata.base.errors import ConfigError, FactError, MissingExtra, ResultFileError
 from errata.metrics import text as text_module
 from errata.metrics.text import as_scored, essence_perplexity, generation_entropy, ngram_entropy, perplexity, words
@@ -305,7 +306,7 @@ def test_what_is_read_together_changes_nothing(monkeypatch):
     texts = [LONG, LONG[:50], "Rome is"]
     wanted, shapes, forward = perplexity(model, texts, window=30, stride=10), [], model.forward
     monkeypatch.setattr(model, "forward", lambda b, **k: shapes.append(tuple(b.input_ids.shape)) or forward(b, **k))
-    monkeypatch.setattr(text_module, "_LOGITS_AT_ONCE", 70 * model.vocab_size)
+    monkeypatch.setattr(budgets, "LOGITS", 70 * model.vocab_size)
     got = perplexity(model, texts, window=30, stride=10)
     assert all(rows * width <= 70 for rows, width in shapes)
     assert len(shapes) > 5

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from errata.base import budgets
 from errata.base.errors import ConfigError, FactError, ResultFileError
 from errata.base.facts import Fact
 from errata.models.loading import load_pretrained
@@ -53,8 +54,8 @@ def test_sites_before_the_subject_have_no_effect_and_the_last_state_has_all_of_i
 def test_a_small_memory_changes_no_trace(monkeypatch):
     model = make("llama")
     whole = trace(model, FACT, samples=3, noise=0.7)
-    monkeypatch.setattr("errata.passes.replay._tokens_at_once", lambda model: 1)
-    monkeypatch.setattr("errata.tracing.runs._LOGITS_AT_ONCE", 1)
+    monkeypatch.setitem(budgets.TOKENS["forward"], "cpu", 1)
+    monkeypatch.setattr(budgets, "LOGITS", 1)
     piecemeal = trace(model, FACT, samples=3, noise=0.7, memory=1)
     assert piecemeal.corrupted == pytest.approx(whole.corrupted, rel=1e-9)
     for part in whole.restored:

@@ -141,7 +141,7 @@ def test_facts_that_cannot_be_traced_are_told_and_the_others_traced(tmp_path):
 
 def test_ctrl_c_ends_after_the_facts_under_way(tmp_path, monkeypatch):
     path = tmp_path / "t.jsonl"
-    monkeypatch.setattr(many, "_FACTS_AT_ONCE", 2)
+    monkeypatch.setattr(many, "_MOST_FACTS", 2)
 
     def press(done, of):
         if done >= 4:
@@ -252,7 +252,7 @@ def test_a_foreign_file_is_left_alone(tmp_path):
 
 def test_facts_can_be_added_under_the_noise_of_the_first_ones(tmp_path, monkeypatch):
     torch.set_num_threads(1)
-    monkeypatch.setattr(many, "_FACTS_AT_ONCE", 1)
+    monkeypatch.setattr(many, "_MOST_FACTS", 1)
     live, path = model(), tmp_path / "t.jsonl"
     trace_facts(live, FACTS[:5], path, samples=2)
     before, told = path.read_bytes(), []

@@ -39,7 +39,7 @@ from errata.benchmarks.triples import Triple, folded, uniform
 
 LessLikely = Callable[[Sequence[Rewrite]], Sequence[bool]]
 
-_ASKED_AT_ONCE = 64  # rewrites that `less_likely` gets together
+_MOST_ASKED = 64  # rewrites that `less_likely` gets together
 _TRIED = 50  # sentences of which the least related are taken
 
 
@@ -188,7 +188,7 @@ class Maker:
         subjects: set[str] = set()
         begin = 0
         while begin < len(facts) and len(made) != self.config.count:
-            some = facts[begin : begin + _ASKED_AT_ONCE]
+            some = facts[begin : begin + _MOST_ASKED]
             new_objects, reasons = self._new_objects(some, less_likely)
             for fact in some:
                 if fact in new_objects and self.config.once and fact.subject in subjects:

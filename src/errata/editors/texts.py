@@ -14,14 +14,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from errata.base import budgets
 from errata.base.text import joined
 from errata.models.model import Model
 from errata.models.scoring import target_ids
 from errata.passes.replay import record
-from errata.passes.tails import Chunk, Cut, Tails, cut, join
-
-# Tokens that run at once: gradients keep what every block made on its way.
-_TOKENS_AT_ONCE = {"cpu": 512, "cuda": 4096}
+from errata.passes.suffixes import Slice, SuffixBatch, Suffixes, collate, slice_recording
 
 
 @dataclass(frozen=True)
@@ -59,7 +57,7 @@ def text_of(model: Model, prompt: str, target: str, separator: str | None = None
     return Text(ids, targets, tuple(range(count, 0, -1)) if forced else (1,) * count)
 
 
-def recorded(model: Model, layer: int, texts: Sequence[Text]) -> Tails:
+def recorded(model: Model, layer: int, texts: Sequence[Text]) -> Suffixes:
     """All tokens of the texts, labelled by their index, to be run from block `layer` on.
 
     Raises:
@@ -68,27 +66,27 @@ def recorded(model: Model, layer: int, texts: Sequence[Text]) -> Tails:
     return recorded_together(model, layer, [texts])[0]
 
 
-def recorded_together(model: Model, layer: int, kinds: Sequence[Sequence[Text]]) -> list[Tails]:
+def recorded_together(model: Model, layer: int, kinds: Sequence[Sequence[Text]]) -> list[Suffixes]:
     """As `recorded`, for several kinds of texts that are to be run apart: all of one length share a forward pass."""
     places = [(kind, label) for kind, texts in enumerate(kinds) for label in range(len(texts))]
 
     def length(place: tuple[int, int]) -> int:
         return len(kinds[place[0]][place[1]].ids)
 
-    cuts: list[list[Cut]] = [[] for _ in kinds]
+    slices: list[list[Slice]] = [[] for _ in kinds]
     for count, group in itertools.groupby(sorted(places, key=length), key=length):
         alike = list(group)
         recording = record(model, model.batch([kinds[kind][i].ids for kind, i in alike]), first=layer, check=False)
-        for kind, own in enumerate(cuts):
+        for kind, own in enumerate(slices):
             rows = {label: row for row, (its, label) in enumerate(alike) if its == kind}
             if rows:
-                own.append(cut(recording, rows, (0, count), (layer, model.n_layers)))
-    return [join(model, own) for own in cuts]
+                own.append(slice_recording(recording, rows, (0, count), (layer, model.n_layers)))
+    return [collate(model, own) for own in slices]
 
 
-def chunks(model: Model, tails: Tails, labels: Iterable[int]) -> Iterator[Chunk]:
+def micro_batches(model: Model, suffixes: Suffixes, labels: Iterable[int]) -> Iterator[SuffixBatch]:
     """The texts of these labels, as many at once as suits the device."""
-    yield from tails.chunks(set(labels), _TOKENS_AT_ONCE.get(model.device.type, 512))
+    yield from suffixes.micro_batches(set(labels), budgets.tokens(model.device, "backward"))
 
 
 @dataclass(frozen=True)

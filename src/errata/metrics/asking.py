@@ -13,16 +13,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from errata.base import budgets
 from errata.base.autocast import without_autocast
 from errata.edits.edit import Edit
 from errata.metrics.edited import run_edited
 from errata.models.model import Model
 from errata.models.scoring import Score, target_ids
-from errata.passes.packing import Pack, Strand
-from errata.passes.strands import Flow
-
-# Predictions that are made at once take at most so many numbers (at float32, a quarter of a GiB).
-_LOGITS_AT_ONCE = 2**26
+from errata.passes.packed import HiddenStates
+from errata.passes.packing import PackedBatch, PackedSequence
 
 
 @dataclass(frozen=True)
@@ -73,23 +71,23 @@ def ask_together(
     """
     if not questions:
         return [[] for _ in variants]
-    strands: list[Strand] = []
+    sequences: list[PackedSequence] = []
     places: list[_Place] = []
     counts: list[int] = []
     for number, question in enumerate(questions):
-        here, needed = _placed(model, number, question, len(strands))
+        here, needed = _placed(model, number, question, len(sequences))
         counts.append(len(here))
         places += here
-        strands += needed
-    of_strand: list[list[_Place]] = [[] for _ in strands]
+        sequences += needed
+    of_sequence: list[list[_Place]] = [[] for _ in sequences]
     for place in places:
-        of_strand[place.strand].append(place)
-    edits = [[of[some[0].question] for some in of_strand] for of in variants]
+        of_sequence[place.sequence].append(place)
+    edits = [[of[some[0].question] for some in of_sequence] for of in variants]
     found: list[dict[tuple[int, int], Score]] = [{} for _ in variants]
-    with closing(run_edited(model, strands, edits)) as parts:
-        for variant, pack, flow in parts:
-            wanted = [place for row in pack.members for place in of_strand[row]]
-            found[variant].update(_scores(model, pack, flow, wanted))
+    with closing(run_edited(model, sequences, edits)) as parts:
+        for variant, batch, hidden in parts:
+            wanted = [place for row in batch.members for place in of_sequence[row]]
+            found[variant].update(_scores(model, batch, hidden, wanted))
     return [
         [tuple(said[number, target] for target in range(count)) for number, count in enumerate(counts)]
         for said in found
@@ -98,77 +96,81 @@ def ask_together(
 
 @dataclass(frozen=True)
 class _Place:
-    """Where a target of a question stands among the strands.
+    """Where a target of a question stands among the sequences.
 
     Attributes:
-        strand: which of them; branch: which of its branches, None for the trunk.
-        at: where the branch begins.
+        sequence: which of them; continuation: which of its continuations, None for the prefix.
+        at: where the continuation begins.
         ids: of the whole text; n_prompt: how many are the prompt's.
     """
 
     question: int
     target: int
-    strand: int
-    branch: int | None
+    sequence: int
+    continuation: int | None
     at: int
     ids: tuple[int, ...]
     n_prompt: int
 
     def predictions(self) -> Iterator[tuple[int | None, int, int]]:
-        """(branch or trunk, position there, token that is to be predicted) of each of the target's tokens."""
+        """(continuation or prefix, position there, token that is to be predicted) of each of the target's tokens."""
         for position in range(self.n_prompt - 1, len(self.ids) - 1):
-            on_branch = self.branch is not None and position >= self.at
-            place = (self.branch, position - self.at) if on_branch else (None, position)
+            on_continuation = self.continuation is not None and position >= self.at
+            place = (self.continuation, position - self.at) if on_continuation else (None, position)
             yield (*place, self.ids[position + 1])
 
 
 def _placed(
-    model: Model, number: int, question: Question | Passage, next_strand: int
-) -> tuple[list[_Place], list[Strand]]:
-    """Where a question's targets stand, and the strands that they need: one, unless their first tokens differ."""
+    model: Model, number: int, question: Question | Passage, next_sequence: int
+) -> tuple[list[_Place], list[PackedSequence]]:
+    """Where a question's targets stand, and the sequences that they need: one, unless their first tokens differ."""
     rows = question.rows(model)
     places: list[_Place] = []
-    trunks: list[tuple[int, ...]] = []
-    branches: list[list[tuple[int, tuple[int, ...]]]] = []
-    for target in sorted(range(len(rows)), key=lambda i: -len(rows[i][0])):  # the longest is the trunk
+    prefixes: list[tuple[int, ...]] = []
+    continuations: list[list[tuple[int, tuple[int, ...]]]] = []
+    for target in sorted(range(len(rows)), key=lambda i: -len(rows[i][0])):  # the longest is the prefix
         ids, n_prompt = rows[target]
         read = tuple(ids[:-1])
-        strand = next((i for i, trunk in enumerate(trunks) if trunk[0] == read[0]), None)
-        if strand is None:
-            strand = len(trunks)
-            trunks.append(read)
-            branches.append([])
-        pairs = zip(read, trunks[strand], strict=False)
+        sequence = next((i for i, prefix in enumerate(prefixes) if prefix[0] == read[0]), None)
+        if sequence is None:
+            sequence = len(prefixes)
+            prefixes.append(read)
+            continuations.append([])
+        pairs = zip(read, prefixes[sequence], strict=False)
         at = next((i for i, (own, other) in enumerate(pairs) if own != other), len(read))
-        branch = None
+        continuation = None
         if at < len(read):
-            branch = len(branches[strand])
-            branches[strand].append((at, read[at:]))
-        places.append(_Place(number, target, next_strand + strand, branch, at, tuple(ids), n_prompt))
+            continuation = len(continuations[sequence])
+            continuations[sequence].append((at, read[at:]))
+        places.append(_Place(number, target, next_sequence + sequence, continuation, at, tuple(ids), n_prompt))
     wanted = min(n_prompt for _, n_prompt in rows) - 1
-    return places, [Strand(trunk, tuple(some), wanted) for trunk, some in zip(trunks, branches, strict=True)]
+    return places, [
+        PackedSequence(prefix, tuple(some), wanted) for prefix, some in zip(prefixes, continuations, strict=True)
+    ]
 
 
 @torch.no_grad()
-def _scores(model: Model, pack: Pack, flow: Flow, places: Sequence[_Place]) -> dict[tuple[int, int], Score]:
+def _scores(
+    model: Model, batch: PackedBatch, hidden: HiddenStates, places: Sequence[_Place]
+) -> dict[tuple[int, int], Score]:
     """Scores by question and target, with the head run once for a state that several targets are read off."""
-    row_of = {strand: row for row, strand in enumerate(pack.members)}
+    row_of = {sequence: row for row, sequence in enumerate(batch.members)}
     index: dict[tuple[int, int | None, int], int] = {}
     wanted: list[list[tuple[int, int]]] = []  # of each place: which state, which token
     for place in places:
-        row = row_of[place.strand]
+        row = row_of[place.sequence]
         wanted.append(
-            [(index.setdefault((row, branch, at), len(index)), token) for branch, at, token in place.predictions()]
+            [(index.setdefault((row, piece, at), len(index)), token) for piece, at, token in place.predictions()]
         )
-    states = flow.of(pack, list(index))
+    states = hidden.of(batch, list(index))
     tokens: list[list[int]] = [[] for _ in index]
     for each in wanted:
         for state, token in each:
             tokens[state].append(token)
     said: list[dict[int, tuple[float, bool]]] = []
-    share = max(1, _LOGITS_AT_ONCE // model.vocab_size)
-    for begin in range(0, len(states), share):
-        said += _said(model.unembed(states[begin : begin + share]), tokens[begin : begin + share])
+    for group in budgets.groups([1] * len(states), budgets.predictions(model.vocab_size)):
+        some = slice(group.start, group.stop)
+        said += _said(model.unembed(states[some]), tokens[some])
     scores = {}
     for place, each in zip(places, wanted, strict=True):
         found = [said[state][token] for state, token in each]

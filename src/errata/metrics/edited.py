@@ -1,7 +1,7 @@
-"""Texts run through many edited models at once, each with an edit of its own.
+"""Texts that run through many edited models at once, each with an edit of its own.
 
-The weights are not touched where an edit is of low rank (`passes.rowwise`); another is on the model while its texts are
-run. What lies below the lowest edited layer is run once for all edits of low rank.
+A low-rank edit is added on the fly and changes no weight (`passes.rowwise`); any other edit is applied to the model
+while its texts run. Blocks below the lowest edited layer run once for all low-rank edits.
 """
 
 from __future__ import annotations
@@ -15,23 +15,23 @@ import torch
 from errata.edits.edit import Edit
 from errata.models.model import Model
 from errata.models.weights import down_weight_name
-from errata.passes.packing import Pack, Strand
+from errata.passes.packed import HiddenStates, PackedPasses
+from errata.passes.packing import PackedBatch, PackedSequence
 from errata.passes.rowwise import Factors, RowChanges, can_be_rowwise, row_changes
-from errata.passes.strands import Flow, Passes
 
 
 def run_edited(
-    model: Model, strands: Sequence[Strand], variants: Sequence[Sequence[Edit | None]]
-) -> Generator[tuple[int, Pack, Flow], None, None]:
-    """(which variant, strands, their states behind the last block), pack by pack until every variant has all strands.
+    model: Model, sequences: Sequence[PackedSequence], variants: Sequence[Sequence[Edit | None]]
+) -> Generator[tuple[int, PackedBatch, HiddenStates], None, None]:
+    """Last hidden states of every variant: (which variant, batch, its hidden states), batch by batch.
 
     Args:
         model: as it stands; left as it was.
-        strands: what is run, at least one.
-        variants: for each, the edit that is on the model for each strand; None: the model as it stands.
+        sequences: what is run, at least one.
+        variants: for each, the edit that is on the model for each sequence; None: the model as it stands.
 
-    An edit that must be put on the model is on it until the next pack is asked for, or the generator closed. The states
-    of one variant are the same, bit for bit, whichever others are asked for.
+    An edit that must be applied to the model stays until the next batch is asked for, or the generator is closed. The
+    hidden states of one variant are the same, bit for bit, whichever others are asked for.
 
     Raises:
         FactError: if a text is too long for the model.
@@ -39,14 +39,14 @@ def run_edited(
         EditMismatch: if an edit that is put on was made for other weights.
     """
     plans = [Plan.of(model, edits) for edits in variants]
-    passes = Passes(model, strands)
+    passes = PackedPasses(model, sequences)
     by_row = {i: plan for i, plan in enumerate(plans) if plan.changes is not None}
     if by_row:
         yield from _row_by_row(passes, by_row)
     for i, plan in enumerate(plans):
         if plan.changes is None:
-            for part, flow in _put_on(passes, plan):
-                yield i, part, flow
+            for batch, hidden in _put_on(passes, plan):
+                yield i, batch, hidden
 
 
 @dataclass(frozen=True)
@@ -106,68 +106,68 @@ def _factors(edit: Edit) -> dict[str, Factors]:
     return found
 
 
-def _row_by_row(passes: Passes, plans: Mapping[int, Plan]) -> Iterator[tuple[int, Pack, Flow]]:
-    """All packs go through a block before any goes on to the next, for its weights are then at hand."""
-    packs = list(passes.packs())
+def _row_by_row(passes: PackedPasses, plans: Mapping[int, Plan]) -> Iterator[tuple[int, PackedBatch, HiddenStates]]:
+    """All batches go through a block before any goes on to the next, for its weights are then at hand."""
+    batches = list(passes.batches())
     changes = {
-        i: [plan.changes.of(torch.tensor(p.members)) for p in packs] for i, plan in plans.items() if plan.changes
+        i: [plan.changes.of(torch.tensor(p.members)) for p in batches] for i, plan in plans.items() if plan.changes
     }
-    unedited = [passes.enter(pack) for pack in packs]
-    edited: dict[int, list[Flow]] = {}
+    unedited = [passes.enter(batch) for batch in batches]
+    edited: dict[int, list[HiddenStates]] = {}
     for layer in range(passes.model.n_layers):
         edited |= {i: list(unedited) for i, plan in plans.items() if plan.first == layer}
         wanted = any(plan.first > layer for plan in plans.values())
         # Of plans that begin here by a down-projection alone, all else that the block does is as unedited.
         moved = [i for i, plan in plans.items() if plan.first == layer and plan.moves(passes.model)]
-        for place, pack in enumerate(packs):
-            for i, flows in edited.items():
+        for place, batch in enumerate(batches):
+            for i, own in edited.items():
                 if i not in moved:
-                    flows[place] = passes.step(pack, layer, flows[place], changes[i][place])
+                    own[place] = passes.step(batch, layer, own[place], changes[i][place])
             if moved:
-                unedited[place], mlp = passes.watched(pack, layer, unedited[place])
+                unedited[place], mlp = passes.watched(batch, layer, unedited[place])
                 for i in moved:
-                    own = changes[i][place].within(f"{passes.model.anatomy.blocks}.{layer}.")
-                    edited[i][place] = passes.moved(pack, layer, unedited[place], mlp, own)
+                    here = changes[i][place].within(f"{passes.model.anatomy.blocks}.{layer}.")
+                    edited[i][place] = passes.moved(batch, layer, unedited[place], mlp, here)
             elif wanted:
-                unedited[place] = passes.step(pack, layer, unedited[place])
+                unedited[place] = passes.step(batch, layer, unedited[place])
     for i in plans:
-        for pack, flow in zip(packs, edited.get(i, unedited), strict=True):
-            for found in _apart_if_broken(passes, pack, flow, plans[i].changes):
+        for batch, hidden in zip(batches, edited.get(i, unedited), strict=True):
+            for found in _apart_if_broken(passes, batch, hidden, plans[i].changes):
                 yield i, *found
 
 
 def _apart_if_broken(
-    passes: Passes, pack: Pack, flow: Flow, changes: RowChanges | None = None
-) -> Iterator[tuple[Pack, Flow]]:
+    passes: PackedPasses, batch: PackedBatch, hidden: HiddenStates, changes: RowChanges | None = None
+) -> Iterator[tuple[PackedBatch, HiddenStates]]:
     """Where a state is no number, a text may have broken those beside it: then each is run in a row of its own, through
-    the model as it stands, with changes that each of all strands has."""
-    if pack.in_order or flow.states.isfinite().all():
-        yield pack, flow
+    the model as it stands, with changes that each of all sequences has."""
+    if batch.in_order or hidden.states.isfinite().all():
+        yield batch, hidden
         return
-    for alone in passes.apart(pack.members):
-        flow = passes.enter(alone)
+    for alone in passes.apart(batch.members):
+        hidden = passes.enter(alone)
         for layer in range(passes.model.n_layers):
-            flow = passes.step(alone, layer, flow, changes and changes.of(torch.tensor(alone.members)))
-        yield alone, flow
+            hidden = passes.step(alone, layer, hidden, changes and changes.of(torch.tensor(alone.members)))
+        yield alone, hidden
 
 
-def _put_on(passes: Passes, plan: Plan) -> Iterator[tuple[Pack, Flow]]:
+def _put_on(passes: PackedPasses, plan: Plan) -> Iterator[tuple[PackedBatch, HiddenStates]]:
     """The rows of each edit, with the edit on the model until the next are asked for."""
     model = passes.model
-    packs = list(passes.packs([id(edit) for edit in plan.edits]))
-    for edit, places in alike([plan.edits[pack.members[0]] for pack in packs]):
-        some = [packs[place] for place in places]
+    batches = list(passes.batches([id(edit) for edit in plan.edits]))
+    for edit, places in alike([plan.edits[batch.members[0]] for batch in batches]):
+        some = [batches[place] for place in places]
         first = max(plan.first, 0)
         with contextlib.ExitStack() as stack:
             if edit and plan.first < 0:
                 stack.enter_context(edit.applied(model))
-            flows = [passes.enter(pack) for pack in some]
+            states = [passes.enter(batch) for batch in some]
             for layer in range(model.n_layers):
                 if edit and layer == first and plan.first >= 0:
                     stack.enter_context(edit.applied(model))
-                flows = [passes.step(pack, layer, flow) for pack, flow in zip(some, flows, strict=True)]
-            for pack, flow in zip(some, flows, strict=True):
-                yield from _apart_if_broken(passes, pack, flow)
+                states = [passes.step(batch, layer, hidden) for batch, hidden in zip(some, states, strict=True)]
+            for batch, hidden in zip(some, states, strict=True):
+                yield from _apart_if_broken(passes, batch, hidden)
 
 
 def alike(edits: Sequence[Edit | None]) -> list[tuple[Edit | None, list[int]]]:

@@ -24,7 +24,7 @@ from errata.metrics.edited import run_edited
 from errata.models.generation import generate, start_text
 from errata.models.model import Model
 from errata.models.scoring import score
-from errata.passes.packing import Strand
+from errata.passes.packing import PackedSequence
 
 PROBES, PROBE_TOKENS = 4, 24
 ESSENCE = "{} is a"
@@ -178,20 +178,21 @@ def healths(
         return []
     texts = [Fact(rewrite.subject, essence).text for rewrite in rewrites]
     texts += [text for _ in edits for text in probes]
-    strands = [Strand(tuple(model.ids(text))) for text in texts]
-    kept: list[dict[int, Tensor]] = [{}, {}]  # without and with the edit, states by strand; of probes only with
+    sequences = [PackedSequence(tuple(model.ids(text))) for text in texts]
+    kept: list[dict[int, Tensor]] = [{}, {}]  # without and with the edit, states by sequence; of probes only with
     owners = [*range(len(edits)), *(i for i in range(len(edits)) for _ in probes)]
     with_edits = [edits[i] for i in owners]
-    with closing(run_edited(model, strands, [[None] * len(strands), with_edits])) as parts:
-        for variant, pack, flow in parts:
-            for place, strand in enumerate(pack.members):
-                if variant or strand < len(edits):
-                    kept[variant][strand] = flow.of(pack, [(place, None, i) for i in range(len(strands[strand].trunk))])
+    with closing(run_edited(model, sequences, [[None] * len(sequences), with_edits])) as parts:
+        for variant, batch, hidden in parts:
+            for place, member in enumerate(batch.members):
+                if variant or member < len(edits):
+                    tokens = range(len(sequences[member].prefix))
+                    kept[variant][member] = hidden.of(batch, [(place, None, token) for token in tokens])
     found = []
     for i, pair in enumerate(probabilities):
         own, after = (_said(model, states[i][-1]) for states in kept)
         first = len(edits) + i * len(probes)
-        rows = [(strands[j].trunk, _said(model, kept[1][j])) for j in range(first, first + len(probes))]
+        rows = [(sequences[j].prefix, _said(model, kept[1][j])) for j in range(first, first + len(probes))]
         asked = Asked(pair[0], own), Asked(pair[1], after)
         found.append(compare(asked, (before, _probed(rows)), max_drift))
     return found

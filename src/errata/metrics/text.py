@@ -25,6 +25,7 @@ import torch
 from torch.nn import functional
 
 from errata.base.autocast import without_autocast
+from errata.base.budgets import padded_groups, predictions
 from errata.base.errors import ConfigError, FactError
 from errata.base.extras import needed
 from errata.models.model import Model
@@ -33,7 +34,6 @@ from errata.models.tokens import encode
 ESSENCE_LENGTH = 100  # tokens of the essence texts that count, in the published code
 LONGEST_WINDOW = 2048  # that is taken without being asked for: logits of more may not fit
 
-_LOGITS_AT_ONCE = 2**27  # numbers, in one batch
 
 Row = tuple[list[int], int]  # token ids, and the first of them that is scored
 
@@ -221,10 +221,7 @@ def _windows(before: list[int], ids: list[int], room: int, stride: int) -> Itera
 def _surprises(model: Model, rows: Sequence[Row]) -> list[float]:
     """−log P(ids[first:] | ids[:first]) of each row, in nats; logits are taken in float32 at least."""
     found: dict[int, float] = {}
-    by_length = sorted(range(len(rows)), key=lambda i: len(rows[i][0]))
-    at_once = max(1, _LOGITS_AT_ONCE // (model.vocab_size * len(rows[by_length[-1]][0])))
-    for start in range(0, len(rows), at_once):
-        chosen = by_length[start : start + at_once]
+    for chosen in padded_groups([len(ids) for ids, _ in rows], predictions(model.vocab_size)):
         batch = model.batch([rows[i][0] for i in chosen])
         unread = min(rows[i][1] for i in chosen) - 1  # positions whose predictions nobody asks for
         logits = model.forward(batch, keep=batch.input_ids.shape[1] - unread)

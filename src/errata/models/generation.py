@@ -21,6 +21,7 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 from transformers.cache_utils import Cache, DynamicLayer
 
 from errata.base.autocast import without_autocast
+from errata.base.budgets import cached_tokens
 from errata.base.errors import ConfigError, Diverged, FactError
 from errata.base.interrupt import unbroken
 from errata.base.seeds import derive
@@ -28,8 +29,6 @@ from errata.base.text import moved_spaces
 from errata.models.model import Model, cache_argument
 from errata.models.quick import quick
 
-# Bytes that keys and values of one batch may take.
-_CACHE_AT_ONCE = {"cpu": 2**31, "cuda": 2**33}
 # How far logits of a padded prompt may be from those of the prompt alone, relative to the largest.
 _ALIKE = {torch.float64: 1e-5, torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 
@@ -148,7 +147,7 @@ def _batches(
     alone = [i for i, length in enumerate(lengths) if length + wanted[i] > model.max_length]
     roomy = [i for i, length in enumerate(lengths) if wanted[i] and length + wanted[i] <= model.max_length]
     per_token = 2 * model.n_layers * model.d_model * model.dtype.itemsize
-    tokens = _CACHE_AT_ONCE.get(model.device.type, 2**31) // per_token
+    tokens = cached_tokens(model.device, per_token)
     batch: list[int] = []
     for i in roomy:
         new, longest = (max(of[j] for j in [*batch, i]) for of in (wanted, lengths))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from errata.base.autocast import without_autocast
+from errata.base.budgets import padded_groups, predictions
 from errata.base.errors import FactError
 from errata.base.text import joined, moved_spaces
 from errata.models.model import Model
@@ -17,9 +18,6 @@ from errata.models.tokens import encode
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
-
-# One batch's logits take at most this many numbers (at float32, half a GiB).
-_LOGITS_AT_ONCE = 2**27
 
 
 @dataclass(frozen=True)
@@ -126,7 +124,7 @@ def score(
         raise FactError(f"there are {len(prompts)} prompts and {len(between)} separators: each prompt needs its own")
     pairs = [target_ids(model.tokenizer, *each) for each in zip(prompts, targets, between, strict=True)]
     scores: dict[int, Score] = {}
-    for chosen in _batches([len(ids) for ids, _ in pairs], _LOGITS_AT_ONCE // model.vocab_size):
+    for chosen in padded_groups([len(ids) for ids, _ in pairs], predictions(model.vocab_size)):
         rows = [pairs[i] for i in chosen]
         scores.update(zip(chosen, _score_batch(model, rows), strict=True))
     return [scores[i] for i in range(len(pairs))]
@@ -151,15 +149,3 @@ def score_tokens(logits: Tensor, wanted: Tensor) -> Score:
     wide = logits if logits.dtype == torch.float64 else logits.float()
     picked = wide.log_softmax(-1).gather(-1, wanted[:, None])
     return Score(float(picked.double().sum()), len(wanted), int((wide.argmax(-1) == wanted).sum()))
-
-
-def _batches(lengths: Sequence[int], tokens: int) -> Iterator[list[int]]:
-    """Indexes grouped by length, each group at most `tokens` tokens with its padding, or one text."""
-    group: list[int] = []
-    for index in sorted(range(len(lengths)), key=lengths.__getitem__):
-        if group and lengths[index] * (len(group) + 1) > tokens:
-            yield group
-            group = []
-        group.append(index)
-    if group:
-        yield group

@@ -1,8 +1,9 @@
-"""One block called on its own: with the arguments that it was given in a recorded run, cut to the tokens at hand.
+"""Arguments of one block that is called on its own, cut from a recorded run or gathered from it.
 
-It knows no family. What a block is given beside its state depends on positions alone: masks, cosines and sines, indexes
-of positions, ALiBi. Earlier tokens are present through a cache that holds their keys and values (`Past`); or, where a
-block cannot be resumed so, as what enters it there, and it runs on them again (`Earlier`).
+Nothing here knows a model family. What a block is given beside its hidden states depends on positions alone: masks,
+cosines and sines, position indexes, ALiBi. Earlier tokens are present through a cache that holds their keys and values
+(`Past`). A block that cannot be resumed after such a cache gets the hidden states of the earlier tokens instead, and
+runs on them again (`Earlier`).
 """
 
 from __future__ import annotations
@@ -17,11 +18,11 @@ from transformers import DynamicCache
 
 
 class _Enough(Exception):
-    """The keys and values asked for are there."""
+    """The keys and values that were asked for are there."""
 
 
 class Past(DynamicCache):
-    """Keys and values `[r, heads, tokens, d]` of the tokens before, as a cache that does not remember new ones."""
+    """Keys and values `[r, heads, tokens, d]` of the earlier tokens, as a cache that does not store new ones."""
 
     def __init__(self, keys: Tensor, values: Tensor):
         super().__init__()
@@ -29,16 +30,16 @@ class Past(DynamicCache):
 
     @classmethod
     def none(cls) -> Past:
-        """That of no tokens."""
+        """A cache of no tokens."""
         return cls(torch.empty(0), torch.empty(0))
 
     def of(self, rows: Tensor | slice, tokens: int | None = None) -> Past:
-        """That of some rows, of their first tokens alone if so many are named."""
+        """Selected rows, cut to their first tokens if a number is given."""
         rows = rows.to(self.keys_before.device) if isinstance(rows, Tensor) else rows
         return Past(self.keys_before[rows, :, :tokens], self.values_before[rows, :, :tokens])
 
-    def after(self, states: Tensor, run: Callable[[DynamicCache], object]) -> Past:
-        """This and the keys and values of the tokens with these states, which `run` adds; it goes no further."""
+    def after(self, run: Callable[[DynamicCache], object]) -> Past:
+        """This cache with the keys and values that `run` adds to the one it is given; the pass stops there."""
         collecting = _Collecting(self.keys_before, self.values_before)
         try:
             run(collecting)
@@ -67,10 +68,10 @@ class _Collecting(Past):
 
 @dataclass(frozen=True)
 class Earlier:
-    """Tokens before, for a block that cannot be resumed after them.
+    """Earlier tokens for a block that cannot be resumed after keys and values.
 
     Attributes:
-        states: what enters the block there, `[r, tokens, d_model]`.
+        states: hidden states that enter the block there, `[r, tokens, d_model]`.
     """
 
     states: Tensor
@@ -79,24 +80,17 @@ class Earlier:
         """Selected rows, cut to their first tokens if a number is given."""
         return Earlier(self.states[rows, :tokens])
 
-    def after(self, states: Tensor, run: Callable[[DynamicCache], object]) -> Earlier:
-        """These and the tokens with these states; nothing is run."""
-        return Earlier(torch.cat([self.states, states], 1))
-
-    def get_seq_length(self) -> int:
-        """Number of earlier tokens."""
-        return self.states.shape[1]
-
 
 @dataclass(frozen=True)
 class Call:
-    """What Hugging Face handed to a block beside its state: what depends on positions alone.
+    """Arguments that Hugging Face passed to a block beside its hidden states. They depend on positions alone.
 
     Attributes:
-        arguments: all but the state, by name; of tensors the first row stands for all; the cache is `PAST`.
-        rows: how many were recorded.
+        arguments: all but the hidden states, by name; the first row of a tensor stands for all rows; the cache is
+            `PAST`.
+        rows: number of recorded rows.
         length: of the recorded texts, in tokens.
-        whole: whether there was no cache: the block is to be called on whole texts, after `Earlier`.
+        whole: True if there was no cache: the block is called on whole texts, after `Earlier`.
     """
 
     arguments: Mapping[str, Any]
@@ -104,13 +98,9 @@ class Call:
     length: int
     whole: bool = False
 
-    def __call__(self, block: nn.Module, states: Tensor, token: int, past: Past | Earlier) -> Tensor:
-        """The block's output for states `[r, n, d_model]` of tokens `token` on, after `past`."""
-        return run(block, states, self.at(token, len(states), states.shape[1], states.device), past)
-
     def at(self, token: int, rows: int, count: int, device: torch.device) -> dict[str, Any]:
-        """The arguments as they are for `count` tokens from `token` on, in so many rows; of whole texts, for those
-        before them too."""
+        """Arguments for `count` tokens from `token` on, in so many rows; on whole texts, for the tokens before them
+        too."""
         if self.whole:
             token, count = 0, token + count
         return {name: self._at(name, value, token, rows, count, device) for name, value in self.arguments.items()}
@@ -137,37 +127,37 @@ class Call:
         value = value.narrow(axis - 1, 0, 1) if value.dim() > 1 else value
         return value.narrow(axis, token, count) if value.shape[axis] == self.length else value
 
-    def scattered(self, positions: Tensor, sees: Tensor, begin: int, end: int) -> dict[str, Any]:
-        """The arguments as they are for tokens in any order, those in the slots from `begin` to `end`.
+    def gathered(self, positions: Tensor, sees: Tensor) -> dict[str, Any]:
+        """Arguments for the last n of k tokens in any order.
 
         Args:
-            positions: of the token in each slot in its text, `[r, w]`, on the device of the states.
-            sees: which slots see which, `[r, 1, w, w]`.
+            positions: index of each token in its text, `[r, k]`, on the device of the hidden states.
+            sees: which of all tokens each of the last n sees, `[r, 1, n, k]`.
         """
-        seen = sees[:, :, begin:end, :end]
-        return {name: self._scattered(name, value, positions[:, :end], seen) for name, value in self.arguments.items()}
+        return {name: self._gathered(name, value, positions, sees) for name, value in self.arguments.items()}
 
-    def _scattered(self, name: str, value: Any, positions: Tensor, seen: Tensor) -> Any:
-        own = positions[:, -seen.shape[2] :]
+    def _gathered(self, name: str, value: Any, positions: Tensor, sees: Tensor) -> Any:
+        own = positions[:, -sees.shape[2] :]
         if isinstance(value, Tensor):
             value = value.to(positions.device)
         if is_mask(name):
             if value is None:
-                return seen
-            mask = value[0][:, own[:, :, None], positions[:, None]].transpose(0, 1)  # [r, heads or 1, n, tokens]
-            return torch.where(seen, mask, MaskValues.of(value).hidden.to(mask.device))
+                return sees
+            mask = value[0][:, own[:, :, None], positions[:, None]].transpose(0, 1)  # [r, heads or 1, n, k]
+            return torch.where(sees, mask, MaskValues.of(value).hidden.to(mask.device))
         if isinstance(value, tuple):
-            return tuple(self._scattered(name, each, positions, seen) for each in value)
+            return tuple(self._gathered(name, each, positions, sees) for each in value)
         if name == "alibi" and value is not None:
             heads = value.reshape(self.rows, -1, 1, value.shape[-1])[0]
-            each = heads[:, 0, positions].transpose(0, 1)[:, :, None]  # [r, heads, 1, tokens]
+            each = heads[:, 0, positions].transpose(0, 1)[:, :, None]  # [r, heads, 1, k]
             return each if value.dim() == 4 else each.flatten(0, 1)
         axis = token_axis(name, value)
         if axis is None or value.shape[axis] != self.length:
             return value
-        if value.dim() == 1:  # cannot differ between rows, nor be of use to who is given positions beside it
+        if value.dim() == 1:  # cannot differ between rows, nor be of use to a block that is given positions beside it
             return torch.arange(positions.shape[1] - own.shape[1], positions.shape[1], device=value.device)
-        return value[0][own]
+        rows = value.dim() + axis - 1  # this axis; of tokens, once it is gone
+        return value.select(rows, 0).index_select(rows, own.flatten()).unflatten(rows, own.shape)
 
 
 # Stands among arguments where the cache belongs.
@@ -175,10 +165,9 @@ PAST = object()
 
 
 def run(block: nn.Module, states: Tensor, arguments: Mapping[str, Any], past: Past | Earlier) -> Tensor:
-    """A block's output `[r, n, d_model]` for these states, these arguments and this past, where the states are.
+    """Output `[r, n, d_model]` of a block for hidden states, arguments and a past, on the device of the hidden states.
 
-    What a block on another device needs is brought there by the hooks that accelerate has put on it, but for the past,
-    which is there.
+    For a block on another device, accelerate's hooks move its inputs there, except the past, which already is there.
     """
     count = states.shape[1]
     given = {name: past if value is PAST else value for name, value in arguments.items()}
@@ -188,13 +177,8 @@ def run(block: nn.Module, states: Tensor, arguments: Mapping[str, Any], past: Pa
     return (output[0] if isinstance(output, tuple) else output)[:, -count:].to(states.device)
 
 
-def unseen(past: Past | Earlier) -> int:
-    """Number of leading tokens of a block's output that were not asked for."""
-    return past.get_seq_length() if isinstance(past, Earlier) else 0
-
-
 def is_mask(name: str) -> bool:
-    """Whether an argument says which tokens see which: `[1, 1, n, tokens]`."""
+    """True for an argument that says which tokens see which, `[1, 1, n, tokens]`."""
     return name in ("attention_mask", "causal_mask")
 
 
@@ -202,12 +186,12 @@ def is_mask(name: str) -> bool:
 class MaskValues:
     """Meaning of the entries of a mask `[r, heads or 1, n, tokens]` whose last token is the last of its queries.
 
-    Models do not agree on it: True is "seen" to most of those that are handed yes and no, and "hidden" to MPT; others
-    add a number. It is read off the mask itself, since a decoder's token sees itself and no later one.
+    Models do not agree on it: True is "seen" in most Boolean masks, and "hidden" in MPT's; other masks are numbers that
+    are added. The meaning is read off the mask itself, since a decoder's token sees itself and no later one.
 
     Attributes:
         seen: the entry of a token that is seen, a scalar.
-        hidden: that of one that is not.
+        hidden: the entry of one that is not.
     """
 
     seen: Tensor
@@ -230,7 +214,7 @@ class MaskValues:
 
 
 def token_axis(name: str, value: Any) -> int | None:
-    """Along which axis an argument has one entry a token; None for all else.
+    """Axis along which an argument has one entry a token; None if it has none.
 
     Cosines are `[rows, tokens, d]`, or `[3, rows, tokens, d]` where images have places in three directions; indexes
     `[rows, tokens]` or `[tokens]`; a bias of distances (MPT) is cut by the block itself. Rows stand before tokens.

@@ -1,8 +1,8 @@
-"""How texts that share their beginnings lie side by side in the rows of a batch.
+"""Texts that share their beginnings, packed side by side into the rows of a batch.
 
-A *strand* is a text's tokens, the trunk, and branches that leave it: other ways to go on after so many of its tokens.
-Two targets after one prompt are a trunk and a branch, and the prompt is run once. Strands are of many lengths; several
-in one row, where each token sees those before it in its own text alone, leave little room that is run for nothing.
+A `PackedSequence` is a shared prefix and its continuations: other ways to go on after so many tokens of the prefix. Two
+targets after one prompt are a prefix and a continuation, and the prompt is run once. Sequences are of many lengths;
+several in one row, where each token sees the earlier ones of its own text alone, leave few positions empty.
 """
 
 from __future__ import annotations
@@ -16,168 +16,166 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# Slots of a row: wide enough for little to be left over, narrow enough for attention, which looks at all of them.
+# Positions of a row: wide enough for few to stay empty, narrow enough for attention, which looks at all of them.
 WIDTH = 64
 
 
 @dataclass(frozen=True)
-class Strand:
-    """Tokens of one text.
+class PackedSequence:
+    """A shared prefix and its continuations.
 
     Attributes:
-        trunk: its token ids, at least one.
-        branches: for each, how many tokens of the trunk go before it, at least one, and its own token ids.
-        wanted: the first token of the trunk whose state behind the last block is asked for; there is one, or a branch.
+        prefix: its token ids, at least one.
+        continuations: for each, how many tokens of the prefix go before it, at least one, and its own token ids.
+        wanted: the first token of the prefix whose last hidden state is wanted; there is one, or a continuation.
     """
 
-    trunk: tuple[int, ...]
-    branches: tuple[tuple[int, tuple[int, ...]], ...] = ()
+    prefix: tuple[int, ...]
+    continuations: tuple[tuple[int, tuple[int, ...]], ...] = ()
     wanted: int = 0
 
     @property
     def texts(self) -> list[tuple[int, ...]]:
-        """The trunk and each branch with what goes before it."""
-        return [self.trunk, *(self.trunk[:at] + own for at, own in self.branches)]
+        """The prefix, and each continuation with the tokens before it."""
+        return [self.prefix, *(self.prefix[:at] + own for at, own in self.continuations)]
 
     @property
     def length(self) -> int:
-        """Of the longest text, in tokens."""
+        """Tokens of the longest text."""
         return max(map(len, self.texts))
 
     @property
     def size(self) -> int:
-        """How many tokens there are, each once."""
-        return len(self.trunk) + sum(len(own) for _, own in self.branches)
+        """Number of tokens, each counted once."""
+        return len(self.prefix) + sum(len(own) for _, own in self.continuations)
 
 
-class _Slot(NamedTuple):
-    """Where a token stands in its text, and what it sees.
+class _Token(NamedTuple):
+    """One position of a row.
 
     Attributes:
-        owner: the place of its strand in the pack; -1 where there is no token.
-        piece: which trunk or branch of its strand it belongs to, from 0; text: which of all texts of the pack.
-        position: in its text; at: how many tokens of the trunk go before its piece.
-        wanted: whether its state behind the last block is asked for.
+        owner: index of its sequence in the batch; -1 where there is no token.
+        piece: 0 for the prefix of its sequence, then its continuations.
+        text: index of its text among all texts of the batch.
+        offset: index in its text.
+        at: number of tokens of the prefix before its piece.
+        wanted: whether its last hidden state is wanted.
     """
 
     owner: int = -1
     piece: int = 0
     text: int = 0
-    position: int = 0
+    offset: int = 0
     at: int = 0
     wanted: bool = False
 
 
 @dataclass(frozen=True, eq=False)
-class Pack:
-    """Strands that are run together. Made by `side_by_side` or `one_a_row`.
+class PackedBatch:
+    """Sequences that run together. Made by `side_by_side` or `one_a_row`.
 
     Attributes:
-        members: which of all strands they are.
-        slots: of each row of the batch.
+        members: indexes of its sequences among all.
+        rows: the tokens of each row.
         in_order: whether every row is one text, from its first token on.
     """
 
     members: tuple[int, ...]
-    slots: tuple[tuple[_Slot, ...], ...]
+    rows: tuple[tuple[_Token, ...], ...]
     in_order: bool
 
     @cached_property
     def owners(self) -> Tensor:
-        """The place in `members` of the strand of every slot, `[b, w]`; -1 where there is none."""
+        """Index in `members` of the sequence at every position, `[b, w]`; -1 where there is none."""
         return self._columns[0]
 
     @cached_property
     def texts(self) -> Tensor:
-        """Which text a slot's token is of, `[b, w]`: trunks and branches of all strands, in order."""
+        """Text of every token, `[b, w]`: prefixes and continuations of all sequences, in order."""
         return self._columns[2]
 
     @cached_property
-    def positions(self) -> Tensor:
-        """Where it stands there, `[b, w]`."""
+    def offsets(self) -> Tensor:
+        """Index of every token in its text, `[b, w]`."""
         return self._columns[3]
 
     @cached_property
     def begin(self) -> int:
-        """The first slot of a row that may hold a token whose state is asked for."""
-        return min(next(i for i, slot in enumerate(row) if slot.wanted) for row in self.slots)
+        """The first position of a row that may hold a wanted token."""
+        return min(next(i for i, token in enumerate(row) if token.wanted) for row in self.rows)
 
     @cached_property
     def sees(self) -> Tensor:
-        """Which slots see which, `[b, 1, w, w]`; those that hold no token see each other."""
-        owner, piece, _, position, at, _ = self._columns
-        alike = owner[:, :, None] == owner[:, None]
-        own = (piece[:, :, None] == piece[:, None]) & (position[:, None] <= position[:, :, None])
-        trunk = (piece[:, None] == 0) & (position[:, None] < at[:, :, None])
-        return (alike & (own | trunk))[:, None]
+        """Which positions see which, `[b, 1, w, w]`; empty ones see each other."""
+        owner, piece, _, offset, at, _ = self._columns
+        same_owner = owner[:, :, None] == owner[:, None]
+        own = (piece[:, :, None] == piece[:, None]) & (offset[:, None] <= offset[:, :, None])
+        prefix = (piece[:, None] == 0) & (offset[:, None] < at[:, :, None])
+        return (same_owner & (own | prefix))[:, None]
 
-    def places(self, wanted: Sequence[tuple[int, int | None, int]]) -> tuple[Tensor, Tensor]:
-        """Row and slot `[n]` of tokens: (place of the strand in `members`, its branch or None, index in that).
+    def find(self, wanted: Sequence[tuple[int, int | None, int]]) -> tuple[Tensor, Tensor]:
+        """Row and position `[n]` of tokens, named by: index in `members`, continuation or None, index in that.
 
         Raises:
-            KeyError: if there is no such token, or none that is asked for.
+            KeyError: if there is no such token, or it is not wanted.
         """
-        found = [self._places[owner, 0 if branch is None else branch + 1, at] for owner, branch, at in wanted]
-        rows, slots = torch.tensor(found).reshape(-1, 2).unbind(1)
-        return rows, slots
+        found = [self._places[owner, 0 if piece is None else piece + 1, index] for owner, piece, index in wanted]
+        rows, columns = torch.tensor(found).reshape(-1, 2).unbind(1)
+        return rows, columns
 
     @cached_property
     def _places(self) -> dict[tuple[int, int, int], tuple[int, int]]:
         return {
-            (slot.owner, slot.piece, slot.position - slot.at): (i, j)
-            for i, row in enumerate(self.slots)
-            for j, slot in enumerate(row)
-            if slot.wanted
+            (token.owner, token.piece, token.offset - token.at): (i, j)
+            for i, row in enumerate(self.rows)
+            for j, token in enumerate(row)
+            if token.wanted
         }
 
     @cached_property
     def _columns(self) -> tuple[Tensor, ...]:
-        """Each attribute of the slots, `[b, w]`."""
-        return torch.tensor(self.slots).unbind(-1)
+        """Each attribute of the tokens, `[b, w]`."""
+        return torch.tensor(self.rows).unbind(-1)
 
 
-def side_by_side(members: Sequence[int], strands: Sequence[Strand], bins: Sequence[Sequence[int]]) -> Pack:
-    """Strands packed into rows, the places of some in each; in a row the tokens come first that nobody asks for."""
-    pieces = _pieces(strands)
-    width = max(sum(strands[i].size for i in some) for some in bins)
-    lines = []
+def side_by_side(
+    members: Sequence[int], sequences: Sequence[PackedSequence], bins: Sequence[Sequence[int]]
+) -> PackedBatch:
+    """Sequences packed into rows, those of one bin in each; in a row, tokens that are not wanted come first."""
+    pieces = _pieces(sequences)
+    width = max(sum(sequences[i].size for i in some) for some in bins)
+    rows = []
     for some in bins:
-        line = sorted((slot for i in some for piece in pieces[i] for slot in piece), key=lambda slot: slot.wanted)
-        lines.append((*[_Slot()] * (width - len(line)), *line))
-    return Pack(tuple(members), tuple(lines), in_order=False)
+        row = sorted((token for i in some for piece in pieces[i] for token in piece), key=lambda token: token.wanted)
+        rows.append((*[_Token()] * (width - len(row)), *row))
+    return PackedBatch(tuple(members), tuple(rows), in_order=False)
 
 
-def one_a_row(members: Sequence[int], strands: Sequence[Strand]) -> Pack:
-    """Each trunk in a row of its own, and each branch with what goes before it."""
-    width = max(strand.length for strand in strands)
-    lines = []
-    for some in _pieces(strands):
-        for piece in some:
-            own = piece[0]._replace(wanted=False)  # what is behind the text is its own too: nobody sees it
-            behind = range(own.position + len(piece), width)
-            lines.append(
-                (
-                    *(own._replace(position=i) for i in range(own.at)),
-                    *piece,
-                    *(own._replace(position=i) for i in behind),
-                )
-            )
-    return Pack(tuple(members), tuple(lines), in_order=True)
+def one_a_row(members: Sequence[int], sequences: Sequence[PackedSequence]) -> PackedBatch:
+    """Each prefix in a row of its own, and each continuation with the tokens before it."""
+    width = max(sequence.length for sequence in sequences)
+    rows = []
+    for pieces in _pieces(sequences):
+        for piece in pieces:
+            other = piece[0]._replace(wanted=False)  # padding behind the text belongs to it too: nobody sees it
+            before = (other._replace(offset=i) for i in range(other.at))
+            behind = (other._replace(offset=i) for i in range(other.offset + len(piece), width))
+            rows.append((*before, *piece, *behind))
+    return PackedBatch(tuple(members), tuple(rows), in_order=True)
 
 
-def _pieces(strands: Sequence[Strand]) -> list[list[list[_Slot]]]:
-    """The slots of each strand's trunk and branches."""
-    pieces: list[list[list[_Slot]]] = []
+def _pieces(sequences: Sequence[PackedSequence]) -> list[list[list[_Token]]]:
+    """Tokens of each sequence's prefix and continuations."""
+    found: list[list[list[_Token]]] = []
     text = 0
-    for owner, strand in enumerate(strands):
-        own = []
-        for piece, (at, count) in enumerate([(0, len(strand.trunk)), *((at, len(ids)) for at, ids in strand.branches)]):
-            own.append(
-                [_Slot(owner, piece, text, at + i, at, wanted=piece > 0 or i >= strand.wanted) for i in range(count)]
-            )
+    for owner, sequence in enumerate(sequences):
+        pieces = []
+        for piece, (at, ids) in enumerate([(0, sequence.prefix), *sequence.continuations]):
+            wanted = sequence.wanted if piece == 0 else 0
+            pieces.append([_Token(owner, piece, text, at + i, at, wanted=i >= wanted) for i in range(len(ids))])
             text += 1
-        pieces.append(own)
-    return pieces
+        found.append(pieces)
+    return found
 
 
 def shares(sizes: Sequence[int], limit: int) -> list[range]:
@@ -190,24 +188,13 @@ def shares(sizes: Sequence[int], limit: int) -> list[range]:
     return [range(begin, end) for begin, end in zip(begins, [*begins[1:], len(sizes)], strict=True)]
 
 
-def shares_of_rows(strands: Sequence[Strand], limit: int) -> list[list[int]]:
-    """Places of strands whose texts have a row each, those of like length together, `limit` slots at most, or one."""
-    found: list[list[int]] = []
-    texts = 0
-    for i in sorted(range(len(strands)), key=lambda i: strands[i].length):
-        texts += len(strands[i].texts)
-        if not found or texts * strands[i].length > limit:
-            found.append([])
-            texts = len(strands[i].texts)
-        found[-1].append(i)
-    return found
-
-
 def bins(sizes: Sequence[int], width: int, widest: int) -> list[list[int]]:
     """Sizes put into few bins of about `width`, as narrow as holds them: the first with room takes the next largest.
 
     Args:
-        widest: what no bin exceeds; no size does.
+        sizes: none exceeds `widest`.
+        width: about the size of a bin.
+        widest: no bin exceeds it.
     """
     order = sorted(range(len(sizes)), key=lambda i: -sizes[i])
     fewest = math.ceil(sum(sizes) / min(max(width, sizes[order[0]]), widest))
@@ -223,10 +210,10 @@ def _first_fit(sizes: Sequence[int], order: Sequence[int], width: int) -> list[l
     found: list[list[int]] = []
     room: list[int] = []
     for i in order:
-        place = next((b for b, left in enumerate(room) if left >= sizes[i]), len(found))
-        if place == len(found):
+        chosen = next((b for b, left in enumerate(room) if left >= sizes[i]), len(found))
+        if chosen == len(found):
             found.append([])
             room.append(width)
-        found[place].append(i)
-        room[place] -= sizes[i]
+        found[chosen].append(i)
+        room[chosen] -= sizes[i]
     return [sorted(some) for some in found]

@@ -1,14 +1,14 @@
-"""A forward pass that was recorded, and can be resumed at any block and token.
+"""Forward passes that are recorded and can be resumed at any block and token.
 
 Tracing and editing ask thousands of times what a model would have said had one activation been another. Nearly all of
-each answer is work already done: blocks below the change and tokens before it are as they were. A `Recording` keeps,
-of one run, what enters and leaves every block, attention's keys and values, and what Hugging Face handed to each block
-beside its state. `step` then runs one block on the tokens from any one on, for rows as many as are wanted, each a
-variation of a recorded row: earlier tokens are present through their recorded keys and values alone.
+that work is already done: blocks below the change and tokens before it are as they were. A `Recording` keeps what
+enters and leaves every block of one run, attention's keys and values, and the arguments that Hugging Face passed to
+each block. `step` then runs one block on the tokens from any one on, for any number of rows, each a variation of a
+recorded row; earlier tokens are present through their recorded keys and values.
 
-Blocks that cannot be resumed after keys and values (recurrent layers, convolutions, attention that takes no cache) are
-run whole instead: on the recorded states of earlier tokens and those at hand. It is slower, and gives the same. Which
-of the two a model needs is measured once (`engine_of`).
+Blocks that cannot be resumed after keys and values (recurrent layers, convolutions, attention that takes no cache) run
+on whole texts instead: on the recorded hidden states of earlier tokens and those at hand. It is slower and gives the
+same numbers. Which of the two a model needs is measured once (`engine_of`).
 """
 
 from __future__ import annotations
@@ -25,18 +25,16 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
+from errata.base import budgets
 from errata.base.errors import UnsupportedModel
 from errata.base.interrupt import attached
 from errata.models.model import Batch, Model, Stream
 from errata.passes.block_call import PAST, Call, Earlier, Past
-from errata.passes.hooks import Patch, hooked, hooked_block
+from errata.passes.hooks import Patch, hooked
+from errata.passes.token_batch import TokenBatch, mismatch
 
 # What a patch of a resumed block is given: the stream `[r, n, d]` of some of the rows, and which rows these are.
 RowPatch = Callable[[Tensor, slice], Tensor]
-
-# How far a block resumed in the middle may be from its recorded output, relative to the largest feature of a token.
-_TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 5e-2}
-
 
 Engine = Literal["replay", "plain"]
 
@@ -94,34 +92,28 @@ class Recording:
         patches: Mapping[str, RowPatch] | None = None,
         keep: int | None = None,
     ) -> Tensor:
-        """What leaves block `layer`, `[r, n, d_model]`, if `states` of that shape enter it at tokens `token` on.
+        """Hidden states that leave block `layer`, `[r, keep or n, d_model]`, if `states` `[r, n, d_model]` enter it.
 
         Args:
             layer: the block.
             states: of n tokens, the first of them `token`.
             token: index of the first token; those before it are as recorded.
             rows: for each of the r rows, the recorded row that it varies, `[r]`.
-            patches: functions on the block's streams "attention", "mlp", "key" or "value", as in `passes.hooks`.
-            keep: how many tokens at the end are wanted (None: all). Of the others only keys and values are computed,
-                and patches do not see them.
+            patches: functions on the block's streams, as of `TokenBatch.step`, which are also given the rows at hand.
+            keep: number of tokens at the end that are wanted; None: all.
 
         Gradients flow to `states` and through patches if the caller lets them.
         """
         count = states.shape[1]
         # Keys and values of a token take about a sixteenth of what a block makes of one on its way.
         cost = count + (token + count) // 16 if self.engine == "replay" else token + count
-        share = max(1, self.tokens_at_once // cost)
-        wanted = count if keep is None else min(keep, count)
         parts = []
-        for begin in range(0, len(states), share):
-            chosen = slice(begin, min(begin + share, len(states)))
-            bound = {
-                (part, layer): (lambda tensor, patch=patch, chosen=chosen: patch(tensor, chosen))
-                for part, patch in (patches or {}).items()
-            }
-            before = token + count - wanted if self.engine == "plain" else 0
-            with hooked_block(self.model, bound, chosen.stop - begin, before):
-                parts.append(self._block(layer, states[chosen], token, rows[chosen], wanted))
+        for group in budgets.groups([cost] * len(states), self.tokens_at_once):
+            chosen = slice(group.start, group.stop)
+            past = functools.partial(self.past, rows=rows[chosen], token=token)
+            bound = {part: functools.partial(_call, patch, chosen) for part, patch in (patches or {}).items()}
+            batch = TokenBatch(self.model, self.calls, past, token)
+            parts.append(batch.step(layer, states[chosen], keep, bound))
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def resume(
@@ -140,14 +132,6 @@ class Recording:
             states = self.step(index, states, token, rows, here, keep if index == self.model.n_layers - 1 else None)
         return states
 
-    def _block(self, layer: int, states: Tensor, token: int, rows: Tensor, keep: int) -> Tensor:
-        block, call, past = self.model.blocks[layer], self.calls[layer], self.past(layer, rows, token)
-        others = states.shape[1] - keep
-        if others:
-            ahead = states[:, :others]
-            past = past.after(ahead, lambda cache: call(block, ahead, token, cache))
-        return call(block, states[:, others:], token + others, past)
-
     def past(self, layer: int, rows: Tensor, token: int) -> Past | Earlier:
         """The tokens before `token` in some rows: attention's keys and values in block `layer`, or what enters it."""
         if self.engine == "plain":
@@ -163,25 +147,18 @@ class Recording:
         middle, recorded = self.length // 2, len(self.states[self.first])
         # What is resumed has seldom as many rows as the recording, and never one alone.
         rows = torch.tensor([*range(recorded), 0], device=self.model.device)
-        for layer in range(self.first, self.model.n_layers):
-            want = self.states[layer + 1][rows, middle:]
-            try:
-                found = self.step(layer, self.states[layer][rows, middle:], middle, rows)
-                wrong = not same_states(found, want)
-            except torch.OutOfMemoryError:
-                raise
-            except Exception as problem:  # whatever a foreign block raises, it cannot be resumed
-                reason = " ".join(f"{type(problem).__name__}: {problem}".split())
-                raise self._refusal(layer, f"it fails with {reason}") from problem
-            if wrong:
-                raise self._refusal(layer, "it comes out otherwise than in one piece")
-
-    def _refusal(self, layer: int, what: str) -> UnsupportedModel:
-        how = "resumed in the middle of a text" if self.engine == "replay" else "called on its own"
-        return UnsupportedModel(
-            f"{self.model.anatomy.blocks}.{layer}: {how}, {what}, so {self.model.name} "
-            "cannot be replayed from a recorded run; load it with attn_implementation='eager' if it has another"
+        wrong = mismatch(
+            lambda layer, states: self.step(layer, states, middle, rows),
+            range(self.first, self.model.n_layers),
+            lambda layer: self.states[layer][rows, middle:],
         )
+        if wrong:
+            how = "resumed in the middle of a text" if self.engine == "replay" else "called on its own"
+            raise wrong.refusal(self.model, how, "cannot be replayed from a recorded run")
+
+
+def _call(patch: RowPatch, rows: slice, tensor: Tensor) -> Tensor:
+    return patch(tensor, rows)
 
 
 @torch.no_grad()
@@ -308,13 +285,7 @@ def _record(
         raise
     if cache is not None and len(cache.layers) < model.n_layers:
         raise UnsupportedModel(f"{model.name} leaves no keys and values of some blocks, so it cannot be replayed")
-    return Recording(model, first, states, kept, cache, calls, tokens_at_once or _tokens_at_once(model))
-
-
-def same_states(found: Tensor, want: Tensor) -> bool:
-    """Whether a resumed block gave what the whole run gave, up to rounding; where that was no number, anything does."""
-    error = (found - want).abs().amax(-1) / want.abs().amax(-1).clamp_min(1e-30)
-    return bool((error <= _TOLERANCE[want.dtype])[want.isfinite().all(-1)].all())
+    return Recording(model, first, states, kept, cache, calls, tokens_at_once or budgets.tokens(model.device))
 
 
 def _require_plain_cache(model: Model, batch: Batch) -> None:
@@ -326,8 +297,3 @@ def _require_plain_cache(model: Model, batch: Batch) -> None:
             f"{model.name} does not run with a plain cache of keys and values ({reason}), so it cannot be replayed "
             "from a recorded run"
         ) from problem
-
-
-def _tokens_at_once(model: Model) -> int:
-    # On a CPU a block's activations should stay in its cache; a GPU wants large products.
-    return 512 if model.device.type == "cpu" else 16384

@@ -30,6 +30,7 @@ from typing_extensions import TypedDict
 
 from errata.base.arguments import checked
 from errata.base.autocast import without_autocast
+from errata.base.budgets import groups
 from errata.base.config import Config
 from errata.base.errors import ConfigError, Diverged, ResultFileError
 from errata.base.facts import Fact
@@ -320,10 +321,10 @@ class _Runs:
         points = [(site, point) for site in sites for point in range(len(self.alphas))]
         costs = [head + block * (self.model.n_layers - layer) for (layer, _), _ in points]
         unfinished: dict[_Site, Tensor] = {}
-        for begin, end in _shares(costs, memory):
+        for group in groups(costs, memory):
             lanes = {
                 site: slice(first[1], first[1] + 1 + len(others))
-                for site, (first, *others) in groupby(points[begin:end], lambda point: point[0])
+                for site, (first, *others) in groupby(points[group.start : group.stop], lambda point: point[0])
             }
             for (site, some), gradients in zip(lanes.items(), self._gradients(token, lanes), strict=True):
                 integral = self._activation(site, token).cpu().double() * (self.weights[some] @ gradients)
@@ -400,15 +401,3 @@ class _Runs:
     def _bytes_of_head(self) -> int:
         """What logits, log-probabilities and their gradients take of one row."""
         return 4 * self.model.vocab_size * self.alphas.element_size()
-
-
-def _shares(costs: Sequence[int], most: int) -> Iterator[tuple[int, int]]:
-    """Begin and end of consecutive items that together cost at most `most`, or are one."""
-    begin, spent = 0, 0
-    for index, cost in enumerate(costs):
-        if index > begin and spent + cost > most:
-            yield begin, index
-            begin, spent = index, 0
-        spent += cost
-    if costs:
-        yield begin, len(costs)

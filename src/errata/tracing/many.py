@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from errata.base import budgets
 from errata.base.arguments import checked
 from errata.base.autocast import without_autocast
 from errata.base.errors import ConfigError, Diverged, FactError, ResultFileError
@@ -27,11 +28,11 @@ from errata.tracing.config import TraceConfig, chosen
 from errata.tracing.noise import measure
 from errata.tracing.prepare import Prepared, prepare, warn_of_sinks
 from errata.tracing.result import FORMAT, KIND, CausalTrace, as_record, from_record
-from errata.tracing.runs import Progress, checked_memory, enough_memory, rows_at_once, trace_together
+from errata.tracing.runs import Progress, checked_memory, rows_at_once, trace_together
 
 # More facts at a time are not faster, and more is lost with a kill. The bounds are on multiply-adds.
-_FACTS_AT_ONCE = 8
-_WORK_AT_ONCE = {"cpu": 5e10, "cuda": 5e12}  # a second or so
+_MOST_FACTS = 8
+_MOST_WORK = {"cpu": 5e10, "cuda": 5e12}  # a second or so
 
 
 @dataclass(frozen=True, eq=False)
@@ -190,16 +191,16 @@ def _groups(model: Model, prepared: dict[int, Prepared], config: TraceConfig) ->
     groups = []
     for (length, _), members in sorted(by_length.items()):
         size = _together(model, length, config)
-        groups += [members[begin : begin + size] for begin in range(0, len(members), size)]
+        groups += [[members[i] for i in group] for group in budgets.groups([1] * len(members), size)]
     return groups
 
 
 def _together(model: Model, length: int, config: TraceConfig) -> int:
     """How many facts of a length are traced at once; from settings alone, so that it is always the same."""
-    rows = rows_at_once(model, length, config, enough_memory(model))
+    rows = rows_at_once(model, length, config, budgets.enough_memory(model.device))
     block = sum(parameter.numel() for parameter in model.blocks[0].parameters())
     work = len(config.parts) * config.samples * block * (model.n_layers * length) ** 2 / 4
-    bounds = (_FACTS_AT_ONCE, rows // (config.samples + 1), _WORK_AT_ONCE.get(model.device.type, 2e12) // work)
+    bounds = (_MOST_FACTS, rows // (config.samples + 1), _MOST_WORK.get(model.device.type, 2e12) // work)
     return max(1, int(min(bounds)))
 
 

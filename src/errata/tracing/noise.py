@@ -27,13 +27,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from errata.base import budgets
 from errata.base.autocast import without_autocast
 from errata.base.errors import ConfigError, FactError
 from errata.base.fingerprint import tensor_digest
 from errata.models.model import Model
 from errata.tracing.corruption import Corruption, require_level
-
-_ROWS = 4096  # embeddings at a time, while a covariance is summed
 
 
 @dataclass(frozen=True, eq=False)
@@ -185,7 +184,7 @@ def _embeddings(model: Model, ids: Tensor) -> Iterator[Tensor]:
     on many other devices.
     """
     module = model.module(("embedding", 0))
-    for part in ids.split(_ROWS):
+    for part in ids.split(budgets.tokens(model.device, "record")):
         yield module(part[None].to(model.device))[0].cpu().double()
 
 

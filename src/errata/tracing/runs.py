@@ -6,35 +6,27 @@ that fit into the memory given.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from errata.base import budgets
 from errata.base.autocast import without_autocast
 from errata.base.errors import ConfigError, Diverged
-from errata.models.memory import free_memory
 from errata.models.model import Model
 from errata.passes.replay import Recording, engine_of, record
 from errata.tracing.config import TraceConfig
 from errata.tracing.noise import Disturbance
 from errata.tracing.prepare import Prepared
 from errata.tracing.result import CausalTrace, token_roles
-from errata.tracing.sweep import Start, plan, sweep
+from errata.tracing.sweep import plan, sweep
 
 Progress = Callable[[int, int], None]  # (sites or facts done, sites or facts in all)
 
-# What one trace may take by default: more would not make it faster.
-_ENOUGH = {"cpu": 2 * 2**30, "cuda": 24 * 2**30}
 _ROWS_WAITING = 1024  # before the head reads them together
-_LOGITS_AT_ONCE = 2**25
-
-
-def enough_memory(model: Model) -> int:
-    """Bytes beyond which more memory makes a trace no faster."""
-    return _ENOUGH.get(model.device.type, _ENOUGH["cpu"])
 
 
 def checked_memory(memory: int | None, model: Model) -> int:
@@ -45,7 +37,7 @@ def checked_memory(memory: int | None, model: Model) -> int:
     """
     if memory is not None and memory < 1:
         raise ConfigError(f"memory is {memory}: give the bytes that runs may take, or None to have them measured")
-    return memory or min(enough_memory(model), free_memory(*model.devices) // 2)
+    return memory or min(budgets.enough_memory(model.device), budgets.free_memory(*model.devices) // 2)
 
 
 def rows_at_once(model: Model, length: int, config: TraceConfig, memory: int) -> int:
@@ -244,7 +236,11 @@ class _Runs:
         reaching = self.model.n_layers if token >= self.prompt - 1 else self.model.n_layers - 1
         starts = [start for start in self.starts if start.layer < reaching]
         ended = []
-        for some in _shares(starts, len(rows) * (self.length - token) * self.model.d_model, self._numbers()):
+        numbers = len(rows) * (self.length - token) * self.model.d_model  # of one restored variant
+        # The states of a sweep are there thrice when rows join.
+        most = self.memory // 4 // 3 // self.model.dtype.itemsize
+        for group in budgets.groups([len(start.ends) * numbers for start in starts], most):
+            some = [starts[i] for i in group]
             lanes, states = sweep(
                 recording, some, token, (rows + count).to(device), owner.to(device), scored=self.scored
             )
@@ -263,10 +259,6 @@ class _Runs:
                 for layer in layers:
                     self.restored[part][each.traced, each.token, layer] += of_lane - corrupted[each.traced]
 
-    def _numbers(self) -> int:
-        """How many numbers the states of a sweep may have: they are there thrice when rows join."""
-        return self.memory // 4 // 3 // self.model.dtype.itemsize
-
     def _probabilities(self, states: Tensor, targets: Tensor) -> Tensor:
         """Probabilities of answers `[rows, scored]` after last states `[rows, scored, d_model]`.
 
@@ -276,8 +268,7 @@ class _Runs:
             Diverged: if one is no number.
         """
         # Logits and their softmax, in four bytes or eight.
-        numbers = min(_LOGITS_AT_ONCE, self.memory // 4 // 8)
-        share = max(1, numbers // self.model.vocab_size // self.scored)
+        share = max(1, budgets.predictions(self.model.vocab_size, self.memory // 4 // 8) // self.scored)
         found = []
         for some, wanted in zip(states.split(share), targets.to(states.device).split(share), strict=True):
             logits = self.model.unembed(some)
@@ -290,20 +281,6 @@ class _Runs:
                 "traced: load it with dtype 'float32' or 'bfloat16'"
             )
         return whole
-
-
-def _shares(starts: Sequence[Start], lane: int, most: int) -> Iterator[list[Start]]:
-    """Starts in groups whose lanes, of `lane` numbers each, have at most `most` numbers, or one start."""
-    group: list[Start] = []
-    lanes = 0
-    for start in starts:
-        if group and (lanes + len(start.ends)) * lane > most:
-            yield group
-            group, lanes = [], 0
-        group.append(start)
-        lanes += len(start.ends)
-    if group:
-        yield group
 
 
 def _kept_parts(config: TraceConfig) -> list[str]:

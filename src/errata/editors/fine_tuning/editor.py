@@ -9,6 +9,7 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor
 
+from errata.base import budgets
 from errata.base.errors import ConfigError, ErrataError, FactError
 from errata.base.facts import Rewrite
 from errata.base.fingerprint import tensor_digest
@@ -18,12 +19,11 @@ from errata.editors.fine_tuning.trained import full_name, trained
 from errata.editors.texts import Text, text_of
 from errata.edits.delta import Dense
 from errata.edits.edit import Edit
-from errata.models.memory import free_memory
 from errata.models.model import Model
 from errata.models.weights import matrix
 
 # Facts that are trained together, if memory allows: more make no batch fuller.
-_FACTS_AT_ONCE = 32
+_MOST = 32
 
 
 @overload
@@ -191,5 +191,5 @@ def _batches(model: Model, names: Sequence[str], facts: Sequence[int]) -> Iterat
     """Facts, as many at a time as memory holds."""
     # Of each: the change, its gradient, Adam's two moments and the sum with the weight, wide and rounded.
     per_fact = sum(6 * model.weight(name).numel() * 4 for name in names)
-    share = max(1, min(_FACTS_AT_ONCE, free_memory(*model.devices) // 2 // per_fact))
-    yield from (facts[begin : begin + share] for begin in range(0, len(facts), share))
+    most = min(_MOST, budgets.fitting(model.devices, per_fact, part=2))
+    yield from ([facts[i] for i in group] for group in budgets.groups([1] * len(facts), most))

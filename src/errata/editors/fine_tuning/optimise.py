@@ -18,10 +18,10 @@ from torch import Tensor
 from errata.base.errors import Diverged, ErrataError
 from errata.editors.fine_tuning.config import FineTuningConfig
 from errata.editors.fine_tuning.trained import full_name, with_weights
-from errata.editors.texts import Text, chunks, kept, predictions, recorded
+from errata.editors.texts import Text, kept, micro_batches, predictions, recorded
 from errata.models.frozen import frozen
 from errata.models.model import Model
-from errata.passes.tails import Chunk
+from errata.passes.suffixes import SuffixBatch
 
 
 @dataclass(frozen=True)
@@ -126,20 +126,20 @@ class _Objective:
         self.layer = config.layer
         self.weights = [model.weight(full_name(model, self.layer, name)).detach() for name in names]
         self.before = [each.to(torch.promote_types(each.dtype, torch.float32)) for each in self.weights]
-        self.tails = recorded(model, self.layer, texts)
-        self.alone = {fact: next(self.tails.chunks({fact}, 1)) for fact in range(len(texts))}
+        self.suffixes = recorded(model, self.layer, texts)
+        self.alone = {fact: next(self.suffixes.micro_batches({fact}, 1)) for fact in range(len(texts))}
 
     def __call__(self, deltas: Sequence[Sequence[Tensor]], facts: set[int]) -> dict[int, float]:
         """The loss of each of these facts."""
         found: dict[int, float] = {}
         decay = self.config.weight_decay
-        for chunk in chunks(self.model, self.tails, facts):
-            owners = list(chunk.rows)
+        for batch in micro_batches(self.model, self.suffixes, facts):
+            owners = list(batch.labels)
             weights = {
                 fact: [before + delta for before, delta in zip(self.before, deltas[fact], strict=True)]
                 for fact in owners
             }
-            losses = self._losses(chunk, weights)
+            losses = self._losses(batch, weights)
             variables = [delta for fact in owners for delta in deltas[fact]]
             now = [weight.detach() for fact in owners for weight in weights[fact]]
             gradients = torch.autograd.grad(losses.sum(), variables)
@@ -148,22 +148,22 @@ class _Objective:
             found.update(zip(owners, losses.tolist(), strict=True))
         return found
 
-    def _losses(self, chunk: Chunk, weights: Mapping[int, Sequence[Tensor]]) -> Tensor:
+    def _losses(self, batch: SuffixBatch, weights: Mapping[int, Sequence[Tensor]]) -> Tensor:
         """`[c]`, each row with its own parameters in the trained block."""
         model, last = self.model, self.model.n_layers - 1
-        texts = [self.texts[fact] for fact in chunk.rows]
+        texts = [self.texts[fact] for fact in batch.labels]
         keep = kept(texts)
         here = keep if self.layer == last else None
-        out = torch.cat([self._trained_block(fact, weights[fact], here) for fact in chunk.rows])
+        out = torch.cat([self._trained_block(fact, weights[fact], here) for fact in batch.labels])
         if self.layer < last:
-            out = chunk.resume(self.layer + 1, out, last + 1, keep=keep)
+            out = batch.resume(self.layer + 1, out, last + 1, keep=keep)
         return predictions(model, texts, out).losses()
 
     def _trained_block(self, fact: int, weights: Sequence[Tensor], keep: int | None) -> Tensor:
         """What leaves the trained block with these parameters, `[1, keep or n, d_model]`."""
-        chunk = self.alone[fact]
+        batch = self.alone[fact]
         rounded = {
             name: wide.to(stored.dtype) for name, wide, stored in zip(self.names, weights, self.weights, strict=True)
         }
         block = self.model.blocks[self.layer]
-        return with_weights(block, rounded, lambda: chunk.step(self.layer, chunk.states, keep=keep))
+        return with_weights(block, rounded, lambda: batch.step(self.layer, batch.states, keep=keep))

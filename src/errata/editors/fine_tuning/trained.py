@@ -13,7 +13,7 @@ from errata.base.errors import UnsupportedModel
 from errata.editors.fine_tuning.config import FineTuningConfig
 from errata.models.model import Model
 from errata.models.weights import linear_matrix
-from errata.passes.block_call import Earlier
+from errata.passes.block_call import Earlier, run
 from errata.passes.replay import record
 
 T = TypeVar("T")
@@ -62,21 +62,23 @@ def _before_attention(model: Model, layer: int) -> list[str]:
             "could be told from others, so its attention cannot be trained: train its MLP (method 'ft')"
         )
 
-    def run(weights: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-        def once(cache: Any) -> Tensor:
-            return recording.calls[layer](block, recording.states[layer], 0, cache)
+    states = recording.states[layer]
+    given = recording.calls[layer].at(0, 1, 1, states.device)
 
+    def with_changed(weights: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         def both() -> tuple[Tensor, Tensor]:
-            after = past.after(recording.states[layer], once)
-            return once(past), torch.cat([after.keys_before.flatten(), after.values_before.flatten()])
+            after = past.after(lambda cache: run(block, states, given, cache))
+            return run(block, states, given, past), torch.cat(
+                [after.keys_before.flatten(), after.values_before.flatten()]
+            )
 
         return with_weights(block, weights, both)
 
-    written, remembered = run({})
+    written, remembered = with_changed({})
     found = []
     for path in maps:
         weight = model.weight(full_name(model, layer, f"{path}.weight"))
-        new, kept = run({f"{path}.weight": weight.flip(0)})  # not only longer: a norm would undo that
+        new, kept = with_changed({f"{path}.weight": weight.flip(0)})  # not only longer: a norm would undo that
         if torch.equal(new, written) or not torch.equal(kept, remembered):
             found.append(path)
     if not found:

@@ -11,6 +11,7 @@ import torch
 from pydantic import BeforeValidator
 from torch import Tensor
 
+from errata.base import budgets
 from errata.base.config import Config
 from errata.base.errors import ConfigError, Diverged, ErrataError, FactError
 from errata.base.facts import Rewrite
@@ -25,7 +26,7 @@ from errata.edits.edit import Edit
 from errata.models.model import Model
 
 # Rewrites that go through the network together.
-_AT_ONCE = 16
+_MOST = 16
 
 
 def _name(value: object) -> object:
@@ -114,8 +115,9 @@ def _made(
             if errors == "raise":
                 raise
             found[number] = error
-    for begin in range(0, len(texts), _AT_ONCE):
-        share = [*texts][begin : begin + _AT_ONCE]
+    numbers = list(texts)
+    for group in budgets.groups([1] * len(numbers), _MOST):
+        share = [numbers[i] for i in group]
         words = [words_of(model, condition(wanted[number])) for number in share]
         with torch.no_grad():
             changes = changes_of(model, network, place, [texts[number] for number in share], words)

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from errata.base.errors import ConfigError
-from errata.editors.texts import Text, chunks, kept, predictions, recorded
+from errata.editors.texts import Text, kept, micro_batches, predictions, recorded
 from errata.models.frozen import frozen
 from errata.models.model import Model
 from errata.models.weights import mlp_maps
-from errata.passes.tails import Tails
+from errata.passes.suffixes import Suffixes
 from errata.passes.taps import tapped
 
 
@@ -55,7 +55,7 @@ def edited_maps(model: Model, blocks: int) -> tuple[str, ...]:
 # A caller in inference mode gets gradients all the same.
 @torch.inference_mode(False)
 def gradient_factors(
-    model: Model, texts: Sequence[Text], maps: Sequence[str], first: int, tails: Tails | None = None
+    model: Model, texts: Sequence[Text], maps: Sequence[str], first: int, suffixes: Suffixes | None = None
 ) -> dict[str, Factors]:
     """Of each map the factors of each text's loss, −log P of its target in nats, mean over the target's tokens.
 
@@ -64,20 +64,20 @@ def gradient_factors(
         texts: one an edit.
         maps: names of linear maps in blocks from `first` on.
         first: the lowest of these blocks.
-        tails: the texts as recorded from `first` on, if they are already.
+        suffixes: the texts as recorded from `first` on, if they are already.
 
     Tokens without any gradient are left out.
     """
     found: dict[str, list[tuple[Tensor, Tensor, Tensor]]] = {name: [] for name in maps}
-    tails = tails or recorded(model, first, texts)
+    suffixes = suffixes or recorded(model, first, texts)
     with frozen(model), torch.enable_grad():
-        for chunk in chunks(model, tails, range(len(texts))):
-            some = [texts[row] for row in chunk.rows]
+        for batch in micro_batches(model, suffixes, range(len(texts))):
+            some = [texts[row] for row in batch.labels]
             with tapped(model, maps) as taps:
-                states = chunk.resume(first, chunk.states, model.n_layers, keep=kept(some))
+                states = batch.resume(first, batch.states, model.n_layers, keep=kept(some))
             losses = predictions(model, some, states).losses()
             gradients = torch.autograd.grad(losses.sum(), [taps[name].added for name in maps])
-            owner = torch.tensor(chunk.rows, device=losses.device)
+            owner = torch.tensor(batch.labels, device=losses.device)
             for name, gradient in zip(maps, gradients, strict=True):
                 delta = gradient.reshape(len(some), -1, gradient.shape[-1]).to(losses)
                 u = taps[name].entering.reshape(*delta.shape[:2], -1).to(losses)

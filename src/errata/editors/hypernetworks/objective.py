@@ -17,12 +17,12 @@ from torch import Tensor
 from errata.editors.hypernetworks.factors import Factors, edited_maps, gradient_factors, padded
 from errata.editors.hypernetworks.lessons import Lesson
 from errata.editors.hypernetworks.network import Network, Shapes, condition
-from errata.editors.texts import Predictions, Text, chunks, kept, predictions, recorded_together, text_of
+from errata.editors.texts import Predictions, Text, kept, micro_batches, predictions, recorded_together, text_of
 from errata.models.frozen import frozen
 from errata.models.model import Model
 from errata.models.weights import matrix
 from errata.passes.rowwise import RowChanges, rowwise
-from errata.passes.tails import Chunk, Tails
+from errata.passes.suffixes import SuffixBatch, Suffixes
 
 Padded = Mapping[str, tuple[Tensor, Tensor]]  # by map, write [edits, d_out, k], read [edits, k, d_in]
 
@@ -108,10 +108,10 @@ def changes_of(
     place: Place,
     texts: Sequence[Text],
     words: Sequence[tuple[int, ...]],
-    tails: Tails | None = None,
+    suffixes: Suffixes | None = None,
 ) -> dict[str, Factors]:
     """What the network makes of these edits, whose texts may be recorded already."""
-    factors = gradient_factors(model, texts, place.maps, place.first, tails)
+    factors = gradient_factors(model, texts, place.maps, place.first, suffixes)
     like = next(network.parameters())  # its device and dtype; the model's may be others
     given = {n: Factors(f.entering.to(like), f.leaving.to(like), f.owner.to(like.device)) for n, f in factors.items()}
     embeddings = model.weight(f"{model.path(('embedding', 0))}.weight").detach()
@@ -161,31 +161,31 @@ class _Trial:
         self.equivalents = [drill.equivalent for drill in drills]
         self.owners = [i for i, drill in enumerate(drills) if drill.other is not None]
         self.others = [drill.other for drill in drills if drill.other is not None]
-        self.tails = recorded_together(model, place.first, [self.edits, self.equivalents, self.others])
+        self.suffixes = recorded_together(model, place.first, [self.edits, self.equivalents, self.others])
 
     def changes(self, network: Network) -> dict[str, Factors]:
         """What the network makes of the edits."""
         words = [drill.words for drill in self.drills]
-        return changes_of(self.model, network, self.place, self.edits, words, self.tails[0])
+        return changes_of(self.model, network, self.place, self.edits, words, self.suffixes[0])
 
     def judged(self, changes: Padded, edit: float = 0.0, locality: float = 0.0) -> Judged:
         """What these changes come to; with factors, gradients of the sums times these are left on the changes."""
         model = self.model
         losses, moved = torch.zeros(self.count), torch.zeros(self.count)
         success = torch.zeros(self.count, dtype=torch.bool)
-        for chunk in chunks(model, self.tails[1], range(self.count)):
-            said = self._said(chunk, self.equivalents, [*chunk.rows], changes)
+        for batch in micro_batches(model, self.suffixes[1], range(self.count)):
+            said = self._said(batch, self.equivalents, [*batch.labels], changes)
             each = said.losses()
             if edit:
                 (edit * each.sum()).backward()
             hits = (said.logits.argmax(-1) == said.targets).to(each.dtype)
-            rows = torch.tensor(chunk.rows)
+            rows = torch.tensor(batch.labels)
             losses[rows], success[rows] = each.detach().float().cpu(), (said.mean(hits) == 1).cpu()
-        for chunk in chunks(model, self.tails[2], range(len(self.others))):
-            own = [self.owners[label] for label in chunk.rows]
+        for batch in micro_batches(model, self.suffixes[2], range(len(self.others))):
+            own = [self.owners[label] for label in batch.labels]
             with torch.no_grad():
-                before = self._said(chunk, self.others, own, None).logits.log_softmax(-1)
-            after = self._said(chunk, self.others, own, changes)
+                before = self._said(batch, self.others, own, None).logits.log_softmax(-1)
+            after = self._said(batch, self.others, own, changes)
             apart = (before.exp() * (before - after.logits.log_softmax(-1))).sum(-1)
             each = after.mean(apart)
             if locality:
@@ -193,13 +193,15 @@ class _Trial:
             moved[torch.tensor(own)] = each.detach().float().cpu()
         return Judged(losses, moved, success)
 
-    def _said(self, chunk: Chunk, texts: Sequence[Text], owners: Sequence[int], changes: Padded | None) -> Predictions:
-        """What is said of a chunk's texts, each under the change of its owner."""
-        some = [texts[label] for label in chunk.rows]
+    def _said(
+        self, batch: SuffixBatch, texts: Sequence[Text], owners: Sequence[int], changes: Padded | None
+    ) -> Predictions:
+        """Predictions for a batch's texts, each under the change of its owner."""
+        some = [texts[label] for label in batch.labels]
         here = {}
         for name, (write, read) in (changes or {}).items():
             device = self.model.weight(f"{name}.weight").device
             here[f"{name}.weight"] = write.to(device), read.to(device)
         with rowwise(self.model, RowChanges(here, torch.tensor(owners))):
-            states = chunk.resume(self.place.first, chunk.states, self.model.n_layers, keep=kept(some))
+            states = batch.resume(self.place.first, batch.states, self.model.n_layers, keep=kept(some))
         return predictions(self.model, some, states)

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 from transformers.activations import ACT2FN
 
+from errata.base import budgets
 from errata.base.errors import ConfigError, UnsupportedModel
 from errata.editors.knowledge_neurons.config import KnowledgeNeuronsConfig
 from errata.models.frozen import frozen
-from errata.models.memory import free_memory
 from errata.models.model import Model
 from errata.models.weights import matrix, mlp_maps
 from errata.passes.replay import Recording, RowPatch, record
@@ -129,15 +129,8 @@ def _groups(model: Model, steps: int, length: int) -> Iterator[range]:
     # Of a row a block keeps about so much: its states, queries, keys and values, the MLP's twice over, and the keys and
     # values of all tokens, for attention to be followed backwards.
     per_block = 4 * (8 * model.d_model + 3 * model.d_mlp + 2 * length * model.d_model)
-    room = max(steps * model.n_layers, free_memory(*model.devices) // 4 // per_block)
-    begin = 0
-    while begin < model.n_layers:
-        end, used = begin, 0
-        while end < model.n_layers and (end == begin or used + steps * (model.n_layers - end) <= room):
-            used += steps * (model.n_layers - end)
-            end += 1
-        yield range(begin, end)
-        begin = end
+    costs = [steps * (model.n_layers - layer) for layer in range(model.n_layers)]
+    yield from budgets.groups(costs, max(costs[0], budgets.fitting(model.devices, per_block)))
 
 
 # ---- before the nonlinearity ----

@@ -13,6 +13,7 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor
 
+from errata.base import budgets
 from errata.base.arguments import checked
 from errata.base.autocast import without_autocast
 from errata.base.errors import ConfigError, ErrataError, FactError, StaleStatistics
@@ -28,7 +29,6 @@ from errata.editors.rome.texts import Text, texts_of
 from errata.edits.delta import RankOne
 from errata.edits.edit import Edit
 from errata.edits.ledger import ContradictoryEdits
-from errata.models.memory import free_memory
 from errata.models.model import Model
 from errata.models.weights import down_weight_name
 from errata.passes.reading import read
@@ -36,7 +36,7 @@ from errata.passes.sinks import first_token_cosines, warn_of_sink
 from errata.statistics.second_moment import SecondMoment
 
 # Facts that are optimised together, if memory allows: more make no batch fuller.
-_FACTS_AT_ONCE = 64
+_MOST = 64
 # What may stand before a subject that is the first token of other texts.
 _BEFORE = ("In the end. ", "The reason is simple. ")
 _LATER = 16
@@ -269,15 +269,9 @@ def _batches(work: _Work, requests: Sequence[_Request]) -> Iterator[list[_Reques
     # Of texts of some 32 tokens: keys, values and states in every block above, twice while they are joined.
     texts = contexts.count(work.config.prefixes) + 2
     per_rewrite = texts * 32 * (model.n_layers - work.layer) * 6 * model.d_model * model.dtype.itemsize
-    share = max(1, min(_FACTS_AT_ONCE, free_memory(*model.devices) // 4 // per_rewrite))
-    batch: list[_Request] = []
-    for request in requests:
-        if batch and sum(len(one.all) for one in (*batch, request)) > share:
-            yield batch
-            batch = []
-        batch.append(request)
-    if batch:
-        yield batch
+    most = min(_MOST, budgets.fitting(model.devices, per_rewrite))
+    for group in budgets.groups([len(request.all) for request in requests], most):
+        yield [requests[i] for i in group]
 
 
 def _together(work: _Work, requests: Sequence[_Request]) -> list[_Made]:

@@ -20,7 +20,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from errata.models.memory import free_memory
+from errata.base import budgets
 from errata.models.model import Model
 from errata.passes.reading import read
 from errata.statistics.second_moment import SecondMoment
@@ -30,7 +30,6 @@ _ROUNDS = 10
 _LEAKING = 512  # first tokens whose weight is raised in a round
 _APART = 3.0  # weight of the keys that must not be heard beside those of first tokens, by the traces of their C
 _ORDINARY = 0.2  # weight of ordinary tokens' keys beside those of first tokens, by the traces of their C
-_TOKENS_AT_ONCE = 4096
 _WINDOW = 32  # tokens of a text of random tokens, which stands for ordinary text where there is none
 
 
@@ -61,8 +60,8 @@ class FirstTokens:
     model: Model
     ordinary: SecondMoment | None = None
 
-    def _chunks(self) -> Iterator[tuple[int, Tensor]]:
-        """The first token of a chunk, and keys `[n, d_mlp]`, float32 at least, on the model's device."""
+    def _batches(self) -> Iterator[tuple[int, Tensor]]:
+        """The first token of a batch, and keys `[n, d_mlp]`, float32 at least, on the model's device."""
         if self._kept is not None:
             yield 0, self._kept
         else:
@@ -73,22 +72,22 @@ class FirstTokens:
         return len(self.model.module(("embedding", 0)).get_parameter("weight"))
 
     def _computed(self) -> Iterator[tuple[int, Tensor]]:
-        for start in range(0, self._size, _TOKENS_AT_ONCE):
-            rows = [[token] for token in range(start, min(start + _TOKENS_AT_ONCE, self._size))]
+        for group in budgets.groups([1] * self._size, budgets.tokens(self.model.device, "record")):
+            rows = [[token] for token in group]
             keys = read(self.model, self.model.batch(rows), [("key", LAYER)])["key", LAYER][:, 0]
-            yield start, keys.to(torch.promote_types(keys.dtype, torch.float32))
+            yield group.start, keys.to(torch.promote_types(keys.dtype, torch.float32))
 
     @cached_property
     def _kept(self) -> Tensor | None:
         """All keys `[vocab, d_mlp]`, if a quarter of the free memory holds them."""
-        if self._size * self.model.d_mlp * 4 > free_memory(self.model.device) // 4:
+        if not budgets.fitting([self.model.device], self._size * self.model.d_mlp * 4):
             return None
         return torch.cat([keys for _, keys in self._computed()])
 
     @cached_property
     def _base(self) -> Tensor:
         """C of first tokens and of ordinary ones, each by its trace, `[d_mlp, d_mlp]` in float64 on the CPU."""
-        first = sum((keys.T @ keys).cpu().double() for _, keys in self._chunks())
+        first = sum((keys.T @ keys).cpu().double() for _, keys in self._batches())
         assert isinstance(first, Tensor)
         ordinary = self._of_random_texts() if self.ordinary is None else self.ordinary.matrix
         base = first / first.trace() + _ORDINARY * ordinary / ordinary.trace()
@@ -99,7 +98,7 @@ class FirstTokens:
         count = min(self._size, 32 * self.model.d_mlp)
         tokens = torch.randperm(self._size, generator=generator)[: count // _WINDOW * _WINDOW].view(-1, _WINDOW)
         total = torch.zeros(self.model.d_mlp, self.model.d_mlp, dtype=torch.float64)
-        for rows in tokens.split(_TOKENS_AT_ONCE // _WINDOW):
+        for rows in tokens.split(budgets.tokens(self.model.device, "record") // _WINDOW):
             keys = read(self.model, self.model.batch(rows.tolist()), [("key", LAYER)])["key", LAYER][:, 1:].flatten(
                 0, 1
             )
@@ -138,7 +137,7 @@ class FirstTokens:
     def _leaking(self, vector: Tensor, token: int) -> tuple[Tensor, Tensor, Tensor]:
         """The first tokens for which |u · k| is largest: that `[n]`, largest first, their ids and keys `[n, d_mlp]`."""
         leaks, tokens, rows = [], [], []
-        for start, keys in self._chunks():
+        for start, keys in self._batches():
             heard = (keys @ vector.to(keys)).abs()
             if start <= token < start + len(keys):
                 heard[token - start] = 0

@@ -17,13 +17,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from errata.base import budgets
 from errata.editors.rome.texts import Text
 from errata.models.model import Model
 from errata.passes.replay import record
-from errata.passes.tails import Cut, Tails, cut, join
-
-# Tokens in one recording, which keeps the states of many blocks until they are cut.
-_TOKENS_RECORDED = {"cpu": 4096, "cuda": 32768}
+from errata.passes.suffixes import Slice, Suffixes, collate, slice_recording
 
 
 @dataclass(frozen=True)
@@ -67,7 +65,7 @@ class Recorded:
 
     texts: tuple[Text, ...]
     keys: Keys
-    after: Tails
+    after: Suffixes
     loss_layer: int
 
 
@@ -80,7 +78,7 @@ def record_texts(model: Model, layer: int, texts: Sequence[Text], loss_layer: in
     """
     keys = torch.empty(len(texts), model.d_mlp, dtype=model.dtype, device=model.device)
     values = torch.empty(len(texts), model.d_model, dtype=model.dtype, device=model.device)
-    after: list[Cut] = []
+    after: list[Slice] = []
     hosts = _hosts(texts)
     for group in _by_length(sorted(set(hosts), key=lambda i: (len(texts[i].ids), i)), texts, model):
         rows = {host: row for row, host in enumerate(group)}
@@ -95,8 +93,8 @@ def record_texts(model: Model, layer: int, texts: Sequence[Text], loss_layer: in
             if texts[i].kind != "bare":
                 alike[texts[i].lookup, len(texts[i].ids)][i] = rows[hosts[i]]
         for (token, end), some in sorted(alike.items()):
-            after.append(cut(recording, some, (token, end), (layer + 1, loss_layer + 1)))
-    return Recorded(tuple(texts), Keys(keys, values), join(model, after), loss_layer)
+            after.append(slice_recording(recording, some, (token, end), (layer + 1, loss_layer + 1)))
+    return Recorded(tuple(texts), Keys(keys, values), collate(model, after), loss_layer)
 
 
 def _hosts(texts: Sequence[Text]) -> list[int]:
@@ -110,7 +108,7 @@ def _hosts(texts: Sequence[Text]) -> list[int]:
 
 def _by_length(chosen: Sequence[int], texts: Sequence[Text], model: Model) -> Iterator[list[int]]:
     """Indexes of texts, those of one length together, about as many tokens at a time as suits the device."""
-    tokens = _TOKENS_RECORDED.get(model.device.type, 4096)
-    for length, group in itertools.groupby(chosen, key=lambda i: len(texts[i].ids)):
-        while some := list(itertools.islice(group, max(1, tokens // length))):
-            yield some
+    for length, members in itertools.groupby(chosen, key=lambda i: len(texts[i].ids)):
+        alike = list(members)
+        for group in budgets.groups([length] * len(alike), budgets.tokens(model.device, "record")):
+            yield [alike[i] for i in group]

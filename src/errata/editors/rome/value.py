@@ -24,16 +24,14 @@ from torch import Tensor
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from errata.base import budgets
 from errata.base.errors import ConfigError, Diverged, ErrataError
 from errata.editors.rome.config import RomeConfig
 from errata.editors.rome.key import Recorded
 from errata.editors.rome.texts import Text
 from errata.models.frozen import frozen
 from errata.models.model import Model
-from errata.passes.tails import Chunk
-
-# Tokens that run at once: gradients keep what every block made on its way.
-_TOKENS_AT_ONCE = {"cpu": 512, "cuda": 4096}
+from errata.passes.suffixes import SuffixBatch
 
 
 @dataclass(frozen=True)
@@ -204,17 +202,17 @@ class _Objective:
         if config.value_form == "z":  # else the first call, with no δ yet, tells
             with torch.no_grad():
                 kl = {i for i, text in enumerate(self.texts) if text.kind == "kl"}
-                for chunk in self._chunks(kl):
-                    logits, _, _ = self._predictions(chunk, None)
-                    self.untouched.update(zip(chunk.rows, logits.log_softmax(-1), strict=True))
+                for batch in self._micro_batches(kl):
+                    logits, _, _ = self._predictions(batch, None)
+                    self.untouched.update(zip(batch.labels, logits.log_softmax(-1), strict=True))
 
     def reached(self) -> set[int]:
         """The facts whose δ some prediction of the target can hear of."""
         found: set[int] = set()
         contexts = {i for i, text in enumerate(self.texts) if text.kind == "context"}
-        for chunk in self._chunks(contexts):
-            heard = chunk.reached(self.layer + 1, self.recorded.loss_layer + 1)
-            for row, i in enumerate(chunk.rows):
+        for batch in self._micro_batches(contexts):
+            heard = batch.reached(self.layer + 1, self.recorded.loss_layer + 1)
+            for row, i in enumerate(batch.labels):
                 if heard[row, -len(self.texts[i].targets) :].any():
                     found.add(int(self.owners[i]))
         return found
@@ -236,9 +234,9 @@ class _Objective:
             gradients += self.config.weight_decay * variable.detach()
         nll, kl, probability = (torch.zeros_like(decay) for _ in range(3))
         wanted = {i for i, owner in enumerate(self.owners.tolist()) if owner in facts}
-        for chunk in self._chunks(wanted):
+        for batch in self._micro_batches(wanted):
             with torch.set_grad_enabled(differentiate):
-                nll_each, owner, kl_each, kl_owner = self._losses(chunk, deltas)
+                nll_each, owner, kl_each, kl_owner = self._losses(batch, deltas)
                 share = nll_each / self.contexts[owner]
                 if differentiate:
                     gradients += torch.autograd.grad(share.sum() + kl_each.sum(), deltas)[0]
@@ -247,13 +245,13 @@ class _Objective:
             kl.index_add_(0, kl_owner, kl_each.detach())
         return torch.stack([nll + kl + decay.detach(), nll, kl, decay.detach(), probability], 1), gradients
 
-    def _chunks(self, wanted: set[int]) -> Iterator[Chunk]:
-        return self.recorded.after.chunks(wanted, _TOKENS_AT_ONCE.get(self.model.device.type, 512))
+    def _micro_batches(self, wanted: set[int]) -> Iterator[SuffixBatch]:
+        return self.recorded.after.micro_batches(wanted, budgets.tokens(self.model.device, "backward"))
 
-    def _losses(self, chunk: Chunk, deltas: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Of the contexts of a chunk their mean negative log-probability and facts; of its KL prompts too."""
-        logits, rows, targets = self._predictions(chunk, deltas)
-        owners = self.owners[list(chunk.rows)]
+    def _losses(self, batch: SuffixBatch, deltas: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Of the contexts of a batch their mean negative log-probability and facts; of its KL prompts too."""
+        logits, rows, targets = self._predictions(batch, deltas)
+        owners = self.owners[list(batch.labels)]
         of_targets, of_kl = logits.split([len(targets), len(logits) - len(targets)])
         kl_rows = rows[len(targets) :]
         rows = rows[: len(targets)]
@@ -264,7 +262,7 @@ class _Objective:
         kl = each.new_zeros(0)
         if len(kl_rows):
             logs = of_kl.log_softmax(-1)
-            labels = [chunk.rows[row] for row in kl_rows.tolist()]
+            labels = [batch.labels[row] for row in kl_rows.tolist()]
             for label, now in zip(labels, logs.detach(), strict=True):
                 self.untouched.setdefault(label, now.clone())
             before = torch.stack([self.untouched[label] for label in labels])
@@ -273,29 +271,29 @@ class _Objective:
                 kl = kl / logs.shape[1]
         return sums[has] / counts[has], owners[has], kl, owners[kl_rows]
 
-    def _predictions(self, chunk: Chunk, deltas: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    def _predictions(self, batch: SuffixBatch, deltas: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """Logits `[m, v]` of all targets, then of KL prompts; the row that each is of `[m]`; the targets."""
         places, kl = [], []
-        for row, i in enumerate(chunk.rows):
+        for row, i in enumerate(batch.labels):
             text = self.texts[i]
             if text.kind == "kl":
                 kl.append((row, 1))
             places += [(row, len(text.targets) - j) for j in range(len(text.targets))]
-        targets = [target for i in chunk.rows for target in self.texts[i].targets]
+        targets = [target for i in batch.labels for target in self.texts[i].targets]
         rows, from_end = torch.tensor(places + kl, device=self.model.device).T
-        states = chunk.states if deltas is None else self._changed(chunk, deltas)
-        out = chunk.resume(self.layer + 1, states, self.recorded.loss_layer + 1, keep=int(from_end.max()))
+        states = batch.states if deltas is None else self._changed(batch, deltas)
+        out = batch.resume(self.layer + 1, states, self.recorded.loss_layer + 1, keep=int(from_end.max()))
         logits = self.model.unembed(out[rows, out.shape[1] - from_end]).to(self.v0)
         return logits, rows, torch.tensor(targets, dtype=torch.long, device=self.model.device)
 
-    def _changed(self, chunk: Chunk, deltas: Tensor) -> Tensor:
+    def _changed(self, batch: SuffixBatch, deltas: Tensor) -> Tensor:
         """What leaves the edited block `[c, n, d_model]` where δ changes what it adds at the fact's token."""
-        labels, states = list(chunk.rows), chunk.states
+        labels, states = list(batch.labels), batch.states
         owners = self.owners[labels]
         values = self.recorded.keys.values[labels].to(deltas)
         new = (self.v0[owners] if self.config.value_form == "z" else values) + deltas[owners]
         before, after = (self.model.added(self.layer, each.to(self.model.dtype)).to(deltas) for each in (values, new))
-        at_token = torch.arange(len(labels), device=states.device), states.shape[1] - chunk.counts
+        at_token = torch.arange(len(labels), device=states.device), states.shape[1] - batch.counts
         return states.index_put(at_token, (states[at_token] + after - before).to(states))
 
 

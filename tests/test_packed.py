@@ -12,13 +12,15 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
+from errata.base import budgets
+from errata.base.budgets import padded_groups
 from errata.base.errors import FactError, UnsupportedModel
 from errata.models.model import Model
 from errata.models.weights import down_weight_name
-from errata.passes import packing, strands
-from errata.passes.packing import Pack, Strand
+from errata.passes import packed, packing, token_batch
+from errata.passes.packed import HiddenStates, PackedPasses
+from errata.passes.packing import PackedBatch, PackedSequence
 from errata.passes.rowwise import row_changes
-from errata.passes.strands import Flow, Passes
 from tiny import ALL_FAMILIES, POSITIONS, VOCAB, attentions, byte_tokenizer, randomised, short_windows, tiny
 
 LAYERS = 4
@@ -48,7 +50,7 @@ def bound(family: str, dtype: torch.dtype) -> float:
         return 1e-5
     if dtype == torch.float64:
         return 1e-10
-    return 1e-4 if family in ("gemma2", "gemma3") else 1e-5  # norms behind the branches enlarge rounding
+    return 1e-4 if family in ("gemma2", "gemma3") else 1e-5  # norms behind the continuations enlarge rounding
 
 
 def difference(found: Tensor, wanted: Tensor) -> float:
@@ -56,8 +58,8 @@ def difference(found: Tensor, wanted: Tensor) -> float:
     return float(((found - wanted).abs().amax(-1) / wanted.abs().amax(-1)).max())
 
 
-# Of each strand, tokens of the trunk, and of each branch where it leaves it and tokens of its own: none; behind the
-# first token; at the end; several, of one length and of others, some longer than the trunk and than any window.
+# For each sequence, tokens of the prefix; for each continuation, where it leaves the prefix and how many tokens it has.
+# None; behind the first token; at the end; several of one length and of others, some longer than the prefix or window.
 SHAPES = (
     (9, ((1, 3), (9, 2), (4, 5), (4, 5), (4, 1))),
     (1, ((1, 6), (1, 1))),
@@ -67,13 +69,13 @@ SHAPES = (
 )
 
 
-def made(seed: int = 0) -> list[Strand]:
+def made(seed: int = 0) -> list[PackedSequence]:
     generator = torch.Generator().manual_seed(seed)
 
     def drawn(count: int) -> tuple[int, ...]:
         return tuple(torch.randint(VOCAB, (count,), generator=generator).tolist())
 
-    return [Strand(drawn(trunk), tuple((at, drawn(own)) for at, own in some)) for trunk, some in SHAPES]
+    return [PackedSequence(drawn(prefix), tuple((at, drawn(own)) for at, own in some)) for prefix, some in SHAPES]
 
 
 @torch.no_grad()
@@ -99,66 +101,66 @@ def whole(model: Model, ids: tuple[int, ...]) -> list[Tensor]:
     return seen
 
 
-def worst(pack: Pack, flow: Flow, layer: int, wanted: dict) -> float:
+def worst(batch: PackedBatch, hidden: HiddenStates, layer: int, wanted: dict) -> float:
     """The largest difference of any token that is asked for behind `layer` blocks."""
     found = []
-    for place, strand in enumerate(pack.members):
-        for branch, states in wanted[strand].items():
-            first = wanted[strand]["wanted"] if branch is None else 0
-            if branch != "wanted":
-                tokens = [(place, branch, i) for i in range(first, len(states[layer]))]
-                found.append(difference(flow.of(pack, tokens), states[layer][first:]))
-    assert len(found) == sum(len(wanted[strand]) - 1 for strand in pack.members)
+    for place, sequence in enumerate(batch.members):
+        for continuation, states in wanted[sequence].items():
+            first = wanted[sequence]["wanted"] if continuation is None else 0
+            if continuation != "wanted":
+                tokens = [(place, continuation, i) for i in range(first, len(states[layer]))]
+                found.append(difference(hidden.of(batch, tokens), states[layer][first:]))
+    assert len(found) == sum(len(wanted[sequence]) - 1 for sequence in batch.members)
     assert all(math.isfinite(each) for each in found)
     return max(found)
 
 
-def expected(model: Model, some: list[Strand]) -> dict:
-    """States behind so many blocks, by strand and branch (None: the trunk), and the first that is wanted of it."""
+def expected(model: Model, some: list[PackedSequence]) -> dict:
+    """Hidden states behind so many blocks, by sequence and continuation (None: the prefix); the first wanted token."""
     return {
-        i: {"wanted": strand.wanted, None: whole(model, strand.trunk)}
+        i: {"wanted": sequence.wanted, None: whole(model, sequence.prefix)}
         | {
-            branch: [states[at:] for states in whole(model, strand.trunk[:at] + own)]
-            for branch, (at, own) in enumerate(strand.branches)
+            continuation: [states[at:] for states in whole(model, sequence.prefix[:at] + own)]
+            for continuation, (at, own) in enumerate(sequence.continuations)
         }
-        for i, strand in enumerate(some)
+        for i, sequence in enumerate(some)
     }
 
 
-def through(passes: Passes, pack: Pack, wanted: dict, bound: float, changes=None) -> Flow:
+def through(passes: PackedPasses, batch: PackedBatch, wanted: dict, bound: float, changes=None) -> HiddenStates:
     """All blocks, with a look behind each."""
-    flow = passes.enter(pack)
-    assert worst(pack, flow, 0, wanted) < bound
+    hidden = passes.enter(batch)
+    assert worst(batch, hidden, 0, wanted) < bound
     for layer in range(LAYERS):
-        flow = passes.step(pack, layer, flow, changes)
-        assert worst(pack, flow, layer + 1, wanted) < bound
-    return flow
+        hidden = passes.step(batch, layer, hidden, changes)
+        assert worst(batch, hidden, layer + 1, wanted) < bound
+    return hidden
 
 
 @pytest.mark.parametrize(("family", "attention"), KINDS)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("apart", [False, True])
-def test_trunks_and_branches_are_what_whole_passes_give(family, attention, dtype, apart):
+def test_prefixes_and_continuations_are_what_whole_passes_give(family, attention, dtype, apart):
     """Beside each other in rows, and each in a row of its own."""
     model, some = model_of(family, attention, dtype), made()
-    passes, wanted = Passes(model, some), expected(model, some)
-    [pack] = passes.apart(range(len(some))) if apart else passes.packs()
-    assert pack.in_order is apart  # every family here will have it
-    assert len(pack.slots) == (16 if apart else 2)
-    through(passes, pack, wanted, bound(family, dtype))
+    passes, wanted = PackedPasses(model, some), expected(model, some)
+    [batch] = passes.apart(range(len(some))) if apart else passes.batches()
+    assert batch.in_order is apart  # every family here will have it
+    assert len(batch.rows) == (16 if apart else 2)
+    through(passes, batch, wanted, bound(family, dtype))
 
 
 @pytest.mark.parametrize("family", ["mistral", "phi3", "gemma2", "gemma3"])
 def test_a_window_matters_here(family):
     """The same weights without the window say something else of these texts."""
-    model, ids = model_of(family), made()[2].trunk
+    model, ids = model_of(family), made()[2].prefix
     free = Model(tiny(family, LAYERS, torch.float64, sliding_window=64), byte_tokenizer(), family)
     assert difference(whole(model, ids)[-1], whole(free, ids)[-1]) > 1e-3
 
 
 @pytest.mark.parametrize("family", ALL_FAMILIES)
 def test_each_row_with_changes_of_its_own(family):
-    """Trunks and their branches, each with another change of one of two blocks, against weights that hold it."""
+    """Prefixes and their continuations, each with another change of one of two blocks, against weights that hold it."""
     model, some = model_of(family, attentions(family)[-1]), made()
     generator = torch.Generator().manual_seed(1)
 
@@ -177,26 +179,28 @@ def test_each_row_with_changes_of_its_own(family):
             wanted[i] = expected(model, [some[i]])[0]
             for name, weight in kept.items():
                 model.weight(name).copy_(weight)
-    passes, changes = Passes(model, some), row_changes(model, each)
-    for pack in (*passes.packs(), *passes.apart([3, 0])):
-        own = changes.of(torch.tensor(pack.members))
-        through(passes, pack, wanted, bound(family, torch.float64), own)
+    passes, changes = PackedPasses(model, some), row_changes(model, each)
+    for batch in (*passes.batches(), *passes.apart([3, 0])):
+        own = changes.of(torch.tensor(batch.members))
+        through(passes, batch, wanted, bound(family, torch.float64), own)
 
 
 @pytest.mark.parametrize("family", ALL_FAMILIES)
 @pytest.mark.parametrize("apart", [False, True])
 def test_behind_the_last_block_only_wanted_tokens_are_there(family, apart):
     model, some = model_of(family, attentions(family)[-1]), made()
-    some = [Strand(each.trunk, each.branches, len(each.trunk) - 1) for each in some if len(each.trunk) > 1]
-    passes = Passes(model, some)
-    [pack] = passes.apart(range(len(some))) if apart else passes.packs()
-    flow = through(passes, pack, expected(model, some), bound(family, torch.float64))
-    assert flow.begin == pack.begin > 0
-    assert flow.states.shape[1] == len(pack.slots[0]) - pack.begin
-    place = pack.members.index(0)
+    some = [
+        PackedSequence(each.prefix, each.continuations, len(each.prefix) - 1) for each in some if len(each.prefix) > 1
+    ]
+    passes = PackedPasses(model, some)
+    [batch] = passes.apart(range(len(some))) if apart else passes.batches()
+    hidden = through(passes, batch, expected(model, some), bound(family, torch.float64))
+    assert hidden.begin == batch.begin > 0
+    assert hidden.states.shape[1] == len(batch.rows[0]) - batch.begin
+    place = batch.members.index(0)
     for nobodys in ((place, None, 7), (place, 5, 0), (place, 0, 3)):
         with pytest.raises(KeyError):
-            flow.of(pack, [nobodys])
+            hidden.of(batch, [nobodys])
 
 
 @pytest.mark.parametrize("family", ALL_FAMILIES)
@@ -204,31 +208,34 @@ def test_behind_the_last_block_only_wanted_tokens_are_there(family, apart):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_a_changed_down_projection_is_added_to_what_a_block_made_without(family, layer, dtype):
     model = model_of(family, attentions(family)[-1], dtype)
-    some = [Strand(each.trunk, each.branches, len(each.trunk) - 1) for each in made()]
+    some = [PackedSequence(each.prefix, each.continuations, len(each.prefix) - 1) for each in made()]
     generator = torch.Generator().manual_seed(2)
 
     def factors(rank: int) -> dict:
         write = torch.randn(model.d_model, rank, generator=generator, dtype=torch.float64)
         return {down_weight_name(model, layer): (write / 4, torch.randn(rank, model.d_mlp, generator=generator) / 4)}
 
-    passes, changes = Passes(model, some), row_changes(model, [factors(1), factors(2), {}, factors(1), factors(3)])
-    [pack] = passes.packs()
-    own = changes.of(torch.tensor(pack.members))
-    flow = passes.enter(pack)
+    passes, changes = (
+        PackedPasses(model, some),
+        row_changes(model, [factors(1), factors(2), {}, factors(1), factors(3)]),
+    )
+    [batch] = passes.batches()
+    own = changes.of(torch.tensor(batch.members))
+    hidden = passes.enter(batch)
     for below in range(layer):
-        flow = passes.step(pack, below, flow)
-    left, mlp = passes.watched(pack, layer, flow)
+        hidden = passes.step(batch, below, hidden)
+    left, mlp = passes.watched(batch, layer, hidden)
     plain, found, wanted = (
-        passes.step(pack, layer, flow),
-        passes.moved(pack, layer, left, mlp, own),
-        passes.step(pack, layer, flow, own),
+        passes.step(batch, layer, hidden),
+        passes.moved(batch, layer, left, mlp, own),
+        passes.step(batch, layer, hidden, own),
     )
     assert left.begin == found.begin == wanted.begin
     assert torch.equal(left.states, plain.states)
     assert difference(found.states, wanted.states) < bound(family, dtype)
     moved = (found.states - plain.states).abs().amax(-1) > 1e-3
-    unchanged = (pack.owners == 2)[:, left.begin :]
-    holds_token = (pack.owners >= 0)[:, left.begin :]
+    unchanged = (batch.owners == 2)[:, left.begin :]
+    holds_token = (batch.owners >= 0)[:, left.begin :]
     assert torch.equal(moved & holds_token, holds_token & ~unchanged)
 
 
@@ -237,31 +244,31 @@ def test_a_changed_down_projection_is_added_to_what_a_block_made_without(family,
 
 def asked(monkeypatch) -> list[int]:
     """The lengths that models are asked for from now on."""
-    lengths, plain = [], strands.record
+    lengths, plain = [], packed.record
 
     def recording(model, batch, **settings):
         lengths.append(batch.input_ids.shape[1])
         return plain(model, batch, **settings)
 
-    monkeypatch.setattr(strands, "record", recording)
+    monkeypatch.setattr(packed, "record", recording)
     return lengths
 
 
 def test_a_model_is_asked_once_for_a_length(monkeypatch):
     model, lengths = Model(tiny("llama"), byte_tokenizer()), asked(monkeypatch)
     for length in (5, 32, 1, 33, 64, 40, POSITIONS):
-        Passes(model, [Strand((1,) * length)])
+        PackedPasses(model, [PackedSequence((1,) * length)])
     assert lengths == [32, 64, 96]
     model.hf.double()
-    Passes(model, [Strand((1,) * 5)])
+    PackedPasses(model, [PackedSequence((1,) * 5)])
     assert lengths == [32, 64, 96, 32]
 
 
 def test_few_lengths_are_remembered(monkeypatch):
     model, lengths = Model(tiny("llama"), byte_tokenizer()), asked(monkeypatch)
-    monkeypatch.setattr(strands, "_LENGTHS", 2)
+    monkeypatch.setattr(packed, "_LENGTHS", 2)
     for length in (5, 40, 5, 70, 40, 5):
-        Passes(model, [Strand((1,) * length)])
+        PackedPasses(model, [PackedSequence((1,) * length)])
     assert lengths == [32, 64, 96, 32]
 
 
@@ -270,13 +277,13 @@ def test_models_that_read_little(positions):
     model = Model(tiny("gpt2", LAYERS, torch.float64, n_positions=positions), byte_tokenizer(), "gpt2")
     generator = torch.Generator().manual_seed(0)
     drawn = [tuple(torch.randint(VOCAB, (n,), generator=generator).tolist()) for n in (1, positions, positions // 2)]
-    some = [Strand(ids, ((1, ids[:1]),)) for ids in drawn if ids]
+    some = [PackedSequence(ids, ((1, ids[:1]),)) for ids in drawn if ids]
     wanted = expected(model, some)
-    passes = Passes(model, some)
-    for pack in (*passes.packs(), *passes.apart(range(len(some)))):
-        through(passes, pack, wanted, 1e-10)
+    passes = PackedPasses(model, some)
+    for batch in (*passes.batches(), *passes.apart(range(len(some)))):
+        through(passes, batch, wanted, 1e-10)
     with pytest.raises(FactError, match=f"reads at most {positions}"):
-        Passes(model, [Strand((1,) * (positions + 1))])
+        PackedPasses(model, [PackedSequence((1,) * (positions + 1))])
 
 
 def test_a_model_that_is_broken_now_is_asked_again(monkeypatch):
@@ -286,9 +293,9 @@ def test_a_model_that_is_broken_now_is_asked_again(monkeypatch):
     with torch.no_grad():
         kept = weight.clone()
         weight.fill_(torch.inf)
-        assert all(pack.in_order for pack in Passes(model, made()).packs())
+        assert all(batch.in_order for batch in PackedPasses(model, made()).batches())
         weight.copy_(kept)
-    assert not any(pack.in_order for pack in Passes(model, made()).packs())
+    assert not any(batch.in_order for batch in PackedPasses(model, made()).batches())
     assert lengths == [32, 32]
 
 
@@ -320,12 +327,12 @@ def other(family: str, **config) -> Model:
 def test_models_that_tell_distances_by_places_in_a_row_have_one_text_a_row(family, beside, config):
     """BLOOM and Falcon are given a bias of every key; MPT cuts its own, and GPT-Neo counts slots in its window."""
     model, some = other(family, **config), made()
-    some = [Strand(each.trunk, each.branches, len(each.trunk) // 2) for each in some]
-    passes = Passes(model, some)
-    [pack] = passes.packs()
-    assert pack.in_order is not beside
+    some = [PackedSequence(each.prefix, each.continuations, len(each.prefix) // 2) for each in some]
+    passes = PackedPasses(model, some)
+    [batch] = passes.batches()
+    assert batch.in_order is not beside
     # their biases and softmax are float32 in float64 models too
-    through(passes, pack, expected(model, some), 1e-5)
+    through(passes, batch, expected(model, some), 1e-5)
 
 
 def test_a_window_counts_as_soon_as_rows_are_longer():
@@ -333,34 +340,34 @@ def test_a_window_counts_as_soon_as_rows_are_longer():
     config = {"hidden_size": 16, "num_heads": 2, "num_layers": LAYERS, "window_size": 70}
     model = other("gpt_neo", attention_types=[[["global", "local"], LAYERS // 2]], **config)
     for length, beside in ((32, True), (33, False)):
-        some = [Strand((1,) * length), Strand((2,) * 9)]
-        passes = Passes(model, some)
-        packs = list(passes.packs())
-        assert all(pack.in_order is not beside for pack in packs)
+        some = [PackedSequence((1,) * length), PackedSequence((2,) * 9)]
+        passes = PackedPasses(model, some)
+        batches = list(passes.batches())
+        assert all(batch.in_order is not beside for batch in batches)
         wanted = expected(model, some)
-        for pack in packs:
-            through(passes, pack, wanted, 1e-5)
+        for batch in batches:
+            through(passes, batch, wanted, 1e-5)
 
 
 def test_rows_are_never_wider_than_what_was_tried(monkeypatch):
-    """Of texts of up to 32 tokens, 64; a strand that is wider has rows of its own."""
-    wide = Strand((1,) * 20, ((20, (2,) * 12),) * 4)
-    some = [wide, *(Strand((i,) * n) for i, n in enumerate((32, 22, 22, 22, 31, 33 - 22)))]
-    packs = list(Passes(model_of("gpt2"), some).packs())
-    assert [pack.members for pack in packs if pack.in_order] == [(0,)]
-    assert max(len(pack.slots[0]) for pack in packs if not pack.in_order) <= 64
-    monkeypatch.setattr(strands, "_BESIDE", 8)
+    """Of texts of up to 32 tokens, 64; a sequence that is wider has rows of its own."""
+    wide = PackedSequence((1,) * 20, ((20, (2,) * 12),) * 4)
+    some = [wide, *(PackedSequence((i,) * n) for i, n in enumerate((32, 22, 22, 22, 31, 33 - 22)))]
+    batches = list(PackedPasses(model_of("gpt2"), some).batches())
+    assert [batch.members for batch in batches if batch.in_order] == [(0,)]
+    assert max(len(batch.rows[0]) for batch in batches if not batch.in_order) <= 64
+    monkeypatch.setattr(packed, "_BESIDE", 8)
     fresh = Model(tiny("gpt2", LAYERS), byte_tokenizer(), "gpt2")
-    packs = list(Passes(fresh, some).packs())
-    assert max(len(pack.slots[0]) for pack in packs if not pack.in_order) == 11
+    batches = list(PackedPasses(fresh, some).batches())
+    assert max(len(batch.rows[0]) for batch in batches if not batch.in_order) == 11
 
 
 def test_blocks_that_come_out_otherwise_are_told(monkeypatch):
     model = Model(tiny("gpt2"), byte_tokenizer(), "gpt2")
-    plain = strands.run
-    monkeypatch.setattr(strands, "run", lambda *given: plain(*given) * 1.01)
-    with pytest.raises(UnsupportedModel, match="come out otherwise"):
-        Passes(model, made())
+    plain = token_batch.run
+    monkeypatch.setattr(token_batch, "run", lambda *given: plain(*given) * 1.01)
+    with pytest.raises(UnsupportedModel, match=r"^transformer.h.0: called on its own, it comes out otherwise"):
+        PackedPasses(model, made())
 
 
 def test_blocks_that_fail_when_they_are_called_are_told(monkeypatch):
@@ -369,40 +376,40 @@ def test_blocks_that_fail_when_they_are_called_are_told(monkeypatch):
     def failing(*given):
         raise RuntimeError("shapes")
 
-    monkeypatch.setattr(strands, "run", failing)
-    with pytest.raises(UnsupportedModel, match="come out otherwise"):
-        Passes(model, made())
-    monkeypatch.setattr(strands, "run", lambda *given: (_ for _ in ()).throw(torch.OutOfMemoryError))
+    monkeypatch.setattr(token_batch, "run", failing)
+    with pytest.raises(UnsupportedModel, match=r"^transformer.h.0: .* it fails with RuntimeError: shapes"):
+        PackedPasses(model, made())
+    monkeypatch.setattr(token_batch, "run", lambda *given: (_ for _ in ()).throw(torch.OutOfMemoryError))
     with pytest.raises(torch.OutOfMemoryError):
-        Passes(model, made())
+        PackedPasses(model, made())
 
 
-# ---- packs ----------------------------------------------------------------------------------------------------
+# ---- batches ----------------------------------------------------------------------------------------------------
 
 
-def test_packs_hold_every_strand_once_and_no_more_tokens_than_fit(monkeypatch):
+def test_batches_hold_every_sequence_once_and_no_more_tokens_than_fit(monkeypatch):
     model, some = model_of("gpt2"), made()
-    passes = Passes(model, some)
-    assert [pack.members for pack in passes.packs()] == [(0, 1, 2, 3, 4)]
-    monkeypatch.setattr(strands, "_TOKENS_AT_ONCE", {"cpu": 40})
-    packs = list(passes.packs())
-    assert [pack.members for pack in packs] == [(0,), (1, 2), (3, 4)]  # of 25, 8 + 17, 30 + 5 tokens
+    passes = PackedPasses(model, some)
+    assert [batch.members for batch in passes.batches()] == [(0, 1, 2, 3, 4)]
+    monkeypatch.setitem(budgets.TOKENS["forward"], "cpu", 40)
+    batches = list(passes.batches())
+    assert [batch.members for batch in batches] == [(0,), (1, 2), (3, 4)]  # of 25, 8 + 17, 30 + 5 tokens
     wanted = expected(model, some)
-    for pack in packs:
-        through(passes, pack, wanted, 1e-10)
-    apart = [set(pack.members) for pack in passes.packs(["a", "b", "a", "b", "a"])]
+    for batch in batches:
+        through(passes, batch, wanted, 1e-10)
+    apart = [set(batch.members) for batch in passes.batches(["a", "b", "a", "b", "a"])]
     assert all(rows <= {0, 2, 4} or rows <= {1, 3} for rows in apart)
     assert sorted(row for rows in apart for row in rows) == [0, 1, 2, 3, 4]
 
 
-def tokens_of(pack: Pack, some: list[Strand]) -> dict:
-    """Which tokens every token sees, by what it is: strand, branch and index in the text."""
+def tokens_of(batch: PackedBatch, some: list[PackedSequence]) -> dict:
+    """Which tokens every token sees, by what it is: sequence, continuation and index in the text."""
     name = {}
-    for i, row in enumerate(pack.slots):
-        for j, slot in enumerate(row):
-            if slot.owner >= 0:
-                name[i, j] = (pack.members[slot.owner], slot.piece, slot.position)
-    sees = pack.sees[:, 0]
+    for i, row in enumerate(batch.rows):
+        for j, token in enumerate(row):
+            if token.owner >= 0:
+                name[i, j] = (batch.members[token.owner], token.piece, token.offset)
+    sees = batch.sees[:, 0]
     return {own: {name.get((i, k)) for k in range(sees.shape[1]) if sees[i, j, k]} for (i, j), own in name.items()}
 
 
@@ -411,12 +418,12 @@ def test_each_token_sees_its_own_text_alone(width):
     some = made()
     rows = [3, 0, 4, 1, 2]
     bins = packing.bins([some[i].size for i in rows], width, 500)
-    pack = packing.side_by_side(rows, [some[i] for i in rows], bins)
-    found, wanted = tokens_of(pack, some), {}
-    for i, strand in enumerate(some):
-        for position in range(len(strand.trunk)):
+    batch = packing.side_by_side(rows, [some[i] for i in rows], bins)
+    found, wanted = tokens_of(batch, some), {}
+    for i, sequence in enumerate(some):
+        for position in range(len(sequence.prefix)):
             wanted[i, 0, position] = {(i, 0, k) for k in range(position + 1)}
-        for piece, (at, own) in enumerate(strand.branches, 1):
+        for piece, (at, own) in enumerate(sequence.continuations, 1):
             for position in range(at, at + len(own)):
                 before = {(i, 0, k) for k in range(at)}
                 wanted[i, piece, position] = before | {(i, piece, k) for k in range(at, position + 1)}
@@ -441,12 +448,12 @@ def test_bins_that_a_size_does_not_fit():
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.tuples(st.integers(1, 40), st.integers(0, 3)), min_size=1, max_size=30), st.integers(1, 200))
 def test_rows_of_their_own_are_no_more_than_fit(shapes, limit):
-    some = [Strand((1,) * length, ((length, (2, 3)),) * branches) for length, branches in shapes]
-    shares = packing.shares_of_rows(some, limit)
+    some = [PackedSequence((1,) * length, ((length, (2, 3)),) * continuations) for length, continuations in shapes]
+    shares = list(padded_groups([one.length for one in some], limit, [len(one.texts) for one in some]))
     assert sorted(i for share in shares for i in share) == list(range(len(some)))
     for share in shares:
-        pack = packing.one_a_row(share, [some[i] for i in share])
-        assert len(share) == 1 or len(pack.slots) * len(pack.slots[0]) <= limit
+        batch = packing.one_a_row(share, [some[i] for i in share])
+        assert len(share) == 1 or len(batch.rows) * len(batch.rows[0]) <= limit
 
 
 @settings(max_examples=60, deadline=None)
@@ -459,23 +466,23 @@ def test_shares_are_of_about_as_much_each(sizes, limit):
     assert all(abs(sum(sizes[i] for i in share) - each) <= max(each, max(sizes)) for share in shares)
 
 
-def test_texts_of_a_strand():
-    assert Strand((1, 2, 3), ((1, (4, 5)), (3, (6,)))).texts == [(1, 2, 3), (1, 4, 5), (1, 2, 3, 6)]
+def test_texts_of_a_sequence():
+    assert PackedSequence((1, 2, 3), ((1, (4, 5)), (3, (6,)))).texts == [(1, 2, 3), (1, 4, 5), (1, 2, 3, 6)]
 
 
 def test_a_branch_that_is_too_long_is_told():
     model = model_of("gpt2")
-    fits = Strand((1,) * 40, ((40, (2,) * (POSITIONS - 40)),))
-    Passes(model, [fits])
+    fits = PackedSequence((1,) * 40, ((40, (2,) * (POSITIONS - 40)),))
+    PackedPasses(model, [fits])
     with pytest.raises(FactError, match=f"reads at most {POSITIONS}"):
-        Passes(model, [fits, Strand((1,) * 40, ((40, (2,) * (POSITIONS - 39)),))])
+        PackedPasses(model, [fits, PackedSequence((1,) * 40, ((40, (2,) * (POSITIONS - 39)),))])
 
 
 def test_nothing_is_left_on_the_model():
     model, some = model_of("llama"), made()
     before = {name: weight.clone() for name, weight in model.hf.named_parameters()}
-    passes = Passes(model, some)
-    for pack in passes.packs():
-        passes.step(pack, 0, passes.enter(pack))
+    passes = PackedPasses(model, some)
+    for batch in passes.batches():
+        passes.step(batch, 0, passes.enter(batch))
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.hf.modules())
     assert all(torch.equal(weight, before[name]) for name, weight in model.hf.named_parameters())
