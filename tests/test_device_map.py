@@ -30,7 +30,7 @@ from errata.models.loading import load_pretrained
 from errata.models.model import Model
 from errata.models.scoring import score
 from errata.models.weights import down_weight_name
-from errata.passes.patching import run
+from errata.passes.hooks import hooked
 from errata.passes.rowwise import rowwise
 from errata.statistics.collect import collect
 from errata.tracing.gradients import integrated_gradients
@@ -69,7 +69,10 @@ def compare(whole: Model, split: Model) -> None:
     batch = whole.encode(PROMPTS)
     patches = {("mlp", 1): lambda tensor: tensor * 2, ("state", 2): lambda tensor: tensor.flip(-1)}
     with torch.no_grad():
-        logits = [run(each, batch.to(each.device), patches, batch.last).cpu() for each in (whole, split)]
+        logits = []
+        for each in (whole, split):
+            with hooked(each, patches):
+                logits.append(each.forward(batch.to(each.device))[range(len(PROMPTS)), batch.last].cpu())
     torch.testing.assert_close(*logits)
     for one, other in zip(score(whole, PROMPTS, TARGETS), score(split, PROMPTS, TARGETS), strict=True):
         assert other.total == pytest.approx(one.total)

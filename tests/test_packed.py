@@ -18,7 +18,7 @@ from errata.base.errors import FactError, UnsupportedModel
 from errata.models.model import Model
 from errata.models.weights import down_weight_name
 from errata.passes import packed, packing, token_batch
-from errata.passes.packed import HiddenStates, PackedPasses
+from errata.passes.packed import PackedPasses
 from errata.passes.packing import PackedBatch, PackedSequence
 from errata.passes.rowwise import row_changes
 from tiny import ALL_FAMILIES, POSITIONS, VOCAB, attentions, byte_tokenizer, randomised, short_windows, tiny
@@ -101,7 +101,7 @@ def whole(model: Model, ids: tuple[int, ...]) -> list[Tensor]:
     return seen
 
 
-def worst(batch: PackedBatch, hidden: HiddenStates, layer: int, wanted: dict) -> float:
+def worst(batch: PackedBatch, hidden: Tensor, layer: int, wanted: dict) -> float:
     """The largest difference of any token that is asked for behind `layer` blocks."""
     found = []
     for place, sequence in enumerate(batch.members):
@@ -109,7 +109,7 @@ def worst(batch: PackedBatch, hidden: HiddenStates, layer: int, wanted: dict) ->
             first = wanted[sequence]["wanted"] if continuation is None else 0
             if continuation != "wanted":
                 tokens = [(place, continuation, i) for i in range(first, len(states[layer]))]
-                found.append(difference(hidden.of(batch, tokens), states[layer][first:]))
+                found.append(difference(batch.pick(hidden, tokens), states[layer][first:]))
     assert len(found) == sum(len(wanted[sequence]) - 1 for sequence in batch.members)
     assert all(math.isfinite(each) for each in found)
     return max(found)
@@ -127,7 +127,7 @@ def expected(model: Model, some: list[PackedSequence]) -> dict:
     }
 
 
-def through(passes: PackedPasses, batch: PackedBatch, wanted: dict, bound: float, changes=None) -> HiddenStates:
+def through(passes: PackedPasses, batch: PackedBatch, wanted: dict, bound: float, changes=None) -> Tensor:
     """All blocks, with a look behind each."""
     hidden = passes.enter(batch)
     assert worst(batch, hidden, 0, wanted) < bound
@@ -195,12 +195,12 @@ def test_behind_the_last_block_only_wanted_tokens_are_there(family, apart):
     passes = PackedPasses(model, some)
     [batch] = passes.apart(range(len(some))) if apart else passes.batches()
     hidden = through(passes, batch, expected(model, some), bound(family, torch.float64))
-    assert hidden.begin == batch.begin > 0
-    assert hidden.states.shape[1] == len(batch.rows[0]) - batch.begin
+    assert batch.begin > 0
+    assert hidden.shape[1] == len(batch.rows[0]) - batch.begin
     place = batch.members.index(0)
     for nobodys in ((place, None, 7), (place, 5, 0), (place, 0, 3)):
         with pytest.raises(KeyError):
-            hidden.of(batch, [nobodys])
+            batch.pick(hidden, [nobodys])
 
 
 @pytest.mark.parametrize("family", ALL_FAMILIES)
@@ -230,12 +230,11 @@ def test_a_changed_down_projection_is_added_to_what_a_block_made_without(family,
         passes.moved(batch, layer, left, mlp, own),
         passes.step(batch, layer, hidden, own),
     )
-    assert left.begin == found.begin == wanted.begin
-    assert torch.equal(left.states, plain.states)
-    assert difference(found.states, wanted.states) < bound(family, dtype)
-    moved = (found.states - plain.states).abs().amax(-1) > 1e-3
-    unchanged = (batch.owners == 2)[:, left.begin :]
-    holds_token = (batch.owners >= 0)[:, left.begin :]
+    assert torch.equal(left, plain)
+    assert difference(found, wanted) < bound(family, dtype)
+    moved = (found - plain).abs().amax(-1) > 1e-3
+    unchanged = (batch.owners == 2)[:, -left.shape[1] :]
+    holds_token = (batch.owners >= 0)[:, -left.shape[1] :]
     assert torch.equal(moved & holds_token, holds_token & ~unchanged)
 
 

@@ -14,7 +14,6 @@ from errata.models.loading import load_pretrained
 from errata.models.model import Model
 from errata.models.weights import matrix
 from errata.passes.hooks import hooked
-from errata.passes.patching import run
 from errata.passes.reading import read
 from tiny import FAMILIES, byte_tokenizer, llama_tokenizer, tiny
 
@@ -26,6 +25,12 @@ ALL = [(part, layer) for part in ("state", "attention", "mlp", "key", "value") f
 @functools.cache
 def model_of(family: str, dtype: torch.dtype = torch.float32) -> Model:
     return load_pretrained((tiny(family, LAYERS, dtype), byte_tokenizer()), name=family)
+
+
+def run(model, batch, patches=None) -> torch.Tensor:
+    """Logits `[b, t, v]` of a forward pass with patches."""
+    with hooked(model, patches or {}):
+        return model.forward(batch)
 
 
 def hooks_of(model: Model) -> int:
@@ -179,32 +184,6 @@ def test_patches_of_one_pass_see_each_other(gpt2):
 # ---- behaviour ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("family", [*FAMILIES, "gemma2", "opt"])
-def test_positions_are_where_the_head_runs(family):
-    model = model_of(family)
-    batch = model.encode(TEXTS)
-    positions = torch.tensor([4, 0, 1])
-    patches = {("mlp", 1): lambda x: x * 2}
-    everywhere = run(model, batch, patches)
-    there = run(model, batch, patches, positions)
-    assert there.shape == (3, model.vocab_size)
-    assert torch.allclose(there, everywhere[torch.arange(3), positions], atol=1e-5)
-    widths = []
-    handle = model.hf.get_submodule(model.anatomy.head).register_forward_hook(
-        lambda module, args, out: widths.append(out.shape[1])
-    )
-    run(model, batch, None, batch.last)
-    handle.remove()
-    assert widths == [1]
-
-
-@pytest.mark.parametrize("positions", [[99, 0, 0], [-1, 0, 0], [0, 0], [[0], [0], [0]]])
-def test_positions_outside_the_batch_are_refused(positions):
-    model = model_of("gpt2")
-    with pytest.raises(ValueError, match="positions are one index from 0 to"):
-        run(model, model.encode(TEXTS), None, torch.tensor(positions))
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("family", [*FAMILIES, "opt"])
 def test_a_batch_equals_its_texts_one_by_one(family, dtype):
@@ -277,7 +256,7 @@ def test_gradients_flow_through_patches():
         changed[:, 3] += delta
         return changed
 
-    run(model, batch, {("mlp", 1): add}, batch.last).log_softmax(-1)[0, 7].backward()
+    run(model, batch, {("mlp", 1): add})[0, -1].log_softmax(-1)[7].backward()
     assert delta.grad.abs().sum() > 0
     model.hf.zero_grad()
 
@@ -292,7 +271,7 @@ def test_an_error_in_a_patch_comes_out_and_leaves_no_hook(family):
 
     for action in (
         lambda: run(model, batch, {("state", 0): lambda x: x, ("key", 1): fails}),
-        lambda: run(model, batch, {("mlp", 1): fails}, batch.last),
+        lambda: run(model, batch, {("mlp", 1): fails}),
     ):
         with pytest.raises(KeyError, match="mine"):
             action()

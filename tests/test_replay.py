@@ -15,7 +15,7 @@ from torch import Tensor
 from errata.base.errors import UnsupportedModel
 from errata.models.model import Model
 from errata.passes.hooks import Patch
-from errata.passes.replay import Recording, record
+from errata.passes.replay import Recording, RowPatch, record
 from plain_trace import Stream, plain_run
 from tiny import ALL_FAMILIES, VOCAB, attentions, byte_tokenizer, short_windows, tiny
 
@@ -52,6 +52,23 @@ def difference(found: Tensor, wanted: Tensor) -> float:
 
 def hooks_of(model: Model) -> int:
     return sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.hf.modules())
+
+
+def resume(
+    recording: Recording,
+    layer: int,
+    states: Tensor,
+    token: int,
+    rows: Tensor,
+    patches: Mapping[Stream, RowPatch] | None = None,
+    keep: int | None = None,
+) -> Tensor:
+    """The last block's states if `states` enter block `layer`, step by step."""
+    last = recording.model.n_layers - 1
+    for index in range(layer, last + 1):
+        here = {part: patch for (part, its_layer), patch in (patches or {}).items() if its_layer == index}
+        states = recording.step(index, states, token, rows, here, keep if index == last else None)
+    return states
 
 
 class Replayed:
@@ -92,7 +109,7 @@ class Replayed:
 
     def resumed(self, keep: int | None = None, patched: bool = True) -> Tensor:
         patches = {stream: functools.partial(self._changed, delta) for stream, delta in self.deltas.items()}
-        return self.recording.resume(self.layer, self.states, self.token, self.rows, patches if patched else None, keep)
+        return resume(self.recording, self.layer, self.states, self.token, self.rows, patches if patched else {}, keep)
 
     @staticmethod
     def _changed(delta: Tensor, tensor: Tensor, chosen: slice, at: int = 0) -> Tensor:
@@ -272,7 +289,7 @@ def test_no_hook_stays_behind(family):
     with pytest.raises(ZeroDivisionError):
         run.recording.step(0, run.states, 2, run.rows, {"mlp": fails, "attention": lambda tensor, rows: tensor})
     with pytest.raises(ZeroDivisionError):
-        run.recording.resume(0, run.states, 2, run.rows, {("key", 1): fails})
+        resume(run.recording, 0, run.states, 2, run.rows, {("key", 1): fails})
     with pytest.raises(ZeroDivisionError):
         record(model, model.batch([[1, 2, 3]]), {("mlp", 1): fails})
     with pytest.raises(ValueError, match="returned shape"):
@@ -299,13 +316,13 @@ def test_a_recording_minds_nothing_that_is_done_to_other_tensors():
     for tensor in (batch.input_ids, batch.attention_mask, given[0]):
         tensor.zero_()
     model.hf(torch.arange(90)[None])
-    found = recording.resume(1, states, 3, run.rows)
+    found = resume(recording, 1, states, 3, run.rows)
     assert torch.equal(found, wanted)
     found.zero_()
     recording.step(1, states, 3, run.rows, {"mlp": lambda tensor, rows: tensor.zero_()})
     assert torch.equal(states, run.states)
     assert torch.equal(recording.kept["mlp", 1], kept)
-    assert torch.equal(recording.resume(1, states, 3, run.rows), wanted)
+    assert torch.equal(resume(recording, 1, states, 3, run.rows), wanted)
 
 
 @torch.no_grad()

@@ -19,7 +19,6 @@ from errata.edits.edit import Edit
 from errata.metrics.edited import run_edited
 from errata.models.model import Model
 from errata.models.scoring import Score, target_ids
-from errata.passes.packed import HiddenStates
 from errata.passes.packing import PackedBatch, PackedSequence
 
 
@@ -150,9 +149,7 @@ def _placed(
 
 
 @torch.no_grad()
-def _scores(
-    model: Model, batch: PackedBatch, hidden: HiddenStates, places: Sequence[_Place]
-) -> dict[tuple[int, int], Score]:
+def _scores(model: Model, batch: PackedBatch, hidden: Tensor, places: Sequence[_Place]) -> dict[tuple[int, int], Score]:
     """Scores by question and target, with the head run once for a state that several targets are read off."""
     row_of = {sequence: row for row, sequence in enumerate(batch.members)}
     index: dict[tuple[int, int | None, int], int] = {}
@@ -162,7 +159,7 @@ def _scores(
         wanted.append(
             [(index.setdefault((row, piece, at), len(index)), token) for piece, at, token in place.predictions()]
         )
-    states = hidden.of(batch, list(index))
+    states = batch.pick(hidden, list(index))
     tokens: list[list[int]] = [[] for _ in index]
     for each in wanted:
         for state, token in each:

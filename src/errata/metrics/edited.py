@@ -11,18 +11,19 @@ from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from errata.edits.edit import Edit
 from errata.models.model import Model
 from errata.models.weights import down_weight_name
-from errata.passes.packed import HiddenStates, PackedPasses
+from errata.passes.packed import PackedPasses
 from errata.passes.packing import PackedBatch, PackedSequence
 from errata.passes.rowwise import Factors, RowChanges, can_be_rowwise, row_changes
 
 
 def run_edited(
     model: Model, sequences: Sequence[PackedSequence], variants: Sequence[Sequence[Edit | None]]
-) -> Generator[tuple[int, PackedBatch, HiddenStates], None, None]:
+) -> Generator[tuple[int, PackedBatch, Tensor], None, None]:
     """Last hidden states of every variant: (which variant, batch, its hidden states), batch by batch.
 
     Args:
@@ -106,14 +107,14 @@ def _factors(edit: Edit) -> dict[str, Factors]:
     return found
 
 
-def _row_by_row(passes: PackedPasses, plans: Mapping[int, Plan]) -> Iterator[tuple[int, PackedBatch, HiddenStates]]:
+def _row_by_row(passes: PackedPasses, plans: Mapping[int, Plan]) -> Iterator[tuple[int, PackedBatch, Tensor]]:
     """All batches go through a block before any goes on to the next, for its weights are then at hand."""
     batches = list(passes.batches())
     changes = {
         i: [plan.changes.of(torch.tensor(p.members)) for p in batches] for i, plan in plans.items() if plan.changes
     }
     unedited = [passes.enter(batch) for batch in batches]
-    edited: dict[int, list[HiddenStates]] = {}
+    edited: dict[int, list[Tensor]] = {}
     for layer in range(passes.model.n_layers):
         edited |= {i: list(unedited) for i, plan in plans.items() if plan.first == layer}
         wanted = any(plan.first > layer for plan in plans.values())
@@ -137,11 +138,11 @@ def _row_by_row(passes: PackedPasses, plans: Mapping[int, Plan]) -> Iterator[tup
 
 
 def _apart_if_broken(
-    passes: PackedPasses, batch: PackedBatch, hidden: HiddenStates, changes: RowChanges | None = None
-) -> Iterator[tuple[PackedBatch, HiddenStates]]:
+    passes: PackedPasses, batch: PackedBatch, hidden: Tensor, changes: RowChanges | None = None
+) -> Iterator[tuple[PackedBatch, Tensor]]:
     """Where a state is no number, a text may have broken those beside it: then each is run in a row of its own, through
     the model as it stands, with changes that each of all sequences has."""
-    if batch.in_order or hidden.states.isfinite().all():
+    if batch.in_order or hidden.isfinite().all():
         yield batch, hidden
         return
     for alone in passes.apart(batch.members):
@@ -151,7 +152,7 @@ def _apart_if_broken(
         yield alone, hidden
 
 
-def _put_on(passes: PackedPasses, plan: Plan) -> Iterator[tuple[PackedBatch, HiddenStates]]:
+def _put_on(passes: PackedPasses, plan: Plan) -> Iterator[tuple[PackedBatch, Tensor]]:
     """The rows of each edit, with the edit on the model until the next are asked for."""
     model = passes.model
     batches = list(passes.batches([id(edit) for edit in plan.edits]))

@@ -187,7 +187,7 @@ def healths(
             for place, member in enumerate(batch.members):
                 if variant or member < len(edits):
                     tokens = range(len(sequences[member].prefix))
-                    kept[variant][member] = hidden.of(batch, [(place, None, token) for token in tokens])
+                    kept[variant][member] = batch.pick(hidden, [(place, None, token) for token in tokens])
     found = []
     for i, pair in enumerate(probabilities):
         own, after = (_said(model, states[i][-1]) for states in kept)

@@ -46,28 +46,6 @@ class _Entered(Exception):
 
 
 @dataclass(frozen=True)
-class HiddenStates:
-    """Hidden states of a packed batch between two blocks. Made by `PackedPasses.enter`.
-
-    Attributes:
-        states: `[b, w, d_model]`.
-        begin: index of the first position; behind the last block, positions before the first wanted one are left out.
-    """
-
-    states: Tensor
-    begin: int = 0
-
-    def of(self, batch: PackedBatch, wanted: Sequence[tuple[int, int | None, int]]) -> Tensor:
-        """Hidden states `[n, d_model]` of tokens, named as in `PackedBatch.find`.
-
-        Raises:
-            KeyError: if there is no such token, or it is not wanted.
-        """
-        rows, columns = batch.find(wanted)
-        return self.states[rows, columns - self.begin]
-
-
-@dataclass(frozen=True)
 class Mlp:
     """Input `[b, w, d_mlp]` and output `[b, w, d_model]` of a layer's down-projection in one pass."""
 
@@ -123,35 +101,34 @@ class PackedPasses:
             yield one_a_row(chosen, [self.sequences[i] for i in chosen])
 
     @torch.no_grad()
-    def enter(self, batch: PackedBatch) -> HiddenStates:
-        """Hidden states that enter the first block."""
+    def enter(self, batch: PackedBatch) -> Tensor:
+        """Hidden states that enter the first block, `[b, w, d_model]`."""
         states = _entering(self.model, [text for i in batch.members for text in self.sequences[i].texts])
-        return HiddenStates(states[batch.texts.to(states.device), batch.offsets.to(states.device)])
+        return states[batch.texts.to(states.device), batch.offsets.to(states.device)]
 
     @torch.no_grad()
     def step(
         self,
         batch: PackedBatch,
         layer: int,
-        entering: HiddenStates,
+        states: Tensor,
         changes: RowChanges | None = None,
         patches: Mapping[str, Patch] | None = None,
-    ) -> HiddenStates:
-        """Hidden states that leave block `layer`.
+    ) -> Tensor:
+        """Hidden states that leave block `layer`; behind the last block, those from the first wanted position on.
 
         Args:
             batch: what is run.
             layer: the block.
-            entering: hidden states that enter it.
+            states: hidden states that enter it, `[b, w, d_model]`.
             changes: of the model's weights, an entry for each sequence of the batch.
             patches: as of `TokenBatch.step`.
         """
-        model, states = self.model, entering.states
+        model = self.model
         here = changes.within(f"{model.anatomy.blocks}.{layer}.").of(_owners(batch)) if changes else None
         # Of tokens whose state nobody asks for, the last block's keys and values are enough.
         begin = batch.begin if layer == model.n_layers - 1 else 0
-        left = self.tokens(batch).step(layer, states, states.shape[1] - begin, patches, here)
-        return HiddenStates(left, begin)
+        return self.tokens(batch).step(layer, states, states.shape[1] - begin, patches, here)
 
     def tokens(self, batch: PackedBatch) -> TokenBatch:
         """The batch as blocks are called on it."""
@@ -164,7 +141,7 @@ class PackedPasses:
             )
         return self._batches[batch]
 
-    def watched(self, batch: PackedBatch, layer: int, entering: HiddenStates) -> tuple[HiddenStates, Mlp]:
+    def watched(self, batch: PackedBatch, layer: int, states: Tensor) -> tuple[Tensor, Mlp]:
         """Hidden states that leave block `layer`, and what its down-projection read and wrote on the way."""
         seen: dict[str, Tensor] = {}
 
@@ -174,17 +151,17 @@ class PackedPasses:
 
             return keep
 
-        left = self.step(batch, layer, entering, patches={part: keeper(part) for part in ("key", "value")})
+        left = self.step(batch, layer, states, patches={part: keeper(part) for part in ("key", "value")})
         return left, Mlp(seen["key"], seen["value"])
 
     @torch.no_grad()
-    def moved(self, batch: PackedBatch, layer: int, left: HiddenStates, mlp: Mlp, changes: RowChanges) -> HiddenStates:
+    def moved(self, batch: PackedBatch, layer: int, left: Tensor, mlp: Mlp, changes: RowChanges) -> Tensor:
         """Hidden states that leave block `layer` with changes of its down-projection alone, from those that leave it
         without."""
         [name] = changes.factors
-        added = changes.of(_owners(batch)[:, left.begin :]).adder(name)(mlp.keys)
+        added = changes.of(_owners(batch)[:, -left.shape[1] :]).adder(name)(mlp.keys)
         before, after = (self.model.added(layer, each) for each in (mlp.values, mlp.values + added.to(mlp.values)))
-        return HiddenStates(left.states + (after - before).to(left.states.device), left.begin)
+        return left + (after - before).to(left.device)
 
 
 def _owners(batch: PackedBatch) -> Tensor:
@@ -278,9 +255,9 @@ def _mismatch(passes: PackedPasses, batch: PackedBatch, recording: Recording) ->
     def states(layer: int) -> Tensor:
         return recording.states[layer][0, batch.offsets]
 
-    if not same_states(passes.enter(batch).states[held], states(0)[held]):
+    if not same_states(passes.enter(batch)[held], states(0)[held]):
         return Mismatch(0, "it is given other hidden states")
     tokens = passes.tokens(batch)
     return mismatch(tokens.step, range(last + 1), states, held) or mismatch(
-        lambda layer, entering: passes.step(batch, layer, HiddenStates(entering)).states, [last], states, wanted
+        lambda layer, entering: passes.step(batch, layer, entering), [last], states, wanted
     )

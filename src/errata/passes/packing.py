@@ -113,15 +113,19 @@ class PackedBatch:
         prefix = (piece[:, None] == 0) & (offset[:, None] < at[:, :, None])
         return (same_owner & (own | prefix))[:, None]
 
-    def find(self, wanted: Sequence[tuple[int, int | None, int]]) -> tuple[Tensor, Tensor]:
-        """Row and position `[n]` of tokens, named by: index in `members`, continuation or None, index in that.
+    def pick(self, states: Tensor, wanted: Sequence[tuple[int, int | None, int]]) -> Tensor:
+        """Hidden states `[n, d_model]` of wanted tokens.
+
+        Args:
+            states: of all positions of the rows, or of their last ones, `[b, w, d_model]`.
+            wanted: index in `members` of each token's sequence, its continuation or None, its index in that.
 
         Raises:
             KeyError: if there is no such token, or it is not wanted.
         """
         found = [self._places[owner, 0 if piece is None else piece + 1, index] for owner, piece, index in wanted]
         rows, columns = torch.tensor(found).reshape(-1, 2).unbind(1)
-        return rows, columns
+        return states[rows, columns - len(self.rows[0])]
 
     @cached_property
     def _places(self) -> dict[tuple[int, int, int], tuple[int, int]]:

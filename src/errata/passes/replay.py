@@ -116,22 +116,6 @@ class Recording:
             parts.append(batch.step(layer, states[chosen], keep, bound))
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
-    def resume(
-        self,
-        layer: int,
-        states: Tensor,
-        token: int,
-        rows: Tensor,
-        patches: Mapping[Stream, RowPatch] | None = None,
-        keep: int | None = None,
-    ) -> Tensor:
-        """The last block's states `[r, keep or n, d_model]` if `states` enter block `layer`. As `step`, block by block;
-        `patches` name their layers."""
-        for index in range(layer, self.model.n_layers):
-            here = {part: patch for (part, its_layer), patch in (patches or {}).items() if its_layer == index}
-            states = self.step(index, states, token, rows, here, keep if index == self.model.n_layers - 1 else None)
-        return states
-
     def past(self, layer: int, rows: Tensor, token: int) -> Past | Earlier:
         """The tokens before `token` in some rows: attention's keys and values in block `layer`, or what enters it."""
         if self.engine == "plain":
@@ -176,7 +160,7 @@ def record(
     Args:
         model: any decoder.
         batch: texts of the same length in tokens.
-        patches: as in `passes.patching.run`; none of a stream that is kept.
+        patches: as in `passes.hooks`; none of a stream that is kept.
         keep: streams to keep beside the states.
         tokens_at_once: see `Recording`; None: what suits the device.
         first: what only blocks below this one need is not kept.
