@@ -21,14 +21,11 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
-import torch
-from torch.nn import functional
-
 from errata.base.autocast import without_autocast
-from errata.base.budgets import padded_groups, predictions
 from errata.base.errors import ConfigError, FactError
 from errata.base.extras import needed
 from errata.models.model import Model
+from errata.models.scoring import score_rows
 from errata.models.tokens import encode
 
 ESSENCE_LENGTH = 100  # tokens of the essence texts that count, in the published code
@@ -179,7 +176,9 @@ def perplexity(
         rows += _windows(ids[:before], ids[before:], room, step)
     if not rows:
         raise FactError("no text has a token that another stands before, so there is nothing to foretell: give longer")
-    return Surprise(math.fsum(_surprises(model, rows)), sum(len(ids) - first for ids, first in rows))
+    return Surprise(
+        -math.fsum(score.total for score in score_rows(model, rows)), sum(len(ids) - first for ids, first in rows)
+    )
 
 
 def essence_perplexity(
@@ -203,8 +202,8 @@ def essence_perplexity(
     ids = ids[: min(max_length, model.max_length)]
     if len(ids) < 2:
         return math.nan
-    [total] = _surprises(model, [(ids, 1)])
-    return _exp(total / (len(ids) if reference else len(ids) - 1))
+    [score] = score_rows(model, [(ids, 1)])
+    return _exp(-score.total / (len(ids) if reference else len(ids) - 1))
 
 
 def _windows(before: list[int], ids: list[int], room: int, stride: int) -> Iterator[Row]:
@@ -215,23 +214,6 @@ def _windows(before: list[int], ids: list[int], room: int, stride: int) -> Itera
         begin = max(0, end - room)
         yield before + ids[begin:end], len(before) + done - begin
         done, end = end, min(end + stride, len(ids))
-
-
-@torch.no_grad()
-def _surprises(model: Model, rows: Sequence[Row]) -> list[float]:
-    """−log P(ids[first:] | ids[:first]) of each row, in nats; logits are taken in float32 at least."""
-    found: dict[int, float] = {}
-    for chosen in padded_groups([len(ids) for ids, _ in rows], predictions(model.vocab_size)):
-        batch = model.batch([rows[i][0] for i in chosen])
-        unread = min(rows[i][1] for i in chosen) - 1  # positions whose predictions nobody asks for
-        logits = model.forward(batch, keep=batch.input_ids.shape[1] - unread)
-        for row, i in enumerate(chosen):
-            ids, first = rows[i]
-            said = logits[row, first - 1 - unread : len(ids) - 1 - unread]
-            said = said.to(torch.promote_types(said.dtype, torch.float32))
-            each = functional.cross_entropy(said, batch.input_ids[row, first : len(ids)], reduction="none")
-            found[i] = float(each.double().sum())
-    return [found[i] for i in range(len(rows))]
 
 
 def _exp(value: float) -> float:

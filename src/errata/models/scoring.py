@@ -123,11 +123,15 @@ def score(
     if len(between) != len(prompts):
         raise FactError(f"there are {len(prompts)} prompts and {len(between)} separators: each prompt needs its own")
     pairs = [target_ids(model.tokenizer, *each) for each in zip(prompts, targets, between, strict=True)]
+    return score_rows(model, pairs)
+
+
+def score_rows(model: Model, rows: Sequence[tuple[list[int], int]]) -> list[Score]:
+    """Scores of the tokens of texts from an index on: rows are token ids, and the first that is scored."""
     scores: dict[int, Score] = {}
-    for chosen in padded_groups([len(ids) for ids, _ in pairs], predictions(model.vocab_size)):
-        rows = [pairs[i] for i in chosen]
-        scores.update(zip(chosen, _score_batch(model, rows), strict=True))
-    return [scores[i] for i in range(len(pairs))]
+    for chosen in padded_groups([len(ids) for ids, _ in rows], predictions(model.vocab_size)):
+        scores.update(zip(chosen, _score_batch(model, [rows[i] for i in chosen]), strict=True))
+    return [scores[i] for i in range(len(rows))]
 
 
 @torch.no_grad()
