@@ -186,7 +186,7 @@ def test_what_autograd_keeps_stays_within_half_the_memory(family, monkeypatch):
     model = load_pretrained((tiny(family, 6, torch.float64), byte_tokenizer()), name=family)
     plain_gradients, most = gradients._Runs._gradients, []
 
-    def watched(self, token, lanes):
+    def watched(self, token, fractions):
         kept = {}
 
         def note(tensor):
@@ -194,7 +194,7 @@ def test_what_autograd_keeps_stays_within_half_the_memory(family, monkeypatch):
             return tensor.detach()
 
         with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-            found = plain_gradients(self, token, lanes)
+            found = plain_gradients(self, token, fractions)
         weights = {parameter.untyped_storage().data_ptr() for parameter in model.hf.parameters()}
         most.append(sum(storage.nbytes() for address, storage in kept.items() if address not in weights))
         return found

@@ -33,7 +33,7 @@ from errata.passes.block_call import PAST, Call, Earlier, Past
 from errata.passes.hooks import Patch, hooked
 from errata.passes.token_batch import TokenBatch, mismatch
 
-# What a patch of a resumed block is given: the stream `[r, n, d]` of some of the rows, and which rows these are.
+# A patch of a resumed block. It is given the stream `[r, n, d]` of some of the rows, and which rows these are.
 RowPatch = Callable[[Tensor, slice], Tensor]
 
 Engine = Literal["replay", "plain"]
@@ -48,7 +48,7 @@ class _Enough(Exception):
 
 
 class Recording:
-    """What was kept of one forward pass without padding. Made by `record`.
+    """One recorded forward pass without padding. Made by `record`.
 
     Attributes:
         model: the model that ran; its weights must not change as long as the recording is used.
@@ -57,8 +57,8 @@ class Recording:
         states: states[l] enters block l and states[l + 1] leaves it, each `[rows, length, d_model]` on the model's
             device; from `first` on.
         kept: the other streams asked for, `[rows, length, d]`.
-        tokens_at_once: `step` passes at most about so many tokens to a block in one call; rows that see many earlier
-            tokens count for more.
+        tokens_at_once: about the number of tokens that `step` passes to a block in one call; rows that see many
+            earlier tokens count for more.
         engine: "replay", or "plain" where every block is run on whole texts.
     """
 
@@ -155,7 +155,7 @@ def record(
     first: int = 0,
     check: bool = True,
 ) -> Recording:
-    """Run the model and keep what a replay needs.
+    """Run the model and record what a replay needs.
 
     Args:
         model: any decoder.
@@ -163,8 +163,8 @@ def record(
         patches: as in `passes.hooks`; none of a stream that is kept.
         keep: streams to keep beside the states.
         tokens_at_once: see `Recording`; None: what suits the device.
-        first: what only blocks below this one need is not kept.
-        check: whether to make sure that blocks can be resumed; to be left out where what is made of it is checked.
+        first: the lowest block that will be resumed.
+        check: whether to check that blocks can be resumed; False where what is made of the recording is checked.
 
     Raises:
         ValueError: if the texts differ in length.
@@ -204,7 +204,7 @@ def engine_of(model: Model) -> Engine:
 
 
 def tell_if_plain(model: Model) -> None:
-    """Warn that runs take longer, if they do."""
+    """Warn that runs take longer on this model, if they do."""
     if engine_of(model) == "plain":
         warnings.warn(
             f"{model.name} cannot be resumed in the middle of a text (it has recurrent layers, convolutions or a cache "
@@ -254,7 +254,7 @@ def _record(
 
     def end(tensor: Tensor) -> None:
         states[model.n_layers] = tensor.clone()
-        raise _Enough  # what the head says of it nobody asks here
+        raise _Enough  # nobody asks the head here
 
     watched = {**{stream: keeper(stream) for stream in keep}, ("state", model.n_layers - 1): end}
     entering = [functools.partial(block.register_forward_pre_hook, enter, with_kwargs=True) for block in model.blocks]

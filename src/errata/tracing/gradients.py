@@ -322,11 +322,11 @@ class _Runs:
         costs = [head + block * (self.model.n_layers - layer) for (layer, _), _ in points]
         unfinished: dict[_Site, Tensor] = {}
         for group in groups(costs, memory):
-            lanes = {
+            fractions = {
                 site: slice(first[1], first[1] + 1 + len(others))
                 for site, (first, *others) in groupby(points[group.start : group.stop], lambda point: point[0])
             }
-            for (site, some), gradients in zip(lanes.items(), self._gradients(token, lanes), strict=True):
+            for (site, some), gradients in zip(fractions.items(), self._gradients(token, fractions), strict=True):
                 integral = self._activation(site, token).cpu().double() * (self.weights[some] @ gradients)
                 integral = integral + unfinished.pop(site, 0)
                 if some.stop == len(self.alphas):
@@ -334,15 +334,15 @@ class _Runs:
                 else:
                     unfinished[site] = integral
 
-    def _gradients(self, token: int, lanes: Mapping[_Site, slice]) -> list[Tensor]:
+    def _gradients(self, token: int, fractions: Mapping[_Site, slice]) -> list[Tensor]:
         """∂P_αx[o] / ∂(αx) `[points, d_model]`, float64 on the CPU, of each site for some of the α."""
         layers, clean = self.model.n_layers, self.recording.states
         leaves: list[Tensor] = []
         states = clean[0].new_empty(0, self.recording.length - token, self.model.d_model)
-        for layer in range(min(layer for layer, _ in lanes), layers):
+        for layer in range(min(layer for layer, _ in fractions), layers):
             if len(states):
                 states = self._step(layer, states, token, keep=1 if layer == layers - 1 else None)
-            for (its_layer, part), some in lanes.items():
+            for (its_layer, part), some in fractions.items():
                 if its_layer == layer:
                     x = self._activation((layer, part), token)
                     leaves.append((self.alphas[some, None] * x).to(x.dtype).requires_grad_())

@@ -120,14 +120,14 @@ class _Ended:
     Attributes:
         token: which.
         traced: indexes of the facts.
-        lanes: (part, layers of the sites), of rows for every fact and sample.
+        variants: (part, layers of the sites), each of rows for every fact and sample.
         states: the last block's `[rows, scored, d_model]`.
         targets: `[rows, scored]`.
     """
 
     token: int
     traced: Sequence[int]
-    lanes: Sequence[tuple[str, tuple[int, ...]]]
+    variants: Sequence[tuple[str, tuple[int, ...]]]
     states: Tensor
     targets: Tensor
 
@@ -150,7 +150,7 @@ class _Runs:
         if len(lengths) != 1:
             raise ValueError(f"facts that are traced together have one length, not {sorted(lengths)}")
         ((self.length, self.prompt),) = lengths
-        self.starts = plan(config.parts, model.n_layers, config.width(model.n_layers), config.window_edges)
+        self.groups = plan(config.parts, model.n_layers, config.width(model.n_layers), config.window_edges)
         self.clean = torch.zeros(len(facts), dtype=torch.float64)
         self.corrupted = torch.zeros(len(facts), dtype=torch.float64)
         shape = (len(facts), self.prompt, model.n_layers)
@@ -234,17 +234,19 @@ class _Runs:
         device, count = self.model.device, len(self.facts)
         # What the last block writes at a token that is not scored reaches nothing.
         reaching = self.model.n_layers if token >= self.prompt - 1 else self.model.n_layers - 1
-        starts = [start for start in self.starts if start.layer < reaching]
+        groups = [group for group in self.groups if group.layer < reaching]
         ended = []
         numbers = len(rows) * (self.length - token) * self.model.d_model  # of one restored variant
         # The states of a sweep are there thrice when rows join.
         most = self.memory // 4 // 3 // self.model.dtype.itemsize
-        for group in budgets.groups([len(start.ends) * numbers for start in starts], most):
-            some = [starts[i] for i in group]
-            lanes, states = sweep(
+        for chosen in budgets.groups([len(group.ends) * numbers for group in groups], most):
+            some = [groups[i] for i in chosen]
+            variants, states = sweep(
                 recording, some, token, (rows + count).to(device), owner.to(device), scored=self.scored
             )
-            ended.append(_Ended(token, traced, lanes, states.flatten(0, 1), self.targets[owner].repeat(len(lanes), 1)))
+            ended.append(
+                _Ended(token, traced, variants, states.flatten(0, 1), self.targets[owner].repeat(len(variants), 1))
+            )
         return ended
 
     def _read_restored(self, ended: Sequence[_Ended], corrupted: np.ndarray) -> None:
@@ -254,10 +256,10 @@ class _Runs:
         states, targets = torch.cat([e.states for e in ended]), torch.cat([e.targets for e in ended])
         found = self._probabilities(states, targets).split([len(e.states) for e in ended])
         for each, values in zip(ended, found, strict=True):
-            sums = values.reshape(len(each.lanes), len(each.traced), -1).sum(-1).numpy()
-            for (part, layers), of_lane in zip(each.lanes, sums, strict=True):
+            sums = values.reshape(len(each.variants), len(each.traced), -1).sum(-1).numpy()
+            for (part, layers), of_variant in zip(each.variants, sums, strict=True):
                 for layer in layers:
-                    self.restored[part][each.traced, each.token, layer] += of_lane - corrupted[each.traced]
+                    self.restored[part][each.traced, each.token, layer] += of_variant - corrupted[each.traced]
 
     def _probabilities(self, states: Tensor, targets: Tensor) -> Tensor:
         """Probabilities of answers `[rows, scored]` after last states `[rows, scored, d_model]`.

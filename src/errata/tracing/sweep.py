@@ -1,9 +1,9 @@
 """All restored runs of one token in a single sweep through the blocks.
 
-A restored run is the corrupted run up to the first restored site. So it joins the sweep only there: as the corrupted
-run's states at this token and after it, with what was restored put in. Rows whose windows of layers begin together are
-the same until the first window ends; they share a lane until then. Tokens before the restored one are never run again,
-nor is any block below it.
+A restored run equals the corrupted run up to its first restored site, so its rows join the sweep there: as the
+corrupted run's hidden states from this token on, with the restored output put in. Runs whose windows of layers begin
+together are the same until the first window ends, and share their rows until then. Tokens before the restored one are
+never run again, nor is any block below it.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ _SEVERED = {"severed_mlp": "mlp", "severed_attention": "attention"}
 
 
 @dataclass(frozen=True)
-class Start:
-    """Restored runs that begin alike.
+class VariantGroup:
+    """Restored variants of a run whose first restored site is the same.
 
     Attributes:
         part: what is restored, one of `PARTS`.
@@ -38,9 +38,9 @@ class Start:
     ends: tuple[tuple[int, tuple[int, ...]], ...]
 
 
-def plan(parts: Sequence[str], layers: int, width: int, edges: WindowEdges) -> list[Start]:
-    """Where the restored runs of all layers begin and end, for one token."""
-    starts = []
+def plan(parts: Sequence[str], layers: int, width: int, edges: WindowEdges) -> list[VariantGroup]:
+    """The restored variants of all layers, for one token."""
+    groups = []
     for part in parts:
         windows: dict[int, dict[int, list[int]]] = {}
         for layer in range(layers):
@@ -48,11 +48,11 @@ def plan(parts: Sequence[str], layers: int, width: int, edges: WindowEdges) -> l
                 window_layers(layer, width, edges, layers) if part in ("mlp", "attention") else range(layer, layer + 1)
             )
             windows.setdefault(reach[0], {}).setdefault(reach[-1], []).append(layer)
-        starts += [
-            Start(part, first, tuple((last, tuple(sites)) for last, sites in sorted(ends.items())))
+        groups += [
+            VariantGroup(part, first, tuple((last, tuple(sites)) for last, sites in sorted(ends.items())))
             for first, ends in sorted(windows.items())
         ]
-    return starts
+    return groups
 
 
 def window_layers(layer: int, width: int, edges: WindowEdges, layers: int) -> range:
@@ -62,48 +62,48 @@ def window_layers(layer: int, width: int, edges: WindowEdges, layers: int) -> ra
 
 
 @dataclass
-class _Lane:
+class _Variant:
     """Rows of the sweep, one for each corrupted row, in which the same sites are restored."""
 
-    start: Start
+    group: VariantGroup
     ends: list[tuple[int, tuple[int, ...]]]  # those still ahead
 
     def holds(self, layer: int) -> str | None:
         """The part whose output is put in place of what block `layer` would write at the token, if any."""
-        if self.start.part in _SEVERED:
-            return _SEVERED[self.start.part]
-        inside = self.start.part != "state" and self.ends[0][0] >= layer
-        return self.start.part if inside else None
+        if self.group.part in _SEVERED:
+            return _SEVERED[self.group.part]
+        inside = self.group.part != "state" and self.ends[0][0] >= layer
+        return self.group.part if inside else None
 
 
 @torch.no_grad()
 def sweep(
-    recording: Recording, starts: Sequence[Start], token: int, corrupted: Tensor, clean: Tensor, scored: int = 1
+    recording: Recording, groups: Sequence[VariantGroup], token: int, corrupted: Tensor, clean: Tensor, scored: int = 1
 ) -> tuple[list[tuple[str, tuple[int, ...]]], Tensor]:
     """The restored runs of one token.
 
     Args:
         recording: of clean and corrupted runs, with the streams that are restored or severed; where MLPs are restored,
             with both.
-        starts: which restored runs.
+        groups: which restored variants.
         token: index of the restored token.
         corrupted: recorded rows `[g]` of corrupted runs.
         clean: for each, the recorded row `[g]` of its clean run.
         scored: how many positions at the end are wanted.
 
     Returns:
-        For each lane of rows, (part, layers of the sites that it serves), and the last block's states
-        `[lanes, g, scored, d_model]`.
+        For each variant, (part, layers of the sites that it serves), and the last block's states
+        `[variants, g, scored, d_model]`.
     """
-    lanes: list[_Lane] = []
+    variants: list[_Variant] = []
     count, layers = recording.length - token, recording.model.n_layers
     states = recording.states[0].new_empty(0, len(corrupted), count, recording.states[0].shape[-1])
-    for layer in range(min(start.layer for start in starts), layers):
+    for layer in range(min(group.layer for group in groups), layers):
         wanted = count if layer < layers - 1 else scored  # of the last block
-        if lanes:
-            rows = corrupted.repeat(len(lanes))
-            held = [lane.holds(layer) for lane in lanes]
-            sources = torch.cat([corrupted if lane.start.part in _SEVERED else clean for lane in lanes])
+        if variants:
+            rows = corrupted.repeat(len(variants))
+            held = [variant.holds(layer) for variant in variants]
+            sources = torch.cat([corrupted if variant.group.part in _SEVERED else clean for variant in variants])
             patches = _put(recording, held, layer, token, sources)
             states = recording.step(
                 layer,
@@ -112,24 +112,26 @@ def sweep(
                 rows,
                 patches if wanted == count else None,
                 wanted,
-            ).unflatten(0, (len(lanes), -1))
+            ).unflatten(0, (len(variants), -1))
         joining = []
-        for index, lane in enumerate(list(lanes)):
-            if lane.ends[0][0] == layer and len(lane.ends) > 1:  # one window ends here, the others go on
-                lanes.append(_Lane(lane.start, [lane.ends.pop(0)]))
+        for index, variant in enumerate(list(variants)):
+            if variant.ends[0][0] == layer and len(variant.ends) > 1:  # one window ends here, the others go on
+                variants.append(_Variant(variant.group, [variant.ends.pop(0)]))
                 joining.append(states[index])
-        for start in starts:
-            if start.layer == layer:
-                lanes.append(_Lane(start, list(start.ends)))
+        for group in groups:
+            if group.layer == layer:
+                variants.append(_Variant(group, list(group.ends)))
                 joined = recording.states[layer + 1][corrupted, token:]
-                joined[:, 0] = _restored(recording, start.part, layer, token, corrupted, clean)
+                joined[:, 0] = _restored(recording, group.part, layer, token, corrupted, clean)
                 joining.append(joined[:, -wanted:])
-                if start.ends[0][0] == layer and len(start.ends) > 1:
-                    lanes.append(_Lane(start, [lanes[-1].ends.pop(0)]))
+                if group.ends[0][0] == layer and len(group.ends) > 1:
+                    variants.append(_Variant(group, [variants[-1].ends.pop(0)]))
                     joining.append(joining[-1])
         if joining:
             states = torch.cat([states, torch.stack(joining)])
-    return [(lane.start.part, tuple(site for _, sites in lane.ends for site in sites)) for lane in lanes], states
+    return [
+        (variant.group.part, tuple(site for _, sites in variant.ends for site in sites)) for variant in variants
+    ], states
 
 
 def _restored(recording: Recording, part: str, layer: int, token: int, corrupted: Tensor, clean: Tensor) -> Tensor:
@@ -148,11 +150,11 @@ def _restored(recording: Recording, part: str, layer: int, token: int, corrupted
 def _put(
     recording: Recording, held: Sequence[str | None], layer: int, token: int, sources: Tensor
 ) -> dict[str, RowPatch]:
-    """Patches that put, in lanes that hold a part, its recorded output of rows `sources` at the token."""
-    group = len(sources) // len(held)
+    """Patches that put a part's recorded output of rows `sources` at the token, in variants that hold the part."""
+    count = len(sources) // len(held)
 
     def patch(part: str) -> RowPatch:
-        where = torch.tensor([one == part for one in held], device=sources.device).repeat_interleave(group)
+        where = torch.tensor([one == part for one in held], device=sources.device).repeat_interleave(count)
         values = recording.kept[part, layer][sources, token]
 
         def put(tensor: Tensor, rows: slice) -> Tensor:
