@@ -7,19 +7,18 @@ from there on texts of all lengths go in few batches, and predictions are made o
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from errata.base import budgets
 from errata.base.text import joined
 from errata.models.model import Model
 from errata.models.scoring import target_ids
 from errata.passes.replay import record
-from errata.passes.suffixes import Slice, SuffixBatch, Suffixes, collate, slice_recording
+from errata.passes.suffixes import Slice, Suffixes, collate, slice_recording
 
 
 @dataclass(frozen=True)
@@ -82,11 +81,6 @@ def recorded_together(model: Model, layer: int, kinds: Sequence[Sequence[Text]])
             if rows:
                 own.append(slice_recording(recording, rows, (0, count), (layer, model.n_layers)))
     return [collate(model, own) for own in slices]
-
-
-def micro_batches(model: Model, suffixes: Suffixes, labels: Iterable[int]) -> Iterator[SuffixBatch]:
-    """The texts of these labels, as many at once as suits the device."""
-    yield from suffixes.micro_batches(set(labels), budgets.tokens(model.device, "backward"))
 
 
 @dataclass(frozen=True)

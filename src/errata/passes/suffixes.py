@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from errata.base.budgets import groups
+from errata.base import budgets
 from errata.base.errors import UnsupportedModel
 from errata.models.model import Model
 from errata.passes.block_call import Call, Earlier, MaskValues, Past, is_mask
@@ -144,11 +144,12 @@ class Suffixes:
     def __init__(self, batches: Sequence[SuffixBatch]):
         self.batches = tuple(batches)
 
-    def micro_batches(self, labels: Container[int], tokens: int) -> Iterator[SuffixBatch]:
-        """The rows with these labels, about so many tokens at a time."""
+    def micro_batches(self, labels: Container[int], tokens: int | None = None) -> Iterator[SuffixBatch]:
+        """The rows with these labels, about so many tokens at a time; None: as many as suit gradients."""
         for batch in self.batches:
+            most = tokens or budgets.tokens(batch.model.device, "backward")
             chosen = [row for row, label in enumerate(batch.labels) if label in labels]
-            for group in groups([batch.states.shape[1]] * len(chosen), tokens):
+            for group in budgets.groups([batch.states.shape[1]] * len(chosen), most):
                 yield batch.of([chosen[i] for i in group])
 
 

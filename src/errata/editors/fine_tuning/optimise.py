@@ -18,7 +18,7 @@ from torch import Tensor
 from errata.base.errors import Diverged, ErrataError
 from errata.editors.fine_tuning.config import FineTuningConfig
 from errata.editors.fine_tuning.trained import full_name, with_weights
-from errata.editors.texts import Text, kept, micro_batches, predictions, recorded
+from errata.editors.texts import Text, kept, predictions, recorded
 from errata.models.frozen import frozen
 from errata.models.model import Model
 from errata.passes.suffixes import SuffixBatch
@@ -133,7 +133,7 @@ class _Objective:
         """The loss of each of these facts."""
         found: dict[int, float] = {}
         decay = self.config.weight_decay
-        for batch in micro_batches(self.model, self.suffixes, facts):
+        for batch in self.suffixes.micro_batches(facts):
             owners = list(batch.labels)
             weights = {
                 fact: [before + delta for before, delta in zip(self.before, deltas[fact], strict=True)]

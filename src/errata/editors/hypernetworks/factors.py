@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from errata.base.errors import ConfigError
-from errata.editors.texts import Text, kept, micro_batches, predictions, recorded
+from errata.editors.texts import Text, kept, predictions, recorded
 from errata.models.frozen import frozen
 from errata.models.model import Model
 from errata.models.weights import mlp_maps
@@ -71,7 +71,7 @@ def gradient_factors(
     found: dict[str, list[tuple[Tensor, Tensor, Tensor]]] = {name: [] for name in maps}
     suffixes = suffixes or recorded(model, first, texts)
     with frozen(model), torch.enable_grad():
-        for batch in micro_batches(model, suffixes, range(len(texts))):
+        for batch in suffixes.micro_batches(range(len(texts))):
             some = [texts[row] for row in batch.labels]
             with tapped(model, maps) as taps:
                 states = batch.resume(first, batch.states, model.n_layers, keep=kept(some))

@@ -17,7 +17,7 @@ from torch import Tensor
 from errata.editors.hypernetworks.factors import Factors, edited_maps, gradient_factors, padded
 from errata.editors.hypernetworks.lessons import Lesson
 from errata.editors.hypernetworks.network import Network, Shapes, condition
-from errata.editors.texts import Predictions, Text, kept, micro_batches, predictions, recorded_together, text_of
+from errata.editors.texts import Predictions, Text, kept, predictions, recorded_together, text_of
 from errata.models.frozen import frozen
 from errata.models.model import Model
 from errata.models.weights import matrix
@@ -170,10 +170,9 @@ class _Trial:
 
     def judged(self, changes: Padded, edit: float = 0.0, locality: float = 0.0) -> Judged:
         """What these changes come to; with factors, gradients of the sums times these are left on the changes."""
-        model = self.model
         losses, moved = torch.zeros(self.count), torch.zeros(self.count)
         success = torch.zeros(self.count, dtype=torch.bool)
-        for batch in micro_batches(model, self.suffixes[1], range(self.count)):
+        for batch in self.suffixes[1].micro_batches(range(self.count)):
             said = self._said(batch, self.equivalents, [*batch.labels], changes)
             each = said.losses()
             if edit:
@@ -181,7 +180,7 @@ class _Trial:
             hits = (said.logits.argmax(-1) == said.targets).to(each.dtype)
             rows = torch.tensor(batch.labels)
             losses[rows], success[rows] = each.detach().float().cpu(), (said.mean(hits) == 1).cpu()
-        for batch in micro_batches(model, self.suffixes[2], range(len(self.others))):
+        for batch in self.suffixes[2].micro_batches(range(len(self.others))):
             own = [self.owners[label] for label in batch.labels]
             with torch.no_grad():
                 before = self._said(batch, self.others, own, None).logits.log_softmax(-1)

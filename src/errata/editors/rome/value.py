@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -24,7 +24,6 @@ from torch import Tensor
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from errata.base import budgets
 from errata.base.errors import ConfigError, Diverged, ErrataError
 from errata.editors.rome.config import RomeConfig
 from errata.editors.rome.key import Recorded
@@ -202,7 +201,7 @@ class _Objective:
         if config.value_form == "z":  # else the first call, with no δ yet, tells
             with torch.no_grad():
                 kl = {i for i, text in enumerate(self.texts) if text.kind == "kl"}
-                for batch in self._micro_batches(kl):
+                for batch in self.recorded.after.micro_batches(kl):
                     logits, _, _ = self._predictions(batch, None)
                     self.untouched.update(zip(batch.labels, logits.log_softmax(-1), strict=True))
 
@@ -210,7 +209,7 @@ class _Objective:
         """The facts whose δ some prediction of the target can hear of."""
         found: set[int] = set()
         contexts = {i for i, text in enumerate(self.texts) if text.kind == "context"}
-        for batch in self._micro_batches(contexts):
+        for batch in self.recorded.after.micro_batches(contexts):
             heard = batch.reached(self.layer + 1, self.recorded.loss_layer + 1)
             for row, i in enumerate(batch.labels):
                 if heard[row, -len(self.texts[i].targets) :].any():
@@ -234,7 +233,7 @@ class _Objective:
             gradients += self.config.weight_decay * variable.detach()
         nll, kl, probability = (torch.zeros_like(decay) for _ in range(3))
         wanted = {i for i, owner in enumerate(self.owners.tolist()) if owner in facts}
-        for batch in self._micro_batches(wanted):
+        for batch in self.recorded.after.micro_batches(wanted):
             with torch.set_grad_enabled(differentiate):
                 nll_each, owner, kl_each, kl_owner = self._losses(batch, deltas)
                 share = nll_each / self.contexts[owner]
@@ -244,9 +243,6 @@ class _Objective:
             probability.index_add_(0, owner, (-nll_each.detach()).exp() / self.contexts[owner])
             kl.index_add_(0, kl_owner, kl_each.detach())
         return torch.stack([nll + kl + decay.detach(), nll, kl, decay.detach(), probability], 1), gradients
-
-    def _micro_batches(self, wanted: set[int]) -> Iterator[SuffixBatch]:
-        return self.recorded.after.micro_batches(wanted, budgets.tokens(self.model.device, "backward"))
 
     def _losses(self, batch: SuffixBatch, deltas: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Of the contexts of a batch their mean negative log-probability and facts; of its KL prompts too."""
