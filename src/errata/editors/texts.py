@@ -66,7 +66,7 @@ def recorded(model: Model, layer: int, texts: Sequence[Text]) -> Suffixes:
 
 
 def recorded_together(model: Model, layer: int, kinds: Sequence[Sequence[Text]]) -> list[Suffixes]:
-    """As `recorded`, for several kinds of texts that are to be run apart: all of one length share a forward pass."""
+    """`recorded` for several kinds of texts that run separately: texts of one length share a forward pass."""
     places = [(kind, label) for kind, texts in enumerate(kinds) for label in range(len(texts))]
 
     def length(place: tuple[int, int]) -> int:
@@ -85,13 +85,13 @@ def recorded_together(model: Model, layer: int, kinds: Sequence[Sequence[Text]])
 
 @dataclass(frozen=True)
 class Predictions:
-    """What is said where targets are predicted, p places in all.
+    """Predictions at the positions where targets are predicted, p in all.
 
     Attributes:
         logits: `[p, v]`, in float32 at least.
-        rows: which row each is of, `[p]`.
-        targets: the tokens, `[p]`.
-        count: how many rows there are.
+        rows: the row of each, `[p]`.
+        targets: the target tokens, `[p]`.
+        count: number of rows.
     """
 
     logits: Tensor
@@ -100,7 +100,7 @@ class Predictions:
     count: int
 
     def mean(self, values: Tensor) -> Tensor:
-        """Of a number a place, `[p]`, the mean over each row's places, `[count]`."""
+        """Mean over each row's positions, `[count]`, of one number a position, `[p]`."""
         places = torch.bincount(self.rows, minlength=self.count)
         return values.new_zeros(self.count).index_add(0, self.rows, values) / places
 
@@ -110,12 +110,12 @@ class Predictions:
 
 
 def kept(texts: Sequence[Text]) -> int:
-    """How many tokens at the end of the last block's output the predictions are read off."""
+    """Number of tokens at the end of the last block's output that the predictions need."""
     return max(max(text.from_end) for text in texts)
 
 
 def predictions(model: Model, texts: Sequence[Text], states: Tensor) -> Predictions:
-    """What the model says at the places of these texts, one a row of the last block's states `[r, n, d_model]`."""
+    """Predictions for texts, one in each row of the last block's states `[r, n, d_model]`."""
     device = states.device
     rows = torch.tensor([row for row, text in enumerate(texts) for _ in text.targets], device=device)
     from_end = torch.tensor([place for text in texts for place in text.from_end], device=device)

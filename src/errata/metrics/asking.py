@@ -31,7 +31,7 @@ class Question:
     separator: str | None = None
 
     def rows(self, model: Model) -> list[tuple[list[int], int]]:
-        """Of each target, the token ids of the whole text, and how many are the prompt's."""
+        """For each target, the token ids of the whole text, and how many are the prompt's."""
         return [target_ids(model.tokenizer, self.prompt, target, self.separator) for target in self.targets]
 
 
@@ -95,7 +95,7 @@ def ask_together(
 
 @dataclass(frozen=True)
 class _Place:
-    """Where a target of a question stands among the sequences.
+    """Position of a question's target among the sequences.
 
     Attributes:
         sequence: which of them; continuation: which of its continuations, None for the prefix.
@@ -122,7 +122,7 @@ class _Place:
 def _placed(
     model: Model, number: int, question: Question | Passage, next_sequence: int
 ) -> tuple[list[_Place], list[PackedSequence]]:
-    """Where a question's targets stand, and the sequences that they need: one, unless their first tokens differ."""
+    """Positions of a question's targets, and the sequences that they need: one, unless their first tokens differ."""
     rows = question.rows(model)
     places: list[_Place] = []
     prefixes: list[tuple[int, ...]] = []
@@ -177,7 +177,7 @@ def _scores(model: Model, batch: PackedBatch, hidden: Tensor, places: Sequence[_
 
 
 def _said(logits: Tensor, tokens: Sequence[Sequence[int]]) -> list[dict[int, tuple[float, bool]]]:
-    """Of each row of logits, for some tokens, the log-probability, and whether it is the most probable."""
+    """For each row of logits, some tokens with their log-probability and whether it is the most probable token."""
     wide = logits if logits.dtype == torch.float64 else logits.float()
     whole, best = wide.logsumexp(-1).tolist(), wide.argmax(-1).tolist()
     rows = torch.tensor([row for row, some in enumerate(tokens) for _ in some], device=wide.device)

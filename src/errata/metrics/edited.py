@@ -52,7 +52,7 @@ def run_edited(
 
 @dataclass(frozen=True)
 class Plan:
-    """How the texts of a variant are run.
+    """The way in which the texts of a variant run.
 
     Attributes:
         edits: for each text, the edit that is on.
@@ -81,7 +81,7 @@ class Plan:
         return cls(tuple(edits), first, changes)
 
     def moves(self, model: Model) -> bool:
-        """Whether the lowest edited block differs in its down-projection alone, with digits enough to add that on."""
+        """True if the lowest edited block differs in its down-projection alone, in a dtype that can add it."""
         here = self.changes.within(f"{model.anatomy.blocks}.{self.first}.") if self.changes else None
         own = down_weight_name(model, self.first)
         return here is not None and list(here.factors) == [own] and model.dtype.itemsize >= 4
@@ -140,8 +140,8 @@ def _row_by_row(passes: PackedPasses, plans: Mapping[int, Plan]) -> Iterator[tup
 def _apart_if_broken(
     passes: PackedPasses, batch: PackedBatch, hidden: Tensor, changes: RowChanges | None = None
 ) -> Iterator[tuple[PackedBatch, Tensor]]:
-    """Where a state is no number, a text may have broken those beside it: then each is run in a row of its own, through
-    the model as it stands, with changes that each of all sequences has."""
+    """The batch; or, if a hidden state is not finite, its sequences again with a row for each text, since one text may
+    have broken those beside it. `changes` are of all sequences."""
     if batch.in_order or hidden.isfinite().all():
         yield batch, hidden
         return
@@ -172,7 +172,7 @@ def _put_on(passes: PackedPasses, plan: Plan) -> Iterator[tuple[PackedBatch, Ten
 
 
 def alike(edits: Sequence[Edit | None]) -> list[tuple[Edit | None, list[int]]]:
-    """Each edit, and the rows that have it."""
+    """Distinct edits, with the rows that have each."""
     groups: dict[int, list[int]] = {}
     for i, edit in enumerate(edits):
         groups.setdefault(id(edit), []).append(i)

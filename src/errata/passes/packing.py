@@ -106,7 +106,7 @@ class PackedBatch:
 
     @cached_property
     def sees(self) -> Tensor:
-        """Which positions see which, `[b, 1, w, w]`; empty ones see each other."""
+        """True where a position (third axis) sees another (last axis), `[b, 1, w, w]`; empty ones see each other."""
         owner, piece, _, offset, at, _ = self._columns
         same_owner = owner[:, :, None] == owner[:, None]
         own = (piece[:, :, None] == piece[:, None]) & (offset[:, None] <= offset[:, :, None])
@@ -138,7 +138,7 @@ class PackedBatch:
 
     @cached_property
     def _columns(self) -> tuple[Tensor, ...]:
-        """Each attribute of the tokens, `[b, w]`."""
+        """The attributes of the tokens, each `[b, w]`."""
         return torch.tensor(self.rows).unbind(-1)
 
 
@@ -156,7 +156,7 @@ def side_by_side(
 
 
 def one_a_row(members: Sequence[int], sequences: Sequence[PackedSequence]) -> PackedBatch:
-    """Each prefix in a row of its own, and each continuation with the tokens before it."""
+    """Sequences with every text in a row of its own: prefixes, and continuations with the tokens before them."""
     width = max(sequence.length for sequence in sequences)
     rows = []
     for pieces in _pieces(sequences):

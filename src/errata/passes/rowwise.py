@@ -1,7 +1,7 @@
-"""Another edit in every row of a batch, without touching a weight.
+"""A different edit in every row of a batch, added on the fly; no weight changes.
 
-A change of low rank, ΔW = write @ read, adds write @ (read @ x) to what its linear map makes of x. A hook does so with
-factors of its own for every row, or every token, so that one forward pass is a pass of many edited models.
+A low-rank change, ΔW = write @ read, adds write @ (read @ x) to the output of its linear map for x. A hook does this
+with different factors for every row or token, so that one forward pass evaluates many edited models.
 """
 
 from __future__ import annotations
@@ -24,28 +24,27 @@ Factors = tuple[Tensor, Tensor]  # write [d_out, k], read [k, d_in]
 
 @dataclass(frozen=True)
 class RowChanges:
-    """Changes of linear maps, others in every row. Made by `row_changes`.
+    """Low-rank changes of linear maps, different in every row. Made by `row_changes`.
 
     Attributes:
-        factors: by name of the weight, write `[e, d_out, k]` and read `[e, k, d_in]` of e changes; of those of lower
-            rank, or none, the rest is zero.
-        rows: `[r]`, which of the changes each row has; or `[r, n]`, which each token has; -1: none.
+        factors: by name of the weight, write `[e, d_out, k]` and read `[e, k, d_in]` of e changes, padded with zeros.
+        rows: index of each row's change, `[r]`, or of each token's, `[r, n]`; -1: none.
     """
 
     factors: Mapping[str, Factors]
     rows: Tensor
 
     def of(self, rows: Tensor | slice) -> RowChanges:
-        """Those of some rows, in any shape."""
+        """The changes of selected rows, in any shape."""
         return RowChanges(self.factors, self.rows[rows])
 
     def within(self, prefix: str) -> RowChanges:
-        """Those of weights whose names begin so."""
+        """The changes of weights whose names begin with a prefix."""
         return RowChanges({name: each for name, each in self.factors.items() if name.startswith(prefix)}, self.rows)
 
     def adder(self, name: str) -> Callable[[Tensor], Tensor]:
-        """What the changes of a weight add, `[..., d_out]`, to what its linear map makes of tokens `[..., d_in]`, those
-        of the first row first.
+        """Function from the input of a weight's linear map, `[..., d_in]`, rows in order, to what its changes add to
+        the output, `[..., d_out]`.
 
         In float32 at least, on the device of the weight.
         """
@@ -70,8 +69,8 @@ class RowChanges:
 
 
 def _grouped(owners: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Which owners `[n]` there are, the items of each, `[e, m]`, with others where it has fewer than another, and where
-    in that table each item is, counted through `[n]`."""
+    """The distinct owners `[e]`; a table of the items of each, `[e, m]`, filled up with any; and the place of each item
+    in the flattened table, `[n]`."""
     present, owners, counts = owners.unique(return_inverse=True, return_counts=True)
     order, width = owners.argsort(stable=True), max(counts.tolist(), default=0)
     before = (counts.cumsum(0) - counts).repeat_interleave(counts)
@@ -104,7 +103,7 @@ def row_changes(model: Model, changes: Sequence[Mapping[str, Factors]]) -> RowCh
 
 
 def can_be_rowwise(model: Model, name: str) -> bool:
-    """Whether a weight belongs to one linear map alone, so that a hook there is all that a change of it does."""
+    """True if a weight belongs to one linear map alone, so that a hook there has the effect of a change."""
     owner, _, leaf = name.rpartition(".")
     weight = model.weight(name)
     owners = sum(each is weight for _, each in model.hf.named_parameters(remove_duplicate=False))

@@ -34,7 +34,7 @@ class FirstTokenCosines:
 
     @property
     def sink(self) -> bool:
-        """Whether first tokens have one key, and the same tokens after another one do not."""
+        """True if first tokens share one key, and the same tokens behind another one do not."""
         return self.first >= SINK and 1 - self.first < (1 - self.second) / 3
 
 

@@ -1,7 +1,7 @@
-"""What enters and leaves any linear map of a model, with a gradient to what leaves it.
+"""Inputs and outputs of linear maps of a model, with gradients to the outputs.
 
 The gradient of a loss to a map's weight is a sum over tokens, Σ δ ⊗ u: u enters the map, δ is the loss's gradient to
-what leaves it. Both are had without a gradient to the weight itself.
+what leaves it. Both are available without a gradient to the weight itself.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from errata.models.model import Model
 
 @dataclass
 class Tap:
-    """What went through a map in the last pass.
+    """Input and output of a map in the last pass.
 
     Attributes:
         entering: `[..., d_in]`, detached.

@@ -312,7 +312,7 @@ class _Runs:
         self.probability = float(logs[self.target].exp())
 
     def integrals(self, token: int, sites: Sequence[_Site], memory: int) -> Iterator[tuple[_Site, Tensor]]:
-        """Each site, in ascending order of layers, with its I, float64 `[d_model]` on the CPU.
+        """Sites in ascending order of layers, each with its I, float64 `[d_model]` on the CPU.
 
         Raises:
             Diverged: if a probability or gradient is no finite number.
@@ -362,7 +362,7 @@ class _Runs:
         return gradients
 
     def _at_token(self, layer: int, part: str, token: int, scaled: Tensor) -> Tensor:
-        """What leaves block `layer` at the token `[r, 1, d_model]`, with `scaled` `[r, d_model]` for the activation."""
+        """Hidden state that leaves block `layer` at the token, `[r, 1, d_model]`, with `scaled` for the activation."""
         if part == "state":
             return scaled[:, None]
         entering = self.recording.states[layer][:, token : token + 1].repeat(len(scaled), 1, 1)
@@ -384,7 +384,7 @@ class _Runs:
         return logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
 
     def _bytes_kept(self, token: int) -> int:
-        """What autograd keeps of one block for one row from the token on, by trying."""
+        """Bytes that autograd keeps of one block for one row from the token on, by trying."""
         kept: dict[int, torch.UntypedStorage] = {}  # alive, so that no two have one address
 
         def note(tensor: Tensor) -> Tensor:
@@ -399,5 +399,5 @@ class _Runs:
         return sum(storage.nbytes() for address, storage in kept.items() if address not in weights)
 
     def _bytes_of_head(self) -> int:
-        """What logits, log-probabilities and their gradients take of one row."""
+        """Bytes of one row's logits, log-probabilities and their gradients."""
         return 4 * self.model.vocab_size * self.alphas.element_size()

@@ -41,7 +41,7 @@ def checked_memory(memory: int | None, model: Model) -> int:
 
 
 def rows_at_once(model: Model, length: int, config: TraceConfig, memory: int) -> int:
-    """How many rows of `length` tokens may be recorded together: at least two, a clean and a corrupted one."""
+    """Number of rows of `length` tokens that are recorded together: at least two, a clean and a corrupted one."""
     # A state, keys and values for each layer, and the outputs that are restored or held.
     streams = 3 + len(_kept_parts(config))
     per_row = length * model.n_layers * streams * model.d_model * model.dtype.itemsize
@@ -160,7 +160,7 @@ class _Runs:
 
     @property
     def scored(self) -> int:
-        """How many positions at the end predict the answer."""
+        """Number of positions at the end that predict the answer."""
         return self.length - self.prompt + 1
 
     def corrupted_tokens(self, fact: Prepared) -> range:
@@ -195,7 +195,7 @@ class _Runs:
         self._restore(recording, owner, corrupted.numpy(), tell)
 
     def _read_answers(self, clean: Tensor) -> None:
-        """What the model says, and what is scored, from the last states `[facts, scored, d_model]` of clean runs."""
+        """Set next tokens and scored answers from the last states `[facts, scored, d_model]` of clean runs."""
         self.said = self.model.unembed(clean[:, 0]).argmax(-1).cpu()
         own = [(int(token),) for token in self.said]
         self.targets = torch.tensor([fact.target or mine for fact, mine in zip(self.facts, own, strict=True)])

@@ -46,7 +46,7 @@ Progress = Callable[[Step], None]
 
 @dataclass(frozen=True)
 class Found:
-    """What training one fact came to.
+    """Result of training on one fact.
 
     Attributes:
         changes: ΔW by name within the block, as the model stores the parameter, in float32 at least.
@@ -160,7 +160,7 @@ class _Objective:
         return predictions(model, texts, out).losses()
 
     def _trained_block(self, fact: int, weights: Sequence[Tensor], keep: int | None) -> Tensor:
-        """What leaves the trained block with these parameters, `[1, keep or n, d_model]`."""
+        """Hidden states that leave the trained block with these parameters, `[1, keep or n, d_model]`."""
         batch = self.alone[fact]
         rounded = {
             name: wide.to(stored.dtype) for name, wide, stored in zip(self.names, weights, self.weights, strict=True)

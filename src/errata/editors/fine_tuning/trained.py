@@ -1,4 +1,4 @@
-"""Which parameters are trained, and a block that runs with others in their place."""
+"""The parameters that are trained, and a block that runs with others in their place."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def _before_attention(model: Model, layer: int) -> list[str]:
 
 
 def with_weights(block: nn.Module, weights: Mapping[str, Tensor], work: Callable[[], T]) -> T:
-    """What `work` gives if meanwhile a block has these tensors for its parameters of those names."""
+    """Result of `work` while a block has these tensors in place of its parameters of those names."""
     return functional_call(_Meanwhile(block), {f"block.{name}": each for name, each in weights.items()}, (work,))
 
 

@@ -57,7 +57,7 @@ def edited_maps(model: Model, blocks: int) -> tuple[str, ...]:
 def gradient_factors(
     model: Model, texts: Sequence[Text], maps: Sequence[str], first: int, suffixes: Suffixes | None = None
 ) -> dict[str, Factors]:
-    """Of each map the factors of each text's loss, −log P of its target in nats, mean over the target's tokens.
+    """Gradient factors, by map, of each text's loss: −log P of its target in nats, mean over the target's tokens.
 
     Args:
         model: left as it is.

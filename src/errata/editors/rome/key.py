@@ -1,4 +1,4 @@
-"""What is computed once: the key k*, the value it meets, and the runs that the new value is then searched in.
+"""All that is computed once: the key k*, the value at it, and recorded runs to search the new value in.
 
 k* = 1/N Σ_j k(x_j + p), where p is the prompt up to the fact's token: what the edited MLP's down-projection reads
 there, averaged over contexts. So it is in the published code; equation 3 of the paper has k(x_j + s), the subject s
@@ -26,7 +26,7 @@ from errata.passes.suffixes import Slice, Suffixes, collate, slice_recording
 
 @dataclass(frozen=True)
 class Keys:
-    """What one layer's down-projection reads and writes at the fact's token of some texts.
+    """Inputs and outputs of one layer's down-projection at the fact's token of some texts.
 
     Attributes:
         keys: `[n, d_mlp]`, as the model computed them.
@@ -47,13 +47,13 @@ class Keys:
         return self.values.cpu().double().mean(0)
 
     def of(self, rows: Sequence[int]) -> Keys:
-        """Those of some texts."""
+        """The keys and values of selected texts."""
         return Keys(self.keys[list(rows)], self.values[list(rows)])
 
 
 @dataclass(frozen=True)
 class Recorded:
-    """What is kept of the run of some texts.
+    """The recorded run of some texts.
 
     Attributes:
         texts: all of them.

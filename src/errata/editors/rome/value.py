@@ -245,7 +245,7 @@ class _Objective:
         return torch.stack([nll + kl + decay.detach(), nll, kl, decay.detach(), probability], 1), gradients
 
     def _losses(self, batch: SuffixBatch, deltas: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Of the contexts of a batch their mean negative log-probability and facts; of its KL prompts too."""
+        """Mean negative log-probability and fact of each context of a batch; divergence and fact of each KL prompt."""
         logits, rows, targets = self._predictions(batch, deltas)
         owners = self.owners[list(batch.labels)]
         of_targets, of_kl = logits.split([len(targets), len(logits) - len(targets)])
@@ -283,7 +283,7 @@ class _Objective:
         return logits, rows, torch.tensor(targets, dtype=torch.long, device=self.model.device)
 
     def _changed(self, batch: SuffixBatch, deltas: Tensor) -> Tensor:
-        """What leaves the edited block `[c, n, d_model]` where δ changes what it adds at the fact's token."""
+        """Hidden states that leave the edited block, `[c, n, d_model]`, with δ at the fact's token."""
         labels, states = list(batch.labels), batch.states
         owners = self.owners[labels]
         values = self.recorded.keys.values[labels].to(deltas)
