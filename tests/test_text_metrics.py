@@ -129,7 +129,7 @@ def test_what_is_no_list_or_no_length_is_refused():
 def test_without_nltk_the_extra_is_named(monkeypatch):
     text_module._splitters.cache_clear()
     monkeypatch.setitem(sys.modules, "nltk.tokenize.punkt", None)
-    with pytest.raises(MissingExtra, match=r"errata\[evaluation\]"):
+    with pytest.raises(MissingExtra, match=r"errata-lm\[evaluation\]"):
         words("a b")
 
 
