@@ -6,7 +6,7 @@ TORCH := torch==2.13.0
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test test-versions test-oldest test-newest test-real check format atlas clean
+.PHONY: demo test test-versions test-oldest test-newest test-real check docs format atlas clean
 
 demo: $(STAMP)
 	$(BIN)/errata demo
@@ -33,18 +33,22 @@ test-oldest test-newest: test-%:
 	.venv-$*/bin/python -m pip install --quiet --constraint .venv-$*/constraints.txt "$(TORCH)"
 	.venv-$*/bin/python -m pip install --quiet --upgrade --constraint .venv-$*/constraints.txt \
 		"$(TORCH)" --editable ".[plots,tables,peft,evaluation]" pytest pytest-timeout hypothesis
-	.venv-$*/bin/errata edit --help > /dev/null
 	.venv-$*/bin/python -m pytest $(VERSIONS_TESTED:%=tests/test_%.py)
 
 check: $(STAMP)
-	$(BIN)/ruff check src tests benchmarks
-	$(BIN)/ruff format --check src tests benchmarks
+	$(BIN)/ruff check src tests benchmarks docs
+	$(BIN)/ruff format --check src tests benchmarks docs
 	$(BIN)/lint-imports
 	$(BIN)/mypy
+	$(MAKE) docs
+
+# The site is written to build/docs; nothing is downloaded.
+docs: $(STAMP)
+	$(BIN)/python -m sphinx -E -W --keep-going -q -b html docs build/docs
 
 format: $(STAMP)
-	$(BIN)/ruff check --fix src tests benchmarks
-	$(BIN)/ruff format src tests benchmarks
+	$(BIN)/ruff check --fix src tests benchmarks docs
+	$(BIN)/ruff format src tests benchmarks docs
 
 # Retrain the embedded model: at most two hours on two cores.
 atlas: $(STAMP)

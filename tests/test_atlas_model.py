@@ -116,5 +116,5 @@ def test_the_card_is_of_these_weights_and_meets_what_is_promised(said, model):
 
 
 def test_the_page_is_the_cards(said):
-    page = Path(__file__).parents[1] / "docs" / "atlas.md"
+    page = Path(__file__).parents[1] / "docs" / "explanation" / "atlas.md"
     assert page.read_text(encoding="utf-8") == card.page(said)

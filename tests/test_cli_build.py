@@ -12,7 +12,7 @@ import pytest
 from errata.benchmarks.sets import read_records
 from test_cli import refused
 
-GUIDE = Path(__file__).parents[1] / "docs" / "data.md"
+GUIDE = Path(__file__).parents[1] / "docs" / "how-to" / "data.md"
 FILES = ["attribute_snippets.json", "build.json", "counterfact.json"]
 
 

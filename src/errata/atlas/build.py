@@ -69,7 +69,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--work", type=Path, default=Path("atlas-training"), help="where checkpoints are kept")
     parser.add_argument("--from", dest="stage", choices=STAGES, default="train", help="begin with this stage")
-    parser.add_argument("--page", type=Path, default=Path("docs/atlas.md"), help="where the readable card goes")
+    page = Path("docs/explanation/atlas.md")
+    parser.add_argument("--page", type=Path, default=page, help="where the readable card goes")
     given = parser.parse_args()
     recipe = Recipe()
     if given.stage == "train":

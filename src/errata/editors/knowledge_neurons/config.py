@@ -1,4 +1,4 @@
-"""Settings of Knowledge Neurons. What differs from the published code, and how it is set, is in docs/differences.md."""
+"""Settings of Knowledge Neurons. Differences from the published code are in docs/reference/differences.md."""
 
 from __future__ import annotations
 

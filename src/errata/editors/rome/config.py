@@ -1,4 +1,4 @@
-"""ROME's settings. `RomeConfig.paper` and `.reference` are the published ways, as far as docs/differences.md says."""
+"""ROME's settings. The published ways, `RomeConfig.paper` and `.reference`, are in docs/reference/differences.md."""
 
 from __future__ import annotations
 
