@@ -72,19 +72,20 @@ def _documented(name: str) -> str:
 
 
 def _method(name: str, method: Any) -> str:
-    presets = ", ".join(f'`"{preset}"`' for preset in method.presets)
-    return "\n".join(
-        [
-            "```{eval-rst}",
-            f".. py:function:: errata.{name}(model, rewrites, config=None, *, layer=None, preset=None, seed=0, "
-            "second_moment=None, sequential=False, force=False, errors='raise', progress=None, **settings)",
-            "```",
-            "",
-            f": {escaped(method.summary)} ({escaped(method.source)}). All methods are called alike, see "
-            f"[Method](#errata.editors.method.Method). [Settings](settings.md#{method.config.__name__.lower()}). "
-            f"Presets: {presets or 'none'}.",
-        ]
-    )
+    """A callable object that edits: all of them are called alike, so `Method` has the arguments."""
+    about = f"{method.summary} ({method.source}).".replace("*", r"\*").replace("|", r"\|")
+    presets = [f'   * ``preset="{preset}"``: {found.summary}' for preset, found in method.presets.items()]
+    lines = [
+        "```{eval-rst}",
+        f".. py:function:: errata.{name}(model, rewrites, config=None, **settings)",
+        "",
+        f"   {about} All editors are called alike, see `errata.editors.method.Method`;",
+        f"   its :doc:`settings <settings>` are those of ``{method.config.__name__}``.",
+        "",
+        *presets,
+        "```",
+    ]
+    return "\n".join(lines)
 
 
 def commands() -> str:
