@@ -45,6 +45,12 @@ def test_every_name_of_the_package_is_documented():
         assert name == "__version__" or f"errata.{name}\n" in text or f"errata.{name}(" in text, name
 
 
+def test_attributes_that_a_class_has_from_another_are_documented():
+    text = from_package.api()
+    for path in ("errata.edits.content.Content", "errata.models.decoder.Decoder"):
+        assert f".. autoclass:: {path}\n" in text, path
+
+
 def test_every_setting_is_documented():
     text = from_package.settings()
     classes = [found for found in from_package.subclasses(Config) if found.model_fields]

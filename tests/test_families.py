@@ -28,7 +28,8 @@ from transformers.pytorch_utils import Conv1D
 from errata.base.errors import ConfigError, EditMismatch, UnsupportedModel
 from errata.models.families import Anatomy, find_anatomy, verify
 from errata.models.model import Model
-from errata.models.weights import add_, down_weight_name, linear_matrix, matrix
+from errata.models.modules import linear_matrix
+from errata.models.weights import add_, down_weight_name, matrix
 from tiny import FAMILIES, VERSION, byte_tokenizer, config_of, randomised, tiny
 
 GATED = {

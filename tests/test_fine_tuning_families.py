@@ -14,8 +14,8 @@ from errata.editors.fine_tuning import FineTuningConfig, fine_tune
 from errata.edits.edit import Edit
 from errata.models.loading import load_pretrained
 from errata.models.model import Model
+from errata.models.modules import linear_matrix
 from errata.models.scoring import score
-from errata.models.weights import linear_matrix
 from tiny import ALL_FAMILIES, byte_tokenizer, llama_tokenizer, tiny
 
 LAYERS, LAYER, STEPS = 3, 1, 5

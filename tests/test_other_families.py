@@ -17,7 +17,7 @@ from errata.base.facts import Fact
 from errata.models.generation import generate
 from errata.models.loading import load_pretrained
 from errata.models.model import Model
-from errata.models.weights import linear_matrix
+from errata.models.modules import linear_matrix
 from errata.passes.block_call import MaskValues
 from errata.statistics import collect
 from plain_trace import plain_run

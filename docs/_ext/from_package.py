@@ -67,8 +67,16 @@ def _documented(name: str) -> str:
     found = getattr(errata, name)
     if not (inspect.isclass(found) or inspect.isroutine(found)):  # a method of editing
         return _method(name, found)
-    kind, options = ("autoclass", "   :members:\n") if inspect.isclass(found) else ("autofunction", "")
-    return f"```{{eval-rst}}\n.. {kind}:: errata.{name}\n{options}```"
+    if inspect.isroutine(found):
+        return f"```{{eval-rst}}\n.. autofunction:: errata.{name}\n```"
+    paths = [f"errata.{name}", *(f"{base.__module__}.{base.__name__}" for base in _extended(found))]
+    return "\n\n".join(f"```{{eval-rst}}\n.. autoclass:: {path}\n   :members:\n```" for path in paths)
+
+
+def _extended(found: type) -> list[type]:
+    """Classes of the package that a class extends and that have no place of their own in the reference."""
+    bases = [base for base in found.__mro__[1:] if base.__module__.startswith("errata.")]
+    return [base for base in bases if not issubclass(base, Config) and base.__name__ not in errata.__all__]
 
 
 def _method(name: str, method: Any) -> str:

@@ -75,15 +75,32 @@ def of_type(value: Any, kind: Any) -> Any:
     Raises:
         ValueError: if it is of another; the message says where.
     """
+    with _told():
+        _adapter(kind).validate_python(value, strict=True)
+    return value
+
+
+def instance_of(value: Any, kind: Any) -> Any:
+    """An instance of a type that holds dataclasses and tuples, made from a JSON value, as exactly as `of_type`.
+
+    Raises:
+        ValueError: if the value is of another type; the message says where.
+    """
+    with _told():
+        return _adapter(kind).validate_json(json.dumps(value, allow_nan=False), strict=True)
+
+
+@contextlib.contextmanager
+def _told() -> Iterator[None]:
+    """Say in one line where a value is of another type."""
     from pydantic import ValidationError
 
     try:
-        _adapter(kind).validate_python(value, strict=True)
+        yield
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         where = ".".join(map(str, first["loc"]))
         raise ValueError(shown(f"{where + ': ' if where else ''}{first['msg']}")) from None
-    return value
 
 
 def format_of(header: dict[str, Any]) -> int:

@@ -31,8 +31,8 @@ from torch import Tensor, nn
 from errata.base.autocast import without_autocast
 from errata.base.errors import UnsupportedModel
 from errata.base.interrupt import attached, unbroken
+from errata.models.modules import at_hand, linear_matrix, place
 from errata.models.quantised import require_unquantised
-from errata.models.weights import at_hand, linear_matrix, place
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -6,7 +6,7 @@ import hashlib
 from typing import TYPE_CHECKING
 
 from errata.base.fingerprint import tensor_digest
-from errata.models.weights import at_hand
+from errata.models.modules import at_hand
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

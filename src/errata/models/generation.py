@@ -26,7 +26,7 @@ from errata.base.errors import ConfigError, Diverged, FactError
 from errata.base.interrupt import unbroken
 from errata.base.seeds import derive
 from errata.base.text import moved_spaces
-from errata.models.model import Model, cache_argument
+from errata.models.decoder import Decoder, cache_argument
 from errata.models.quick import quick
 
 # How far logits of a padded prompt may be from those of the prompt alone, relative to the largest.
@@ -35,7 +35,7 @@ _ALIKE = {torch.float64: 1e-5, torch.float32: 1e-3, torch.float16: 1e-2, torch.b
 
 @without_autocast
 def generate(
-    model: Model,
+    model: Decoder,
     prompts: Sequence[str],
     max_new_tokens: int,
     *,
@@ -97,12 +97,12 @@ def generate(
     return [texts[i] for i in range(len(prompts))]
 
 
-def prompt_ids(model: Model, prompt: str) -> list[int]:
+def prompt_ids(model: Decoder, prompt: str) -> list[int]:
     """Token ids of a prompt without the spaces at its end, which belong to what follows."""
     return model.ids(moved_spaces(prompt)[0])
 
 
-def start_text(model: Model) -> str:
+def start_text(model: Decoder) -> str:
     """The text from which a model writes freely: empty, if the tokenizer puts a start token there itself.
 
     Raises:
@@ -134,7 +134,7 @@ def _check(max_new_tokens: int, length: int | None, top_k: int | None, temperatu
 
 
 def _batches(
-    model: Model, lengths: Sequence[int], wanted: Sequence[int], padded: bool
+    model: Decoder, lengths: Sequence[int], wanted: Sequence[int], padded: bool
 ) -> Iterator[tuple[list[int], int]]:
     """(indexes, new tokens): prompts that have room for all go together, as many as memory is for, others alone; those
     of one length, if they cannot be padded."""
@@ -160,7 +160,7 @@ def _batches(
     yield from (([i], model.max_length - lengths[i]) for i in alone)
 
 
-def _settings(model: Model, new_tokens: int) -> GenerationConfig:
+def _settings(model: Decoder, new_tokens: int) -> GenerationConfig:
     """A generation config that says all that matters."""
     end = model.hf.generation_config.eos_token_id
     return GenerationConfig(
@@ -173,7 +173,7 @@ def _settings(model: Model, new_tokens: int) -> GenerationConfig:
 
 
 @unbroken
-def _no_settings_of_its_own(model: Model) -> Iterator[None]:
+def _no_settings_of_its_own(model: Decoder) -> Iterator[None]:
     """Meanwhile the model's own generation config asks for nothing: what ours leaves open is filled in from it."""
     own = model.hf.generation_config
     model.hf.generation_config = GenerationConfig()
@@ -186,7 +186,7 @@ def _no_settings_of_its_own(model: Model) -> Iterator[None]:
 class _Surest(LogitsProcessor):
     """Leaves all tokens: the most probable one is taken, if there is one."""
 
-    def __init__(self, model: Model):
+    def __init__(self, model: Decoder):
         self._name = model.name
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
@@ -205,7 +205,7 @@ def _no_numbers(name: str) -> Diverged:
 class _Draw(LogitsProcessor):
     """Leaves of the next tokens the one that is drawn, by the inverse of the distribution function."""
 
-    def __init__(self, seeds: Sequence[int], steps: int, top_k: int | None, temperature: float, model: Model):
+    def __init__(self, seeds: Sequence[int], steps: int, top_k: int | None, temperature: float, model: Decoder):
         numbers = np.stack([np.random.default_rng(seed).random(steps) for seed in seeds])
         self._numbers = torch.from_numpy(numbers).to(model.device)
         self._top_k, self._temperature, self._name = top_k, temperature, model.name
@@ -224,7 +224,7 @@ class _Draw(LogitsProcessor):
 
 
 def _continue(
-    model: Model, rows: Sequence[Sequence[int]], settings: GenerationConfig, draw: _Draw | None
+    model: Decoder, rows: Sequence[Sequence[int]], settings: GenerationConfig, draw: _Draw | None
 ) -> list[list[int]]:
     """The new tokens alone, of prompts padded on the left."""
     drawing = LogitsProcessorList([draw or _Surest(model)])
@@ -235,7 +235,9 @@ def _continue(
     return [list(itertools.takewhile(lambda token: token not in ends, row)) for row in output[:, width:].tolist()]
 
 
-def _generate(model: Model, rows: Sequence[Sequence[int]], settings: GenerationConfig, roomy: bool, **how: Any) -> Any:
+def _generate(
+    model: Decoder, rows: Sequence[Sequence[int]], settings: GenerationConfig, roomy: bool, **how: Any
+) -> Any:
     width = max(map(len, rows))
     ids = torch.tensor([[model.pad_id] * (width - len(row)) + list(row) for row in rows], device=model.device)
     mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=model.device)
@@ -245,10 +247,10 @@ def _generate(model: Model, rows: Sequence[Sequence[int]], settings: GenerationC
     return model.hf.generate(input_ids=ids, attention_mask=mask, generation_config=settings, **how)
 
 
-_padding: WeakKeyDictionary[Model, dict[tuple[object, ...], bool]] = WeakKeyDictionary()
+_padding: WeakKeyDictionary[Decoder, dict[tuple[object, ...], bool]] = WeakKeyDictionary()
 
 
-def _takes_padding(model: Model) -> bool:
+def _takes_padding(model: Decoder) -> bool:
     """Whether a prompt goes on in a batch, padded and with our cache, as it does alone: recurrent layers may not do so.
 
     Measured once for a model with the attention that it has now.
@@ -261,7 +263,7 @@ def _takes_padding(model: Model) -> bool:
 
 
 @torch.no_grad()
-def _measured(model: Model) -> bool:
+def _measured(model: Decoder) -> bool:
     long = [(17 * i + 5) % model.vocab_size for i in range(min(6, model.max_length - 2))]
     short = long[: len(long) // 2]
     if not short:  # no room for a trial
@@ -308,7 +310,7 @@ class _Roomy(DynamicLayer):
         return self.keys, self.values
 
 
-def _text_after(model: Model, prompt: Sequence[int], new: Sequence[int]) -> str:
+def _text_after(model: Decoder, prompt: Sequence[int], new: Sequence[int]) -> str:
     """The text that new tokens add. Some tokenizers (Llama's) drop the first space of a text, so the
     prompt is decoded with them and then taken off."""
 

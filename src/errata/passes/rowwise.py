@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from errata.base.interrupt import unbroken
 from errata.models.model import Model
-from errata.models.weights import linear_matrix
+from errata.models.modules import linear_matrix
 
 Factors = tuple[Tensor, Tensor]  # write [d_out, k], read [k, d_in]
 

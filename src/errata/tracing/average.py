@@ -18,12 +18,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
-from numpy.typing import NDArray
 
 from errata.base.arguments import checked
 from errata.base.errors import ConfigError
 from errata.base.extras import needed
+from errata.tracing import average_files
 from errata.tracing.corruption import MEASURED
+from errata.tracing.means import COLUMNS, PLACE, SCALARS, SCOPES, Array, Best, Mean, places_of, plain
 from errata.tracing.result import ROLES, CausalTrace
 
 if TYPE_CHECKING:
@@ -33,43 +34,7 @@ if TYPE_CHECKING:
 # Why a trace is left out.
 UNKNOWN, NO_EFFECT = "answer is not the object", "no effect"
 
-COLUMNS = ("mean", "low", "high", "boot_low", "boot_high", "facts")
-PLACE = ("part", "role", "layer")
-SCALARS = ("clean", "corrupted", "total_effect")
-SCOPES = ("subject", "all")
 _BARS = ("state", "severed_attention", "severed_mlp")
-
-Array = NDArray[Any]
-
-
-@dataclass(frozen=True)
-class Mean:
-    """A mean over facts: its normal and bootstrap 95 % intervals, and how many facts it is over.
-
-    Intervals are None below two facts, and the mean is below one.
-    """
-
-    mean: float | None
-    low: float | None
-    high: float | None
-    boot_low: float | None
-    boot_high: float | None
-    facts: int
-
-
-@dataclass(frozen=True)
-class Best:
-    """The site of each fact that restores most, over facts.
-
-    Attributes:
-        effect: its indirect effect.
-        roles: how many facts have it in each role, in the order of `ROLES`.
-        layers: how many facts have it in each layer.
-    """
-
-    effect: Mean
-    roles: tuple[int, ...]
-    layers: tuple[int, ...]
 
 
 @dataclass(frozen=True, eq=False)
@@ -229,9 +194,7 @@ class AverageEffects:
             MissingExtra: if pandas, or for .parquet pyarrow, is not installed; .json needs neither.
             OutputError: if the file cannot be written.
         """
-        from errata.tracing import average_files  # it imports this module
-
-        average_files.write(path, self)
+        average_files.write(path, vars(self), self.to_frame)
 
     @classmethod
     def load(cls, path: str | Path) -> AverageEffects:
@@ -241,9 +204,7 @@ class AverageEffects:
             ResultFileError: if the file is missing, cut short or no averages of ours.
             MissingExtra: if what its format needs is not installed.
         """
-        from errata.tracing import average_files
-
-        return average_files.read(path)
+        return cls(**average_files.read(path))
 
 
 @checked(traces=["CausalTrace"])
@@ -424,15 +385,3 @@ def _means(values: Array, draws: Array) -> list[Mean]:
     """One mean a column of `[facts, columns]`."""
     columns = {name: plain(column) for name, column in _statistics(values, draws).items()}
     return [Mean(*row) for row in zip(*(columns[name] for name in COLUMNS), strict=True)]
-
-
-def plain(values: Array) -> Any:
-    """An array as lists, with None for NaN, which JSON does not have."""
-    plain = values.astype(object)
-    plain[np.isnan(values)] = None
-    return plain.tolist()
-
-
-def places_of(part: str, layers: int) -> list[tuple[str, str, int]]:
-    """(part, role, layer) of the rows of a part in the long table."""
-    return [(part, role, layer) for role in ROLES for layer in range(layers)]

@@ -8,10 +8,10 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from typing_extensions import TypedDict
@@ -19,9 +19,12 @@ from typing_extensions import TypedDict
 from errata.base.errors import ConfigError, ResultFileError
 from errata.base.extras import needed
 from errata.base.files import content, write_text, written_whole
-from errata.base.reading import format_of, load_json, of_type, taking_apart
-from errata.tracing.average import COLUMNS, PLACE, SCALARS, SCOPES, Array, AverageEffects, Best, Mean, places_of, plain
+from errata.base.reading import format_of, instance_of, load_json, taking_apart
+from errata.tracing.means import COLUMNS, PLACE, SCALARS, SCOPES, Array, Best, Mean, places_of, plain
 from errata.tracing.result import ROLES
+
+if TYPE_CHECKING:
+    import pandas
 
 KIND = "average effects"
 FORMAT = 1
@@ -31,19 +34,25 @@ _COLUMN = "errata"  # of a CSV: the header, in one of its rows, so that any read
 _COMMENT = "# errata: "  # where earlier versions have it, before the table
 
 
-def write(path: str | Path, averages: AverageEffects) -> None:
-    """Write averages, whole or not at all; as `AverageEffects.save`."""
+def write(path: str | Path, averages: Mapping[str, Any], to_frame: Callable[[], pandas.DataFrame]) -> None:
+    """Write averages, whole or not at all; as `AverageEffects.save`.
+
+    Args:
+        path: the file; its ending says which format.
+        averages: the fields of `AverageEffects`, by name.
+        to_frame: gives the long table of the sites.
+    """
     ending = Path(path).suffix.lower()
     if ending == ".json":
-        sites = {part: {name: plain(of[name]) for name in COLUMNS} for part, of in averages.sites.items()}
+        sites = {part: {name: plain(of[name]) for name in COLUMNS} for part, of in averages["sites"].items()}
         write_text(path, _dumps({**_header(averages), "sites": sites}))
     elif ending == ".csv":
-        frame = averages.to_frame()
+        frame = to_frame()
         frame[_COLUMN] = [_dumps(_header(averages)), *[None] * (len(frame) - 1)]
         write_text(path, frame.to_csv(index=False, lineterminator="\n"))
     elif ending == ".parquet":
         needed("pyarrow", "tables")
-        frame = averages.to_frame()
+        frame = to_frame()
         frame.attrs["errata"] = _header(averages)
         with written_whole(path) as temporary:
             frame.to_parquet(temporary, engine="pyarrow", index=False)
@@ -54,8 +63,8 @@ def write(path: str | Path, averages: AverageEffects) -> None:
         )
 
 
-def read(path: str | Path) -> AverageEffects:
-    """Saved averages, of any of the three formats; as `AverageEffects.load`."""
+def read(path: str | Path) -> dict[str, Any]:
+    """The fields of saved averages by name, of any of the three formats; as `AverageEffects.load`."""
     path = Path(path)
     ending = path.suffix.lower()
     if not path.is_file() or ending not in ENDINGS:
@@ -63,74 +72,45 @@ def read(path: str | Path) -> AverageEffects:
     with taking_apart(path, "a whole file of averages", advice="Average the traces again"):
         content(path, "averages")  # which tells of a file that is too large, or may not be read
         header, sites = {".json": _read_json, ".csv": _read_csv, ".parquet": _read_parquet}[ending](path)
-        return _from(header, sites)
+        return _fields(header, sites)
 
 
-def _header(averages: AverageEffects) -> dict[str, Any]:
+def _header(averages: Mapping[str, Any]) -> dict[str, Any]:
     """All but the tables, ready for JSON."""
     return {
         "kind": KIND,
         "version": FORMAT,
-        "model": averages.model,
-        "fingerprint": averages.fingerprint,
-        "settings": dict(averages.settings),
-        "versions": dict(averages.versions),
-        "criteria": dict(averages.criteria),
-        "left_out": dict(averages.left_out),
+        **{name: averages[name] for name in ("model", "fingerprint")},
+        **{name: dict(averages[name]) for name in ("settings", "versions", "criteria", "left_out")},
         "roles": list(ROLES),
-        "layers": {part: values.shape[1] for part, values in averages.mean.items()},
-        "means": {name: asdict(mean) for name, mean in averages.means.items()},
-        "best": {part: {scope: asdict(best) for scope, best in of.items()} for part, of in averages.best.items()},
+        "layers": {part: columns["mean"].shape[1] for part, columns in averages["sites"].items()},
+        "means": {name: asdict(mean) for name, mean in averages["means"].items()},
+        "best": {part: {scope: asdict(best) for scope, best in of.items()} for part, of in averages["best"].items()},
     }
 
 
-def _from(header: dict[str, Any], sites: Mapping[str, Mapping[str, Array]]) -> AverageEffects:
+def _fields(header: _Header, sites: Mapping[str, Mapping[str, Array]]) -> dict[str, Any]:
     """From a header and the sites' columns.
 
     Raises:
-        KeyError, TypeError, ValueError: if they are not as they should be.
+        KeyError, ValueError: if they are not as they should be.
     """
     if not sites or not list(sites) == list(header["best"]) == list(header["layers"]):
         raise ValueError("its parts do not fit together")
     for part, columns in sites.items():
         if {columns[name].shape for name in COLUMNS} != {(len(ROLES), header["layers"][part])}:
             raise ValueError(f"the columns of {part!r} are not of one size")
-    return AverageEffects(
-        means={name: Mean(**header["means"][name]) for name in SCALARS},
-        sites=sites,
-        best={
-            part: {
-                scope: Best(Mean(**of[scope]["effect"]), tuple(of[scope]["roles"]), tuple(of[scope]["layers"]))
-                for scope in SCOPES
-            }
-            for part, of in header["best"].items()
-        },
-        left_out=dict(header["left_out"]),
-        criteria=dict(header["criteria"]),
-        model=str(header["model"]),
-        fingerprint=str(header["fingerprint"]),
-        settings=dict(header["settings"]),
-        versions=dict(header["versions"]),
-    )
+    fields: dict[str, Any] = {name: value for name, value in header.items() if name not in ("kind", "roles", "layers")}
+    return {
+        **fields,
+        "means": {name: header["means"][name] for name in SCALARS},
+        "sites": sites,
+        "best": {part: {scope: of[scope] for scope in SCOPES} for part, of in header["best"].items()},
+    }
 
 
 def _dumps(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False, allow_nan=False)
-
-
-class _Mean(TypedDict):
-    mean: float | None
-    low: float | None
-    high: float | None
-    boot_low: float | None
-    boot_high: float | None
-    facts: int
-
-
-class _Best(TypedDict):
-    effect: _Mean
-    roles: list[int]
-    layers: list[int]
 
 
 class _Header(TypedDict):
@@ -145,11 +125,11 @@ class _Header(TypedDict):
     left_out: dict[str, int]
     roles: list[str]
     layers: dict[str, int]
-    means: dict[str, _Mean]
-    best: dict[str, dict[str, _Best]]
+    means: dict[str, Mean]
+    best: dict[str, dict[str, Best]]
 
 
-def _checked(header: Any) -> dict[str, Any]:
+def _checked(header: Any) -> _Header:
     """A header of averages, of a format and with roles that are known."""
     if header["kind"] != KIND:
         raise ValueError(f"it is of the kind {header['kind']!r}")
@@ -160,21 +140,20 @@ def _checked(header: Any) -> dict[str, Any]:
         )
     if header["roles"] != list(ROLES):
         raise ValueError("its roles are others")
-    of_type(header, _Header)
-    return header
+    return instance_of(header, _Header)
 
 
 def _array(column: str, values: Any) -> Array:
     return np.array(values, dtype=np.int64 if column == "facts" else np.float64)
 
 
-def _read_json(path: Path) -> tuple[dict[str, Any], dict[str, dict[str, Array]]]:
-    content = _checked(load_json(path.read_bytes()))
-    parts = content["sites"].items()
-    return content, {part: {name: _array(name, table[name]) for name in COLUMNS} for part, table in parts}
+def _read_json(path: Path) -> tuple[_Header, dict[str, dict[str, Array]]]:
+    content = load_json(path.read_bytes())
+    parts = content.pop("sites").items()
+    return _checked(content), {part: {name: _array(name, table[name]) for name in COLUMNS} for part, table in parts}
 
 
-def _read_csv(path: Path) -> tuple[dict[str, Any], dict[str, dict[str, Array]]]:
+def _read_csv(path: Path) -> tuple[_Header, dict[str, dict[str, Array]]]:
     table = path.read_text(encoding="utf-8")
     if not table.endswith("\n"):  # else a number cut short would pass
         raise ValueError("its last line has no end")
@@ -191,7 +170,7 @@ def _read_csv(path: Path) -> tuple[dict[str, Any], dict[str, dict[str, Array]]]:
     return header, _arrays(header, places, {name: [float(row[name] or "nan") for row in rows] for name in COLUMNS})
 
 
-def _read_parquet(path: Path) -> tuple[dict[str, Any], dict[str, dict[str, Array]]]:
+def _read_parquet(path: Path) -> tuple[_Header, dict[str, dict[str, Array]]]:
     needed("pyarrow", "tables")
     frame = needed("pandas", "tables").read_parquet(path, engine="pyarrow")
     header = _checked(dict(frame.attrs["errata"]))
@@ -200,7 +179,7 @@ def _read_parquet(path: Path) -> tuple[dict[str, Any], dict[str, dict[str, Array
 
 
 def _arrays(
-    header: dict[str, Any], places: Sequence[tuple[str, str, int]], columns: Mapping[str, Sequence[float]]
+    header: _Header, places: Sequence[tuple[str, str, int]], columns: Mapping[str, Sequence[float]]
 ) -> dict[str, dict[str, Array]]:
     """Each part's columns `[roles, layers]` from a long table with its rows in any order."""
     row = {place: index for index, place in enumerate(places)}

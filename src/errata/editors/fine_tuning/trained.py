@@ -12,7 +12,7 @@ from torch.func import functional_call
 from errata.base.errors import UnsupportedModel
 from errata.editors.fine_tuning.config import FineTuningConfig
 from errata.models.model import Model
-from errata.models.weights import linear_matrix
+from errata.models.modules import linear_matrix
 from errata.passes.block_call import Earlier, run
 from errata.passes.replay import record
 

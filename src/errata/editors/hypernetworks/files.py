@@ -15,10 +15,10 @@ from errata.base.errors import ConfigError, EditMismatch, ResultFileError
 from errata.base.reading import of_type, taking_apart
 from errata.base.tensor_files import read_tensors, write_tensors
 from errata.base.versions import library_versions
+from errata.editors.hypernetworks.ke import KeConfig, KeNetwork
+from errata.editors.hypernetworks.mend import MendConfig, MendNetwork
 from errata.editors.hypernetworks.network import Network, NetworkConfig
 from errata.editors.hypernetworks.objective import Place
-from errata.editors.ke import KeConfig, KeNetwork
-from errata.editors.mend import MendConfig, MendNetwork
 from errata.models.fingerprint import weights_digest
 from errata.models.model import Model
 
