@@ -16,6 +16,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from errata.base.differing import differing, flat
 from errata.base.errors import OutputError, ResultFileError
 from errata.base.files import content, written_whole
 from errata.base.reading import format_of, load_json
@@ -235,10 +236,10 @@ def _require_same(
             "file, or finish this one with the errata that began it"
         )
     before, now = (
-        _flat({key: value for key, value in header.items() if key not in {"kind", "version", *ignore}})
+        flat({key: value for key, value in header.items() if key not in {"kind", "version", *ignore}})
         for header in (found, wanted)
     )
-    different = [key for key in {**before, **now} if before.get(key, ...) != now.get(key, ...)]
+    different = differing(before, now, missing=...)
     if different:
         said = "; ".join(_difference(key, before, now, names) for key in different)
         raise ResultFileError(
@@ -253,14 +254,6 @@ def _difference(key: str, before: Mapping[str, Any], now: Mapping[str, Any], nam
     if len(digests) == 2:
         return f"{names.get(key, key)}: others than then"
     return f"{names.get(key, key)} was {_short(before, key)}, now is {_short(now, key)}"
-
-
-def _flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested objects as one, with dotted keys: a message can then name the very setting."""
-    flat: dict[str, Any] = {}
-    for key, inner in value.items():
-        flat |= _flat(inner, f"{prefix}{key}.") if isinstance(inner, dict) and inner else {prefix + key: inner}
-    return flat
 
 
 def _short(header: Mapping[str, Any], key: str) -> str:

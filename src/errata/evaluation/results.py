@@ -25,6 +25,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 from typing_extensions import NotRequired, TypedDict
 
+from errata.base.differing import differing, flat
 from errata.base.errors import ConfigError, ResultFileError
 from errata.base.facts import Fact, Rewrite, as_plain
 from errata.base.files import content
@@ -241,23 +242,20 @@ def _require_one_run(folder: Path, unedited: Results, edited: Sequence[Results])
                 f"{folder / 'records.json'} holds other records than {each.name}.jsonl is of: it was changed by hand. "
                 "Measure again into another folder"
             )
-    own = {"editor", "config", "begun", "records"}
     for each in edited:
-        names = sorted(
-            name
-            for name in (unedited.settings.keys() | each.settings.keys()) - own
-            if unedited.settings.get(name) != each.settings.get(name)
-        )
-        names += [
-            f"records.{name}"
-            for name in ("kind", "source")
-            if unedited.settings["records"].get(name) != each.settings["records"].get(name)
-        ]
+        names = sorted(differing(_shared(unedited), _shared(each)))
         if names:
             raise ResultFileError(
                 f"{editor_file(folder, each.name)} is of another run than {folder / 'unedited.jsonl'} (other "
                 f"{', '.join(names)}), so their numbers do not compare: take it out of the folder"
             )
+
+
+def _shared(results: Results) -> dict[str, Any]:
+    """Settings that all files of a run have in common, flat."""
+    settings = {name: value for name, value in results.settings.items() if name not in ("editor", "config", "begun")}
+    records = {name: settings["records"].get(name) for name in ("kind", "source")}
+    return flat({**settings, "records": records})
 
 
 def _finite(value: float | None) -> float | None:

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from errata.base.arguments import checked
+from errata.base.differing import differing, flat
 from errata.base.errors import ConfigError
 from errata.base.extras import needed
 from errata.tracing import average_files
@@ -293,9 +294,8 @@ def average_effects(
 def _require_alike(first: CausalTrace, other: CausalTrace) -> None:
     """Two traces of one model, made alike."""
     ours, theirs = _compared(first), _compared(other)
-    differing = [name for name in {**ours, **theirs} if ours.get(name) != theirs.get(name)]
-    if differing:
-        said = "; ".join(f"{name}: {ours.get(name)!r} and {theirs.get(name)!r}" for name in differing)
+    if names := differing(ours, theirs):
+        said = "; ".join(f"{name}: {ours.get(name)!r} and {theirs.get(name)!r}" for name in names)
         raise ConfigError(
             f"the traces of {first.fact.text!r} and {other.fact.text!r} differ ({said}), and a mean over both would "
             "say nothing: average those of one model that were traced with the same settings"
@@ -307,16 +307,12 @@ def _compared(trace: CausalTrace) -> dict[str, Any]:
     settings = _settings(trace)
     if settings.get("sigma") is not None:
         settings = {name: value for name, value in settings.items() if name not in MEASURED}
-    compared = {
+    return {
         "model": trace.model,
         "fingerprint": trace.fingerprint,
         **{f"layers of {part}": values.shape[1] for part, values in trace.restored.items()},
-        **settings,
+        **flat(settings),
     }
-    flat: dict[str, Any] = {}
-    for name, value in compared.items():
-        flat |= {f"{name}.{inner}": of for inner, of in value.items()} if isinstance(value, dict) else {name: value}
-    return flat
 
 
 def _settings(trace: CausalTrace) -> dict[str, Any]:
