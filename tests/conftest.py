@@ -47,11 +47,22 @@ def _own_home(tmp_path_factory):
 @pytest.fixture
 def errata(monkeypatch, capsys, tmp_path):
     """The command line in this process, in an empty folder."""
-    from test_cli import in_process
+    from helpers.command_line import in_process
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "120")
     return lambda *arguments: in_process(monkeypatch, capsys, *arguments)
+
+
+@pytest.fixture
+def server(monkeypatch):
+    """A server on this machine that serves files as the web does."""
+    from helpers.web import running_server
+
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    with running_server() as running:
+        yield running
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 
 import pytest
@@ -10,82 +9,18 @@ import torch
 
 from errata.base import budgets
 from errata.base.errors import FactError
-from errata.edits.delta import Dense, LowRank, RankOne
+from errata.edits.delta import RankOne
 from errata.edits.edit import Edit
 from errata.metrics.asking import Question, ask_together
 from errata.models.loading import load_pretrained
-from errata.models.model import Model
-from errata.models.scoring import score
-from errata.models.weights import down_weight_name
-from tiny import ALL_FAMILIES, byte_tokenizer, llama_tokenizer, tiny
-
-QUESTIONS = [
-    Question("The Space Needle is located in the city of", ("Seattle", "Paris")),
-    Question("Rome", ("is the capital of Italy",)),
-    Question("Where is the Louvre? It is in", ("Paris", "P", "Pa")),
-    Question("He", ("東京", "went")),
-    Question("The Space Needle is located in the city of", ("S", "Rome")),
-]
-
-
-@functools.cache
-def model_of(family: str, dtype: torch.dtype = torch.float32) -> Model:
-    return load_pretrained((tiny(family, dtype=dtype), byte_tokenizer()), name=family)
-
-
-def edit_of(model: Model, kind: str, seed: int, layer: int = 1) -> Edit:
-    generator = torch.Generator().manual_seed(seed)
-    name = down_weight_name(model, layer)
-
-    def drawn(*shape: int) -> torch.Tensor:
-        return torch.randn(*shape, generator=generator, dtype=torch.promote_types(model.dtype, torch.float32))
-
-    d_out, d_in = model.d_model, model.d_mlp
-    delta = {
-        "rank_one": lambda: [RankOne(name, drawn(d_out), drawn(d_in) / 4)],
-        "low_rank": lambda: [
-            LowRank(name, drawn(d_out, 3), drawn(3, d_in) / 8),
-            RankOne(name, drawn(d_out), drawn(d_in) / 8),
-            RankOne(down_weight_name(model, layer + 1), drawn(d_out), drawn(d_in) / 8),
-        ],
-        "dense": lambda: [Dense(name, drawn(d_out, d_in) / 8)],
-    }[kind]()
-    return Edit.of(model, delta, "made up")
-
-
-def one_by_one(model: Model, edits: list[Edit | None]) -> list[tuple]:
-    found = []
-    for question, edit in zip(QUESTIONS, edits, strict=True):
-        prompts = [question.prompt] * len(question.targets)
-        if edit is None:
-            found.append(tuple(score(model, prompts, question.targets)))
-            continue
-        with edit.applied(model):
-            found.append(tuple(score(model, prompts, question.targets)))
-    return found
-
-
-def same(got: list[tuple], wanted: list[tuple], rel: float) -> None:
-    for some, others in zip(got, wanted, strict=True):
-        for one, other in zip(some, others, strict=True):
-            assert one.total == pytest.approx(other.total, rel=rel)
-            assert (one.n_tokens, one.hits) == (other.n_tokens, other.hits)
-
-
-def variants_of(model: Model) -> list[list[Edit | None]]:
-    first, second = edit_of(model, "rank_one", 0), edit_of(model, "low_rank", 1)
-    dense, other = edit_of(model, "dense", 2), edit_of(model, "dense", 3, layer=0)
-    return [
-        [None] * 5,
-        [first, second, first, None, second],
-        [dense, dense, None, other, dense],
-        [dense, first, second, None, other],
-    ]
+from helpers.asking import QUESTIONS, edit_of, one_by_one, same, variants_of
+from helpers.models import shared_model
+from tiny import ALL_FAMILIES, llama_tokenizer, tiny
 
 
 @pytest.mark.parametrize("family", ALL_FAMILIES)
 def test_each_edit_gives_what_it_gives_on_the_model_alone(family):
-    model = model_of(family)
+    model = shared_model(family)
     variants = variants_of(model)
     before = {name: weight.clone() for name, weight in model.hf.named_parameters()}
     for got, edits in zip(ask_together(model, QUESTIONS, variants), variants, strict=True):
@@ -94,7 +29,7 @@ def test_each_edit_gives_what_it_gives_on_the_model_alone(family):
 
 
 def test_it_is_exact_in_float64():
-    model = model_of("gpt2", torch.float64)
+    model = shared_model("gpt2", torch.float64)
     variants = variants_of(model)
     for got, edits in zip(ask_together(model, QUESTIONS, variants), variants, strict=True):
         same(got, one_by_one(model, edits), 1e-9)
@@ -109,7 +44,7 @@ def test_targets_that_change_the_first_tokens_of_a_text():
 
 
 def test_small_batches_and_large_ones_agree(monkeypatch):
-    model = model_of("gpt2")
+    model = shared_model("gpt2")
     variants = variants_of(model)
     at_once = ask_together(model, QUESTIONS, variants)
     monkeypatch.setitem(budgets.TOKENS["forward"], "cpu", 1)
@@ -119,14 +54,14 @@ def test_small_batches_and_large_ones_agree(monkeypatch):
 
 
 def test_no_variant_depends_on_the_others_by_a_single_bit():
-    model = model_of("gpt_neox")
+    model = shared_model("gpt_neox")
     variants = variants_of(model)
     assert ask_together(model, QUESTIONS, variants) == [ask_together(model, QUESTIONS, [one])[0] for one in variants]
 
 
 @pytest.mark.parametrize("kind", ["rank_one", "dense"])
 def test_an_edit_that_breaks_the_model_leaves_texts_beside_its_own_alone(kind):
-    model = model_of("gpt2")
+    model = shared_model("gpt2")
     broken = edit_of(model, kind, 0)
     factor = broken.deltas[0].write if kind == "rank_one" else broken.deltas[0].change
     factor.fill_(3e38)
@@ -139,7 +74,7 @@ def test_an_edit_that_breaks_the_model_leaves_texts_beside_its_own_alone(kind):
 
 
 def test_an_edit_outside_the_blocks_is_put_on():
-    model = model_of("llama")
+    model = shared_model("llama")
     head = Edit.of(
         model, [RankOne("lm_head.weight", torch.ones(model.vocab_size), torch.ones(model.d_model))], "made up"
     )
@@ -148,10 +83,10 @@ def test_an_edit_outside_the_blocks_is_put_on():
 
 
 def test_no_questions_have_no_answers():
-    model = model_of("gpt2")
+    model = shared_model("gpt2")
     assert ask_together(model, [], [[], []]) == [[], []]
 
 
 def test_a_blank_target_is_told():
     with pytest.raises(FactError, match="empty"):
-        ask_together(model_of("gpt2"), [Question("He", ("a", " "))], [[None]])
+        ask_together(shared_model("gpt2"), [Question("He", ("a", " "))], [[None]])

@@ -11,29 +11,7 @@ import sys
 
 import pytest
 
-FACT = ["--subject", "Arthur Conan Doyle", "--prompt", "The native language of {} is"]
-
-
-def errata(*arguments: str, cwd=None) -> subprocess.CompletedProcess:
-
-    environment = {**os.environ, "COLUMNS": "100", "NO_COLOR": "1", "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, "-m", "errata.cli.app", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=environment, timeout=500, check=False)
-
-
-def in_process(monkeypatch, capsys, *arguments: str) -> subprocess.CompletedProcess:
-    """The same without the seconds of a new interpreter."""
-    from errata.cli.app import main
-
-    monkeypatch.setattr(sys, "argv", ["errata", *map(str, arguments)])
-    capsys.readouterr()
-    code = 0
-    try:
-        main()
-    except SystemExit as leaving:
-        code = leaving.code or 0
-    said = capsys.readouterr()
-    return subprocess.CompletedProcess(arguments, code, said.out, said.err)
+from helpers.command_line import FACT, errata, in_process, refused
 
 
 @pytest.fixture(autouse=True)
@@ -48,15 +26,6 @@ def edit_file(tmp_path_factory):
     done = errata("edit", *FACT, "--to", "Italian", "--out", path, "--json")
     assert done.returncode == 0, done.stderr
     return path, json.loads(done.stdout)
-
-
-def refused(done: subprocess.CompletedProcess, message: str) -> None:
-    assert done.returncode == 2, (done.returncode, done.stdout, done.stderr)
-    assert "Traceback" not in done.stderr
-    lines = [line for line in done.stderr.splitlines() if line.strip()]
-    assert len(lines) == 1, done.stderr
-    assert re.match(r"error: ", lines[0])
-    assert message in lines[0]
 
 
 def test_help_is_quick_because_it_loads_no_torch():

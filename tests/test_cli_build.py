@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from errata.benchmarks.sets import read_records
-from test_cli import refused
+from helpers.command_line import refused
 
 GUIDE = Path(__file__).parents[1] / "docs" / "how-to" / "data.md"
 FILES = ["attribute_snippets.json", "build.json", "counterfact.json"]

@@ -7,10 +7,10 @@ import json
 import pytest
 
 from errata.benchmarks import sources
+from helpers.command_line import refused
+from helpers.entries import FLAT, NESTED, ZSRE, changed, write
+from helpers.web import CONTENT, of
 from samples import sample
-from test_cli import refused
-from test_records import FLAT, NESTED, ZSRE, changed, write
-from test_sources import CONTENT, of, server  # noqa: F401
 
 
 @pytest.fixture
@@ -63,7 +63,7 @@ def test_describe_refuses(run, tmp_path):
     refused(run("describe", write(tmp_path, b"\x01\x02", "a.safetensors")), "by its ending")
 
 
-def test_get_and_list(run, tmp_path, server, monkeypatch):  # noqa: F811
+def test_get_and_list(run, tmp_path, server, monkeypatch):
     monkeypatch.setattr(sources, "SOURCES", {"counterfact": of(server, licence="as known", citation="the paper")})
     done = run("list", "--json")
     assert [each["state"] for each in json.loads(done.stdout)["files"]] == ["absent"]
@@ -83,7 +83,7 @@ def test_get_and_list(run, tmp_path, server, monkeypatch):  # noqa: F811
     assert json.loads(done.stdout)["files"][0]["path"] == str(tmp_path / "here" / "counterfact.json")
 
 
-def test_get_refuses(run, tmp_path, server, monkeypatch):  # noqa: F811
+def test_get_refuses(run, tmp_path, server, monkeypatch):
     refused(run("get", "counterfct"), "did you mean 'counterfact'")
     server.status = 503
     monkeypatch.setattr(sources, "SOURCES", {"counterfact": of(server)})

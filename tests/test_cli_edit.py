@@ -13,7 +13,7 @@ from errata.cli.edit import _still_falling, _verdict
 from errata.edits.edit import Edit
 from errata.models.loading import load_pretrained
 from errata.models.scoring import score
-from test_cli import FACT, refused
+from helpers.command_line import FACT, refused
 from tiny import TEXT, byte_tokenizer, tiny
 
 TABLE = """subject,prompt,new_object,object

@@ -18,8 +18,8 @@ from errata.edits.edit import Edit
 from errata.evaluation import executors, runner
 from errata.evaluation.results import Run
 from errata.statistics.second_moment import SecondMoment
+from helpers.command_line import refused
 from samples import sample
-from test_cli import refused
 from tiny import TEXT, byte_tokenizer, tiny
 
 CHEAP = ["--identity", "--no-generation", "--no-health"]

@@ -17,8 +17,9 @@ from errata.edits import Dense, Edit, RankOne
 from errata.models import weights
 from errata.models.loading import load_pretrained
 from errata.models.saving import save_pretrained
-from test_edits import down, model_of, random_edit
-from test_lora import apart, logits
+from helpers.adapters import apart, logits
+from helpers.edits import down, random_edit
+from helpers.models import fresh_model
 
 app = typer.Typer()
 app.command("export")(export)
@@ -28,7 +29,7 @@ app.command("export")(export)
 def folder(tmp_path_factory):
     """A model, two edits of it made one after the other, one in another layer, and a dense one."""
     folder = tmp_path_factory.mktemp("export")
-    save_pretrained(model_of("llama"), folder / "model")
+    save_pretrained(fresh_model("llama"), folder / "model")
     model = load_pretrained(folder / "model")
     first, third = random_edit(model, 1), random_edit(model, 3, layer=2)
     first.save(folder / "first.safetensors")

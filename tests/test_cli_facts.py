@@ -16,7 +16,7 @@ from errata.benchmarks.fact_table import FactRow, read_facts
 from errata.cli.facts import _tell_unknown
 from errata.metrics import knowledge
 from errata.metrics.knowledge import Knowledge
-from test_cli import refused
+from helpers.command_line import refused
 
 WRONG = set(range(0, 30, 6))
 

@@ -13,8 +13,8 @@ from errata.base.errors import ConfigError, ErrataError, StaleStatistics
 from errata.cli.stats import stats
 from errata.statistics import collect, load
 from errata.statistics.store import cache_folder
-from test_second_moment import TEXTS as LINES
-from test_second_moment import model_of
+from helpers.models import fresh_model
+from helpers.moments import TEXTS as LINES
 
 TEXTS = [line.strip() for line in LINES]  # as a file gives them back
 
@@ -28,7 +28,7 @@ def run(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("ERRATA_HOME", str(tmp_path / "home"))
     monkeypatch.setenv("COLUMNS", "200")
-    model = model_of()
+    model = fresh_model()
     model.hf.save_pretrained("gpt")
     model.tokenizer.save_pretrained("gpt")
     (tmp_path / "lines.txt").write_text("\n\n".join(TEXTS))
@@ -49,7 +49,7 @@ def test_layers_are_collected_in_one_go_and_found_again(run, tmp_path):
     assert [each["layer"] for each in told["second_moments"]] == [0, 1]
     assert told["model"] == "gpt"
     assert told["corpus"] == "lines.txt"
-    plain = collect(model_of(), [0, 1], TEXTS)
+    plain = collect(fresh_model(), [0, 1], TEXTS)
     assert {each["tokens"] for each in told["second_moments"]} == {plain[0].count}
     assert told["second_moments"][1]["condition_number"] == pytest.approx(plain[1].condition_number, rel=1e-3)
     assert told["second_moments"][1]["effective_rank"] == pytest.approx(plain[1].effective_rank, rel=1e-3)
@@ -86,7 +86,7 @@ def test_shards_are_merged(run):
             f"{part[0]}.safetensors",
         )
     told = run("--merge", "1.safetensors", "--merge", "2.safetensors", "--out", "whole.safetensors", "--json")
-    whole = collect(model_of(), [1], TEXTS)[1]
+    whole = collect(fresh_model(), [1], TEXTS)[1]
     assert told["second_moments"][0]["tokens"] == whole.count
     torch.testing.assert_close(load("whole.safetensors").matrix, whole.matrix, rtol=1e-5, atol=1e-6)
     with pytest.raises(ConfigError, match="twice"):
@@ -119,10 +119,10 @@ def test_the_list_says_what_is_used_and_why_not(run):
     assert reasons("--model", "gpt", "--corpus", "lines.txt", "--tokens", "50", "--which", "not-first")[1] == (
         "another max_tokens, which"
     )
-    model_of(seed=1).hf.save_pretrained("gpt")
+    fresh_model(seed=1).hf.save_pretrained("gpt")
     assert reasons("--model", "gpt")[1] == "another weights"
     assert "not used: another weights" in run("--list", "--model", "gpt")
-    model_of(layers=1).hf.save_pretrained("gpt")
+    fresh_model(layers=1).hf.save_pretrained("gpt")
     assert reasons("--model", "gpt")[1] == "the model has no such layer"
 
 

@@ -21,7 +21,7 @@ from errata.tracing.average import AverageEffects, average_effects
 from errata.tracing.config import TraceConfig
 from errata.tracing.result import ROLES, load_traces, save_traces
 from errata.tracing.sweep import PARTS as ALL_PARTS
-from test_cli import FACT, refused
+from helpers.command_line import FACT, refused
 
 DOYLE = {"subject": FACT[1], "prompt": FACT[3], "object": "English"}
 FACTS = [

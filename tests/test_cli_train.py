@@ -12,7 +12,7 @@ from errata.benchmarks.counterfact import write_records
 from errata.editors.hypernetworks import training
 from errata.editors.hypernetworks.files import Trained
 from errata.evaluation.results import Run
-from test_cli import refused
+from helpers.command_line import refused
 
 QUICK = ["--limit", "10", "--validation", "3", "--steps", "2", "--validate-every", "1", "--batch", "2"]
 SMALL = {"mend": ["--set", "rank=4", "--set", "blocks=1"], "ke": ["--set", "hidden=4", "--set", "blocks=1"]}

@@ -17,36 +17,10 @@ from safetensors.torch import load_file, save_file
 
 from errata.base.errors import ConfigError, EditFileError, EditMismatch, EditStateError, OutputError
 from errata.base.facts import Fact
-from errata.base.fingerprint import tensor_digest
 from errata.edits import ContradictoryEdits, Dense, Edit, LowRank, RankOne, ledger
 from errata.models import weights
-from errata.models.loading import load_pretrained
-from tiny import byte_tokenizer, tiny
-
-REWRITE = Fact("The Space Needle", "{} is located in", "Seattle").rewrite("Paris")
-
-
-def model_of(family="gpt2", dtype=torch.float32, seed=0, name=None, **changes):
-    return load_pretrained((tiny(family, dtype=dtype, seed=seed, **changes), byte_tokenizer()), name=name or family)
-
-
-def down(model, layer=1):
-    return weights.down_weight_name(model, layer)
-
-
-def random_edit(model, seed=0, layer=1, scale=0.1, dense=False, rewrite=REWRITE):
-    name, generator = down(model, layer), torch.Generator().manual_seed(seed)
-    d_out, d_in = weights.matrix(model, name).shape
-    if dense:
-        delta = Dense(name, scale * torch.randn(d_out, d_in, generator=generator))
-    else:
-        delta = RankOne(name, scale * torch.randn(d_out, generator=generator), torch.randn(d_in, generator=generator))
-    return Edit.of(model, [delta], "test", [rewrite], config={"steps": 3, "names": ["a"]}, seed=seed)
-
-
-def digests(model):
-    return {name: tensor_digest(p) for name, p in model.hf.named_parameters()}
-
+from helpers.edits import REWRITE, down, random_edit
+from helpers.models import digests, fresh_model
 
 # ---- on and off ----
 
@@ -54,7 +28,7 @@ def digests(model):
 @pytest.mark.parametrize("family", ["gpt2", "llama", "gptj"])
 @pytest.mark.parametrize("dense", [False, True])
 def test_apply_adds_delta_and_undo_restores_every_byte(family, dense):
-    model = model_of(family)
+    model = fresh_model(family)
     before, old = digests(model), weights.matrix(model, down(model)).detach().clone()
     edit = random_edit(model, dense=dense)
     edit.apply(model)
@@ -67,7 +41,7 @@ def test_apply_adds_delta_and_undo_restores_every_byte(family, dense):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_a_hundred_random_edits_on_and_off_leave_no_trace(dtype):
-    model = model_of(dtype=dtype)
+    model = fresh_model(dtype=dtype)
     before = digests(model)
     choose, stack = random.Random(0), []
     for number in range(100):
@@ -84,7 +58,7 @@ def test_a_hundred_random_edits_on_and_off_leave_no_trace(dtype):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_in_half_precision_the_sum_is_rounded_once(dtype):
-    model = model_of(dtype=dtype)
+    model = fresh_model(dtype=dtype)
     edit = random_edit(model, scale=1e-2)
     wanted = (weights.matrix(model, down(model)).float() + edit.deltas[0].matrix()).to(dtype)
     with edit.applied(model):
@@ -93,7 +67,7 @@ def test_in_half_precision_the_sum_is_rounded_once(dtype):
 
 @pytest.mark.parametrize(("dtype", "least", "most"), [(torch.bfloat16, 1e-3, 0.9), (torch.float32, 0, 1e-4)])
 def test_what_the_dtype_makes_of_an_edit(dtype, least, most):
-    model = model_of(dtype=dtype)
+    model = fresh_model(dtype=dtype)
     edit = random_edit(model, scale=1e-2)
     before, change = weights.matrix(model, down(model)).detach().double(), edit.deltas[0].matrix().double()
     with edit.applied(model):
@@ -103,7 +77,7 @@ def test_what_the_dtype_makes_of_an_edit(dtype, least, most):
 
 
 def test_applied_takes_the_edit_off_after_an_error_too():
-    model = model_of()
+    model = fresh_model()
     before = digests(model)
     edit = random_edit(model)
 
@@ -119,7 +93,7 @@ def test_applied_takes_the_edit_off_after_an_error_too():
 
 
 def test_edits_made_for_the_unedited_model_stack_and_so_do_sequential_ones():
-    model = model_of()
+    model = fresh_model()
     before = digests(model)
     first, second = random_edit(model, 1), random_edit(model, 2)
     first.apply(model)
@@ -138,7 +112,7 @@ def test_edits_made_for_the_unedited_model_stack_and_so_do_sequential_ones():
 
 
 def test_several_deltas_of_one_edit_go_on_together_or_not_at_all():
-    model = model_of()
+    model = fresh_model()
     before = digests(model)
     parts = [random_edit(model, seed, layer).deltas[0] for seed, layer in enumerate((0, 1, 1))]
     edit = Edit.of(model, parts, "test")
@@ -159,7 +133,7 @@ def test_several_deltas_of_one_edit_go_on_together_or_not_at_all():
 
 
 def test_an_overflow_in_half_precision_is_refused_and_nothing_stays():
-    model = model_of(dtype=torch.float16)
+    model = fresh_model(dtype=torch.float16)
     before = digests(model)
     fine, huge = random_edit(model, layer=0).deltas[0], random_edit(model, layer=1, scale=1e6).deltas[0]
     with pytest.raises(EditMismatch, match="overflows"):
@@ -169,7 +143,7 @@ def test_an_overflow_in_half_precision_is_refused_and_nothing_stays():
 
 
 def test_a_head_tied_to_the_embedding_is_one_weight():
-    model = model_of(tie_word_embeddings=True)
+    model = fresh_model(tie_word_embeddings=True)
     assert model.hf.lm_head.weight is model.hf.transformer.wte.weight
     before = digests(model)
     head = weights.matrix(model, "lm_head.weight")
@@ -184,7 +158,7 @@ def test_a_head_tied_to_the_embedding_is_one_weight():
 
 
 def test_every_wrong_order_has_its_own_line():
-    model, other = model_of(name="this"), model_of(name="that")
+    model, other = fresh_model(name="this"), fresh_model(name="that")
     first, second = random_edit(model, 1), random_edit(model, 2)
 
     def message(action, *args):
@@ -212,7 +186,7 @@ def test_every_wrong_order_has_its_own_line():
 
 
 def test_undo_refuses_to_throw_away_what_someone_else_did_to_the_weight():
-    model = model_of()
+    model = fresh_model()
     edit = random_edit(model)
     edit.apply(model)
     with torch.no_grad():
@@ -222,20 +196,20 @@ def test_undo_refuses_to_throw_away_what_someone_else_did_to_the_weight():
 
 
 def test_other_weights_or_another_dtype_are_refused():
-    edit = random_edit(model_of(name="made"))
-    for model in (model_of(seed=1), model_of(dtype=torch.bfloat16)):
+    edit = random_edit(fresh_model(name="made"))
+    for model in (fresh_model(seed=1), fresh_model(dtype=torch.bfloat16)):
         before = digests(model)
         with pytest.raises(EditMismatch, match="'made'"):
             edit.apply(model)
         assert digests(model) == before
     with pytest.raises(EditMismatch, match="no weight named"):
-        edit.apply(model_of("llama"))
+        edit.apply(fresh_model("llama"))
     with pytest.raises(EditMismatch, match=r"is \[16, 20\]"):
-        edit.apply(model_of(n_inner=20))
+        edit.apply(fresh_model(n_inner=20))
 
 
 def test_relative_norm():
-    model = model_of()
+    model = fresh_model()
     for dense in (False, True):
         edit = random_edit(model, dense=dense)
         matrix = weights.matrix(model, down(model)).detach().double()
@@ -248,7 +222,7 @@ def test_relative_norm():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_removing_one_of_many_is_as_if_it_had_never_been_there(dtype):
-    model = model_of(dtype=dtype)
+    model = fresh_model(dtype=dtype)
     before = digests(model)
     edits = [random_edit(model, seed, layer) for seed, layer in enumerate((1, 1, 2, 1, 0))]
     for left_out in range(len(edits)):
@@ -272,7 +246,7 @@ def test_removing_one_of_many_is_as_if_it_had_never_been_there(dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_a_hundred_random_operations_leave_no_trace(dtype):
-    model = model_of(dtype=dtype)
+    model = fresh_model(dtype=dtype)
     before = digests(model)
     choose, stack = random.Random(1), []
     originals = [random_edit(model, n, choose.randrange(3), 10.0 ** choose.randint(-6, 2)) for n in range(100)]
@@ -303,7 +277,7 @@ def test_a_hundred_random_operations_leave_no_trace(dtype):
 
 
 def test_an_edit_that_a_later_one_stands_on_is_removed_by_force_alone():
-    model = model_of()
+    model = fresh_model()
     first, elsewhere = random_edit(model, 1), random_edit(model, 3, layer=2)
     first.apply(model)
     second = random_edit(model, 2)
@@ -315,14 +289,14 @@ def test_an_edit_that_a_later_one_stands_on_is_removed_by_force_alone():
     assert digests(model) == now
     elsewhere.remove(model)
     first.remove(model, force=True)
-    old = weights.matrix(model_of(), down(model)).detach()
+    old = weights.matrix(fresh_model(), down(model)).detach()
     assert torch.equal(weights.matrix(model, down(model)).detach(), old + second.deltas[0].matrix())
     second.undo(model)
-    assert digests(model) == digests(model_of())
+    assert digests(model) == digests(fresh_model())
 
 
 def test_nothing_is_removed_from_weights_that_something_else_changed():
-    model = model_of()
+    model = fresh_model()
     first, second = random_edit(model, 1), random_edit(model, 2, layer=2)
     first.apply(model)
     second.apply(model)
@@ -336,7 +310,7 @@ def test_nothing_is_removed_from_weights_that_something_else_changed():
 
 
 def test_the_ledger_says_what_is_on_the_model():
-    model = model_of()
+    model = fresh_model()
     assert ledger(model) == ()
     rome = REWRITE.fact.rewrite("Rome")
     first, second = random_edit(model, 1), random_edit(model, 2, layer=2, rewrite=rome)
@@ -359,7 +333,7 @@ def test_the_ledger_says_what_is_on_the_model():
 
 
 def test_edits_that_agree_or_speak_of_other_things_are_applied_without_a_word():
-    model = model_of()
+    model = fresh_model()
     other = Fact("The Louvre", "{} is located in").rewrite("Rome")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -372,7 +346,7 @@ def test_edits_that_agree_or_speak_of_other_things_are_applied_without_a_word():
 
 @pytest.mark.parametrize("kind", ["rank one", "dense", "low rank"])
 def test_scaled(kind):
-    model = model_of()
+    model = fresh_model()
     edit = random_edit(model, dense=kind == "dense")
     if kind == "low rank":
         edit = Edit.of(model, [LowRank(down(model), torch.randn(16, 2), torch.randn(2, 24))], "test")
@@ -389,7 +363,7 @@ def test_scaled(kind):
 
 
 def test_combined_edits_do_what_they_did_one_after_the_other():
-    model = model_of()
+    model = fresh_model()
     before = digests(model)
     first, apart = random_edit(model, 1), random_edit(model, 2, layer=2)
     same = random_edit(model, 3)
@@ -417,7 +391,7 @@ def test_combined_edits_do_what_they_did_one_after_the_other():
 
 
 def test_what_cannot_be_combined_is_refused():
-    model, other = model_of(), model_of(seed=1)
+    model, other = fresh_model(), fresh_model(seed=1)
     first = random_edit(model, 1)
     with first.applied(model):
         later = random_edit(model, 2)
@@ -445,7 +419,7 @@ def test_what_cannot_be_combined_is_refused():
 
 
 def test_an_edit_that_stands_on_a_third_is_not_combined_with_one_that_does_not():
-    model = model_of()
+    model = fresh_model()
     third, first = random_edit(model, 1), random_edit(model, 2)
     third.apply(model)
     first.apply(model)  # made for the unedited weight
@@ -457,7 +431,7 @@ def test_an_edit_that_stands_on_a_third_is_not_combined_with_one_that_does_not()
 
 
 def test_restricted_to_layers():
-    model = model_of(layers=12)
+    model = fresh_model(layers=12)
     other = Fact("The Louvre", "{} is located in").rewrite("Rome")
     one, two = random_edit(model, 1, layer=1), random_edit(model, 2, layer=11, rewrite=other)
     both = Edit.combine([one, two])
@@ -478,7 +452,7 @@ def test_restricted_to_layers():
 
 @pytest.mark.parametrize("rank", [1, 3, 16, 99])
 def test_truncation_against_numpy(rank):
-    model = model_of()
+    model = fresh_model()
     edit = random_edit(model, dense=True)
     matrix = edit.deltas[0].matrix().double().numpy()
     u, s, vt = np.linalg.svd(matrix, full_matrices=False)
@@ -497,7 +471,7 @@ def test_truncation_against_numpy(rank):
 
 
 def test_low_rank_is_a_sum_of_rank_one_changes():
-    model = model_of()
+    model = fresh_model()
     parts = [random_edit(model, seed).deltas[0] for seed in range(3)]
     low = LowRank(down(model), torch.stack([p.write for p in parts], 1), torch.stack([p.read for p in parts]))
     torch.testing.assert_close(low.matrix(), sum(p.matrix() for p in parts))
@@ -509,7 +483,7 @@ def test_low_rank_is_a_sum_of_rank_one_changes():
 
 
 def test_an_edit_is_a_value():
-    model = model_of()
+    model = fresh_model()
     write, read = torch.ones(16), torch.ones(24)
     edit = Edit.of(model, [RankOne(down(model), write, read)], "test", config={"a": {"b": [1, 2]}})
     same = Edit.of(model, [RankOne(down(model), write, read)], "test", config={"a": {"b": (1, 2)}})
@@ -573,7 +547,7 @@ def test_what_can_be_no_delta_is_refused(make):
 @pytest.mark.parametrize("dense", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_saved_and_loaded_it_is_the_same(tmp_path, dense, dtype):
-    model = model_of(dtype=dtype)
+    model = fresh_model(dtype=dtype)
     edit = random_edit(model, dense=dense)
     edit.save(tmp_path / "new" / "edit.safetensors")
     loaded = Edit.load(tmp_path / "new" / "edit.safetensors")
@@ -586,7 +560,7 @@ def test_saved_and_loaded_it_is_the_same(tmp_path, dense, dtype):
 
 
 def test_a_low_rank_change_is_of_format_2_which_an_older_errata_refuses_by_name(tmp_path):
-    model = model_of()
+    model = fresh_model()
     edit = random_edit(model, dense=True).truncated(3)
     edit.save(tmp_path / "e.safetensors")
     assert Edit.load(tmp_path / "e.safetensors") == edit
@@ -596,7 +570,7 @@ def test_a_low_rank_change_is_of_format_2_which_an_older_errata_refuses_by_name(
 
 
 def test_on_a_full_disk_the_old_file_stays(tmp_path, monkeypatch):
-    model = model_of()
+    model = fresh_model()
     first, second = random_edit(model, 1), random_edit(model, 2)
     first.save(tmp_path / "e.safetensors")
 
@@ -613,7 +587,7 @@ def test_on_a_full_disk_the_old_file_stays(tmp_path, monkeypatch):
 
 
 def test_the_header_can_be_read_by_a_person(tmp_path):
-    edit = random_edit(model_of())
+    edit = random_edit(fresh_model())
     edit.save(tmp_path / "e.safetensors")
     raw = (tmp_path / "e.safetensors").read_bytes()
     header = json.loads(raw[8 : 8 + int.from_bytes(raw[:8], "little")])
@@ -671,7 +645,7 @@ def rewritten(path, change_header=lambda told: None, change_tensors=lambda tenso
 )
 def test_a_damaged_file_is_refused_in_one_line(tmp_path, damage, says):
     path = tmp_path / "edit.safetensors"
-    random_edit(model_of()).save(path)
+    random_edit(fresh_model()).save(path)
     damage(path)
     with pytest.raises(EditFileError, match=says) as caught:
         Edit.load(path)
@@ -681,4 +655,4 @@ def test_a_damaged_file_is_refused_in_one_line(tmp_path, damage, says):
 def test_a_place_that_cannot_be_written(tmp_path):
     (tmp_path / "folder").mkdir()
     with pytest.raises(OutputError):
-        random_edit(model_of()).save(tmp_path / "folder")
+        random_edit(fresh_model()).save(tmp_path / "folder")

@@ -54,8 +54,8 @@ from errata.tracing.config import TraceConfig
 from errata.tracing.gradients import IntegratedGradients
 from errata.tracing.many import trace_facts
 from errata.tracing.result import CausalTrace, load_traces, save_traces
+from helpers.traces import random_traces
 from made_runs import counterfact_run, zsre_run
-from test_average import random_traces
 from tiny import byte_tokenizer, tiny
 
 LONG = int(os.environ.get("ERRATA_FUZZ", 0))

@@ -22,6 +22,7 @@ from errata.tracing.config import TraceConfig
 from errata.tracing.prepare import prepare
 from errata.tracing.result import load_traces
 from errata.tracing.trace import trace
+from helpers.models import shared_model
 from tiny import byte_tokenizer, llama_tokenizer
 from tokenizers_zoo import byte_fallback, byte_level, gpt2_tokenizer, unigram
 
@@ -250,9 +251,8 @@ def test_an_override_decides():
 
 
 def test_scores_take_separators():
-    from test_scoring import model_of
 
-    model = model_of("gpt2")
+    model = shared_model("gpt2")
     prompts, targets = ["The Space", "The Space", "東京の"], ["Needle", "Needle", "京"]
     glued, apart, plain = (each.total for each in score(model, prompts, targets, ["", None, None]))
     assert glued != pytest.approx(apart)
@@ -285,9 +285,8 @@ def test_where_an_answer_ends(text, answer):
 
 
 def test_models_go_on_from_the_text_before_a_prompts_last_spaces():
-    from test_scoring import model_of
 
-    model = model_of("gpt2")
+    model = shared_model("gpt2")
     prompt = "The Space Needle is in"
     (plain,) = generate(model, [prompt], 8, greedy=True)
     for spaces in (" ", "   "):
@@ -302,9 +301,8 @@ def traced(model, fact: Fact, **settings):
 
 
 def test_a_trace_reads_no_space_at_a_prompts_end():
-    from test_scoring import model_of
 
-    model = model_of("gpt2")
+    model = shared_model("gpt2")
     plain, spaced = (traced(model, Fact("The Louvre", prompt)) for prompt in ("{} is in", "{} is in  "))
     assert (plain.tokens, plain.answer, plain.clean) == (spaced.tokens, spaced.answer, spaced.clean)
     assert spaced.fact.separator == "  "
@@ -321,9 +319,8 @@ def test_a_trace_reads_no_space_at_a_prompts_end():
     ],
 )
 def test_what_is_scored_traced_and_edited_is_one_text(fact):
-    from test_scoring import model_of
 
-    model = model_of("gpt2")
+    model = shared_model("gpt2")
     ids, n_prompt = target_ids(model.tokenizer, fact.text, fact.object, fact.separator)
     assert ids == model.tokenizer(fact.statement)["input_ids"]
     prepared = prepare(model, fact, TraceConfig(answer="object", scored="whole"))
@@ -346,9 +343,8 @@ def test_a_prefix_leaves_the_tokens_of_a_subject_without_spaces():
 
 
 def test_an_edit_keeps_its_separator_and_old_files_have_none(tmp_path):
-    from test_scoring import model_of
 
-    model = model_of("gpt2")
+    model = shared_model("gpt2")
     fact = Fact("Rome", "{} is", "Paris", separator="")
     name = "transformer.h.0.mlp.c_proj.weight"
     delta = RankOne(name, torch.ones(16), torch.ones(24))
@@ -356,13 +352,12 @@ def test_an_edit_keeps_its_separator_and_old_files_have_none(tmp_path):
     edit.save(tmp_path / "edit.safetensors")
     assert Edit.load(tmp_path / "edit.safetensors").rewrites == (fact.rewrite("Oslo"),)
     plain = Edit.of(model, [delta], "test", [Fact("Rome", "{} is", "Paris").rewrite("Oslo")])
-    assert "separator" not in str(plain._header()["rewrites"])
+    assert "separator" not in str(plain.header()["rewrites"])
 
 
 def test_a_trace_keeps_its_separator(tmp_path):
-    from test_scoring import model_of
 
-    found = traced(model_of("gpt2"), Fact("Rome", "{} is", "Paris", separator="\n"))
+    found = traced(shared_model("gpt2"), Fact("Rome", "{} is", "Paris", separator="\n"))
     found.save(tmp_path / "trace.jsonl")
     assert load_traces(tmp_path / "trace.jsonl")[0].fact == found.fact
 

@@ -23,20 +23,12 @@ from errata.models import weights
 from errata.models.loading import load_pretrained
 from errata.models.model import Model
 from errata.models.saving import save_pretrained
-from test_edits import REWRITE, digests, down, model_of, random_edit
+from helpers.adapters import apart, logits
+from helpers.edits import REWRITE, down, random_edit
+from helpers.models import digests, fresh_model
 from tiny import ALL_FAMILIES, byte_tokenizer, tiny
 
-IDS = torch.arange(1, 25).reshape(2, 12)
 CASES = [(family, tied) for family in ALL_FAMILIES for tied in (False, True)]
-
-
-@torch.no_grad()
-def logits(hf):
-    return hf(input_ids=IDS).logits.double()
-
-
-def apart(one, other):
-    return float((one - other).abs().max() / other.abs().max())
 
 
 def several(model):
@@ -56,7 +48,7 @@ def with_peft(model, folder):
 
 @pytest.mark.parametrize(("family", "tied"), CASES)
 def test_the_whole_way_in_float32(family, tied, tmp_path):
-    model = model_of(family, tie_word_embeddings=tied)
+    model = fresh_model(family, tie_word_embeddings=tied)
     before, plain = digests(model), logits(model.hf)
     edit = several(model)
     edit.save(tmp_path / "edit.safetensors")
@@ -77,7 +69,7 @@ def test_the_whole_way_in_float32(family, tied, tmp_path):
 @pytest.mark.parametrize(("family", "tied"), CASES)
 def test_the_whole_way_in_bfloat16(family, tied, tmp_path):
     # From disk: a live model that is cast has its rotary frequencies rounded too, a loaded one has not.
-    save_pretrained(model_of(family, torch.bfloat16, tie_word_embeddings=tied), tmp_path / "plain")
+    save_pretrained(fresh_model(family, torch.bfloat16, tie_word_embeddings=tied), tmp_path / "plain")
     model = load_pretrained(tmp_path / "plain")
     before, plain = digests(model), logits(model.hf)
     edit = several(model)
@@ -101,7 +93,7 @@ def test_the_whole_way_in_bfloat16(family, tied, tmp_path):
 
 
 def test_an_adapter_names_whole_modules_and_the_rank_of_each(tmp_path):
-    model = model_of(layers=12)
+    model = fresh_model(layers=12)
     parts = [random_edit(model, seed, layer).deltas[0] for seed, layer in enumerate((11, 1, 1, 2))]
     parts.append(LowRank(down(model, 2), torch.randn(16, 3), torch.randn(3, 24)))
     edit = Edit.of(model, parts, "test")
@@ -122,7 +114,7 @@ def test_an_adapter_names_whole_modules_and_the_rank_of_each(tmp_path):
 
 
 def test_a_rank_one_edit_comes_back_as_itself(tmp_path):
-    model = model_of(layers=11)
+    model = fresh_model(layers=11)
     edit = Edit.of(model, [random_edit(model, layer=n).deltas[0] for n in (2, 10)], "test", [REWRITE])
     edit.to_lora(tmp_path / "a", model=model)
     assert Edit.from_lora(tmp_path / "a", model) == edit
@@ -135,7 +127,7 @@ def test_a_rank_one_edit_comes_back_as_itself(tmp_path):
 
 
 def test_scaled_and_restricted_edits_are_written_as_they_are(tmp_path):
-    model = model_of("llama")
+    model = fresh_model("llama")
     edit = several(model).restricted([1], model).scaled(0.5)
     edit.to_lora(tmp_path / "a")
     with edit.applied(model):
@@ -144,7 +136,7 @@ def test_scaled_and_restricted_edits_are_written_as_they_are(tmp_path):
 
 
 def test_a_dense_change_is_refused_or_truncated_and_told(tmp_path):
-    model = model_of()
+    model = fresh_model()
     edit = random_edit(model, dense=True)
     with pytest.raises(ConfigError, match=r"dense.*give a rank"):
         edit.to_lora(tmp_path / "a")
@@ -161,7 +153,7 @@ def test_a_dense_change_is_refused_or_truncated_and_told(tmp_path):
 
 def test_a_shared_head_can_be_merged_but_is_no_adapter(tmp_path):
     for tied in (True, False):
-        model = model_of(tie_word_embeddings=tied)
+        model = fresh_model(tie_word_embeddings=tied)
         d_out, d_in = weights.matrix(model, "lm_head.weight").shape
         edit = Edit.of(model, [RankOne("lm_head.weight", torch.randn(d_out), torch.randn(d_in))], "test")
         if tied:
@@ -179,7 +171,7 @@ def test_a_shared_head_can_be_merged_but_is_no_adapter(tmp_path):
 
 
 def test_an_adapter_replaces_one_of_ours_and_nothing_else(tmp_path):
-    model = model_of()
+    model = fresh_model()
     first, second = random_edit(model, 1), random_edit(model, 2)
     first.to_lora(tmp_path / "new" / "a")
     second.to_lora(tmp_path / "new" / "a")
@@ -187,7 +179,7 @@ def test_an_adapter_replaces_one_of_ours_and_nothing_else(tmp_path):
     assert os.listdir(tmp_path / "new") == ["a"]
     (tmp_path / "new" / "a" / "mine.txt").write_text("kept")
     (tmp_path / "file").write_text("kept")
-    peft.get_peft_model(model_of("llama").hf, peft.LoraConfig(target_modules=["down_proj"])).save_pretrained(
+    peft.get_peft_model(fresh_model("llama").hf, peft.LoraConfig(target_modules=["down_proj"])).save_pretrained(
         tmp_path / "theirs"
     )
     for place in ("new/a", "file", "theirs"):
@@ -203,7 +195,7 @@ def no_room(*args, **kwargs):
 
 @pytest.mark.parametrize("where", ["safetensors.torch.save_file", "pathlib.Path.write_text", "os.replace"])
 def test_on_a_full_disk_the_old_adapter_stays(tmp_path, monkeypatch, where):
-    model = model_of()
+    model = fresh_model()
     first, second = random_edit(model, 1), random_edit(model, 2)
     first.to_lora(tmp_path / "a")
     with monkeypatch.context() as patch:
@@ -215,7 +207,7 @@ def test_on_a_full_disk_the_old_adapter_stays(tmp_path, monkeypatch, where):
 
 
 def test_if_the_second_of_two_renames_fails_the_old_adapter_is_put_back(tmp_path, monkeypatch):
-    model = model_of()
+    model = fresh_model()
     first, second = random_edit(model, 1), random_edit(model, 2)
     first.to_lora(tmp_path / "a")
     replace, calls = os.replace, []
@@ -237,7 +229,7 @@ def test_if_the_second_of_two_renames_fails_the_old_adapter_is_put_back(tmp_path
 
 
 def test_a_merged_model_tells_its_edits_and_has_its_tokenizer(tmp_path):
-    model = model_of()
+    model = fresh_model()
     first, second = random_edit(model, 1), random_edit(model, 2)
     with first.applied(model), second.applied(model):
         save_merged(model, tmp_path / "m")
@@ -256,7 +248,7 @@ def test_on_a_full_disk_there_is_no_half_a_model(tmp_path, monkeypatch, where):
     with monkeypatch.context() as patch:
         patch.setattr(where, no_room)
         with pytest.raises(OutputError, match="No space left"):
-            save_merged(model_of(), tmp_path / "m")
+            save_merged(fresh_model(), tmp_path / "m")
     assert os.listdir(tmp_path) == []
 
 
@@ -286,7 +278,7 @@ def theirs(model, folder, **settings):
     ],
 )
 def test_a_plain_adapter_of_pefts_is_an_edit(tmp_path, settings):
-    model = model_of("llama")
+    model = fresh_model("llama")
     before = digests(model)
     wanted = theirs(model, tmp_path / "a", **settings)
     edit = Edit.from_lora(tmp_path / "a", model)
@@ -298,7 +290,7 @@ def test_a_plain_adapter_of_pefts_is_an_edit(tmp_path, settings):
 
 
 def test_adapters_of_gpt2s_transposed_layers_are_read(tmp_path):
-    model = model_of("gpt2")
+    model = fresh_model("gpt2")
     wanted = theirs(model, tmp_path / "a", target_modules=["c_attn", "mlp.c_proj"], fan_in_fan_out=True)
     with Edit.from_lora(tmp_path / "a", model).applied(model):
         assert apart(logits(model.hf), wanted) < 1e-5
@@ -318,7 +310,7 @@ def test_adapters_of_gpt2s_transposed_layers_are_read(tmp_path):
     ],
 )
 def test_what_is_more_than_low_rank_is_refused_with_its_reason(tmp_path, settings, says):
-    model = model_of("llama")
+    model = fresh_model("llama")
     theirs(model, tmp_path / "a", **{"target_modules": ["down_proj"], **settings})
     with pytest.raises(EditFileError, match=says) as caught:
         Edit.from_lora(tmp_path / "a", model)
@@ -347,7 +339,7 @@ def reconfigured(folder, **changes):
     ],
 )
 def test_a_broken_adapter_is_refused_in_one_line(tmp_path, damage, says):
-    model = model_of("llama")
+    model = fresh_model("llama")
     theirs(model, tmp_path / "a", target_modules=["down_proj"])
     damage(tmp_path / "a")
     with pytest.raises(EditFileError, match=says) as caught:
@@ -361,14 +353,14 @@ def without_b(folder):
 
 
 def test_an_adapter_for_another_model_is_refused(tmp_path):
-    theirs(model_of("llama"), tmp_path / "a", target_modules=["down_proj"])
+    theirs(fresh_model("llama"), tmp_path / "a", target_modules=["down_proj"])
     with pytest.raises(EditMismatch, match="no weight named"):
-        Edit.from_lora(tmp_path / "a", model_of("gpt2"))
+        Edit.from_lora(tmp_path / "a", fresh_model("gpt2"))
     with pytest.raises(EditMismatch, match=r"is \[16, 20\]"):
-        Edit.from_lora(tmp_path / "a", model_of("llama", intermediate_size=20))
-    edit = random_edit(model_of("llama"))
+        Edit.from_lora(tmp_path / "a", fresh_model("llama", intermediate_size=20))
+    edit = random_edit(fresh_model("llama"))
     edit.to_lora(tmp_path / "ours")
-    other = model_of("llama", seed=1)
+    other = fresh_model("llama", seed=1)
     with pytest.raises(EditMismatch, match="made for other weights"):
         Edit.from_lora(tmp_path / "ours", other).apply(other)
 
@@ -383,7 +375,7 @@ def test_a_dense_change_of_a_zero_matrix_has_no_residual():
 
 def test_an_adapter_alone_is_enough_to_load_the_edited_model(tmp_path, monkeypatch):
     """PEFT finds the base by what is written in the folder, wherever the edit was made and saved."""
-    model = model_of()
+    model = fresh_model()
     model.hf.save_pretrained(tmp_path / "deep" / "base")
     model.tokenizer.save_pretrained(tmp_path / "deep" / "base")
     monkeypatch.chdir(tmp_path / "deep")
@@ -428,7 +420,7 @@ def test_a_model_of_the_hub_is_named_by_its_id_and_revision(tmp_path):
 
 def test_where_a_model_came_from_is_no_part_of_an_edit(tmp_path):
     """The same edit has one id everywhere; files from before models kept their source are read."""
-    model = model_of()
+    model = fresh_model()
     edit = random_edit(model)
     assert edit.source == {}
     elsewhere = dataclasses.replace(edit, source={"path": "/models/gpt2"})
@@ -444,8 +436,8 @@ def test_where_a_model_came_from_is_no_part_of_an_edit(tmp_path):
 
 
 def test_an_edit_for_another_model_says_which_to_load(tmp_path):
-    model = model_of()
+    model = fresh_model()
     edit = dataclasses.replace(random_edit(model), source={"path": "/models/gpt2"})
-    for other in (model_of(seed=3), model_of("llama"), Model(tiny("gpt2", n_inner=32), byte_tokenizer(), "wide")):
+    for other in (fresh_model(seed=3), fresh_model("llama"), Model(tiny("gpt2", n_inner=32), byte_tokenizer(), "wide")):
         with pytest.raises(EditMismatch, match="made for: --model /models/gpt2, or load_model"):
             edit.apply(other)

@@ -14,16 +14,16 @@ import torch
 
 import errata
 from errata.base.facts import Fact
+from errata.metrics.asking import ask_together as ask
 from errata.models.generation import generate
 from errata.models.loading import load_pretrained
 from errata.models.model import Model
 from errata.models.modules import linear_matrix
 from errata.passes.block_call import MaskValues
 from errata.statistics import collect
+from helpers.asking import QUESTIONS, one_by_one, same, variants_of
+from helpers.plain_effects import MIDDLE, PARTS, SAMPLES, largest_difference, plainly, require_something_moved, some
 from plain_trace import plain_run
-from test_asking import QUESTIONS, one_by_one, same, variants_of
-from test_asking import ask_together as ask
-from test_trace_families import MIDDLE, PARTS, SAMPLES, largest_difference, plainly, require_something_moved, some
 from tiny import HYBRIDS, OTHER_FAMILIES, TEXT, byte_tokenizer, tiny
 
 pytestmark = pytest.mark.filterwarnings("ignore:.* cannot be resumed in the middle of a text:UserWarning")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 
 import pytest
@@ -21,27 +20,12 @@ from errata.passes import packed, packing, token_batch
 from errata.passes.packed import PackedPasses
 from errata.passes.packing import PackedBatch, PackedSequence
 from errata.passes.rowwise import row_changes
-from tiny import ALL_FAMILIES, POSITIONS, VOCAB, attentions, byte_tokenizer, randomised, short_windows, tiny
+from helpers.models import difference, narrow_model
+from helpers.softmax import softmax_in_its_own_dtype  # noqa: F401, a fixture
+from tiny import ALL_FAMILIES, POSITIONS, VOCAB, attentions, byte_tokenizer, randomised, tiny
 
 LAYERS = 4
 KINDS = [(family, attention) for family in ALL_FAMILIES for attention in attentions(family)]
-
-
-@functools.cache
-def model_of(family: str, attention: str = "eager", dtype: torch.dtype = torch.float64) -> Model:
-    changes = short_windows(family, LAYERS) | {"attn_implementation": attention}
-    return Model(tiny(family, LAYERS, dtype, **changes), byte_tokenizer(), family)
-
-
-@pytest.fixture(autouse=True)
-def softmax_in_its_own_dtype(monkeypatch):
-    """Attention in eager mode computes its softmax in float32, whatever the model's dtype; here in float64 too."""
-    plain = nn.functional.softmax
-
-    def softmax(scores, dim=-1, dtype=None, **kwargs):
-        return plain(scores, dim=dim, dtype=None if scores.dtype == torch.float64 else dtype)
-
-    monkeypatch.setattr(nn.functional, "softmax", softmax)
 
 
 def bound(family: str, dtype: torch.dtype) -> float:
@@ -51,11 +35,6 @@ def bound(family: str, dtype: torch.dtype) -> float:
     if dtype == torch.float64:
         return 1e-10
     return 1e-4 if family in ("gemma2", "gemma3") else 1e-5  # norms behind the continuations enlarge rounding
-
-
-def difference(found: Tensor, wanted: Tensor) -> float:
-    assert found.shape == wanted.shape
-    return float(((found - wanted).abs().amax(-1) / wanted.abs().amax(-1)).max())
 
 
 # For each sequence, tokens of the prefix; for each continuation, where it leaves the prefix and how many tokens it has.
@@ -142,7 +121,7 @@ def through(passes: PackedPasses, batch: PackedBatch, wanted: dict, bound: float
 @pytest.mark.parametrize("apart", [False, True])
 def test_prefixes_and_continuations_are_what_whole_passes_give(family, attention, dtype, apart):
     """Beside each other in rows, and each in a row of its own."""
-    model, some = model_of(family, attention, dtype), made()
+    model, some = narrow_model(family, attention, dtype), made()
     passes, wanted = PackedPasses(model, some), expected(model, some)
     [batch] = passes.apart(range(len(some))) if apart else passes.batches()
     assert batch.in_order is apart  # every family here will have it
@@ -153,7 +132,7 @@ def test_prefixes_and_continuations_are_what_whole_passes_give(family, attention
 @pytest.mark.parametrize("family", ["mistral", "phi3", "gemma2", "gemma3"])
 def test_a_window_matters_here(family):
     """The same weights without the window say something else of these texts."""
-    model, ids = model_of(family), made()[2].prefix
+    model, ids = narrow_model(family), made()[2].prefix
     free = Model(tiny(family, LAYERS, torch.float64, sliding_window=64), byte_tokenizer(), family)
     assert difference(whole(model, ids)[-1], whole(free, ids)[-1]) > 1e-3
 
@@ -161,7 +140,7 @@ def test_a_window_matters_here(family):
 @pytest.mark.parametrize("family", ALL_FAMILIES)
 def test_each_row_with_changes_of_its_own(family):
     """Prefixes and their continuations, each with another change of one of two blocks, against weights that hold it."""
-    model, some = model_of(family, attentions(family)[-1]), made()
+    model, some = narrow_model(family, attentions(family)[-1]), made()
     generator = torch.Generator().manual_seed(1)
 
     def factors(layer: int) -> dict:
@@ -188,7 +167,7 @@ def test_each_row_with_changes_of_its_own(family):
 @pytest.mark.parametrize("family", ALL_FAMILIES)
 @pytest.mark.parametrize("apart", [False, True])
 def test_behind_the_last_block_only_wanted_tokens_are_there(family, apart):
-    model, some = model_of(family, attentions(family)[-1]), made()
+    model, some = narrow_model(family, attentions(family)[-1]), made()
     some = [
         PackedSequence(each.prefix, each.continuations, len(each.prefix) - 1) for each in some if len(each.prefix) > 1
     ]
@@ -207,7 +186,7 @@ def test_behind_the_last_block_only_wanted_tokens_are_there(family, apart):
 @pytest.mark.parametrize("layer", [1, LAYERS - 1])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_a_changed_down_projection_is_added_to_what_a_block_made_without(family, layer, dtype):
-    model = model_of(family, attentions(family)[-1], dtype)
+    model = narrow_model(family, attentions(family)[-1], dtype)
     some = [PackedSequence(each.prefix, each.continuations, len(each.prefix) - 1) for each in made()]
     generator = torch.Generator().manual_seed(2)
 
@@ -352,7 +331,7 @@ def test_rows_are_never_wider_than_what_was_tried(monkeypatch):
     """Of texts of up to 32 tokens, 64; a sequence that is wider has rows of its own."""
     wide = PackedSequence((1,) * 20, ((20, (2,) * 12),) * 4)
     some = [wide, *(PackedSequence((i,) * n) for i, n in enumerate((32, 22, 22, 22, 31, 33 - 22)))]
-    batches = list(PackedPasses(model_of("gpt2"), some).batches())
+    batches = list(PackedPasses(narrow_model("gpt2"), some).batches())
     assert [batch.members for batch in batches if batch.in_order] == [(0,)]
     assert max(len(batch.rows[0]) for batch in batches if not batch.in_order) <= 64
     monkeypatch.setattr(packed, "_BESIDE", 8)
@@ -387,7 +366,7 @@ def test_blocks_that_fail_when_they_are_called_are_told(monkeypatch):
 
 
 def test_batches_hold_every_sequence_once_and_no_more_tokens_than_fit(monkeypatch):
-    model, some = model_of("gpt2"), made()
+    model, some = narrow_model("gpt2"), made()
     passes = PackedPasses(model, some)
     assert [batch.members for batch in passes.batches()] == [(0, 1, 2, 3, 4)]
     monkeypatch.setitem(budgets.TOKENS["forward"], "cpu", 40)
@@ -470,7 +449,7 @@ def test_texts_of_a_sequence():
 
 
 def test_a_branch_that_is_too_long_is_told():
-    model = model_of("gpt2")
+    model = narrow_model("gpt2")
     fits = PackedSequence((1,) * 40, ((40, (2,) * (POSITIONS - 40)),))
     PackedPasses(model, [fits])
     with pytest.raises(FactError, match=f"reads at most {POSITIONS}"):
@@ -478,7 +457,7 @@ def test_a_branch_that_is_too_long_is_told():
 
 
 def test_nothing_is_left_on_the_model():
-    model, some = model_of("llama"), made()
+    model, some = narrow_model("llama"), made()
     before = {name: weight.clone() for name, weight in model.hf.named_parameters()}
     passes = PackedPasses(model, some)
     for batch in passes.batches():

@@ -11,20 +11,15 @@ from torch import nn
 
 from errata.base.errors import ConfigError
 from errata.models.loading import load_pretrained
-from errata.models.model import Model
 from errata.models.weights import matrix
 from errata.passes.hooks import hooked
 from errata.passes.reading import read
-from tiny import FAMILIES, byte_tokenizer, llama_tokenizer, tiny
+from helpers.models import hooks_of, shared_model
+from tiny import FAMILIES, llama_tokenizer, tiny
 
 TEXTS = ["The Space Needle is located in the city of", "Where is the Louvre?", "Rome"]
 LAYERS = 3
 ALL = [(part, layer) for part in ("state", "attention", "mlp", "key", "value") for layer in range(LAYERS)]
-
-
-@functools.cache
-def model_of(family: str, dtype: torch.dtype = torch.float32) -> Model:
-    return load_pretrained((tiny(family, LAYERS, dtype), byte_tokenizer()), name=family)
 
 
 def run(model, batch, patches=None) -> torch.Tensor:
@@ -33,19 +28,15 @@ def run(model, batch, patches=None) -> torch.Tensor:
         return model.forward(batch)
 
 
-def hooks_of(model: Model) -> int:
-    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.hf.modules())
-
-
 @pytest.fixture(autouse=True)
 def no_hook_stays_behind():
     """Hugging Face's own permanent hooks for hidden states come with their first use, so have it first."""
-    batch = model_of("gpt2").encode(TEXTS)
+    batch = shared_model("gpt2").encode(TEXTS)
     for family in FAMILIES:
-        model_of(family).hf(batch.input_ids, output_hidden_states=True)
-    before = [hooks_of(model_of(family)) for family in FAMILIES]
+        shared_model(family).hf(batch.input_ids, output_hidden_states=True)
+    before = [hooks_of(shared_model(family)) for family in FAMILIES]
     yield
-    assert [hooks_of(model_of(family)) for family in FAMILIES] == before
+    assert [hooks_of(shared_model(family)) for family in FAMILIES] == before
 
 
 # ---- against Hugging Face -----------------------------------------------------------------------------
@@ -53,7 +44,7 @@ def no_hook_stays_behind():
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_states_are_hugging_faces_hidden_states(family):
-    model = model_of(family)
+    model = shared_model(family)
     batch = model.encode(TEXTS)
     mask = batch.attention_mask.bool()
     with torch.no_grad():
@@ -71,7 +62,7 @@ def test_states_are_hugging_faces_hidden_states(family):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_streams_of_one_block_fit_together(family):
-    model = model_of(family)
+    model = shared_model(family)
     batch = model.encode(TEXTS)
     found = read(model, batch, ALL)
     anatomy = model.anatomy
@@ -137,7 +128,7 @@ def written_out(weights: dict, ids: torch.Tensor, heads: int, replaced: dict | N
 
 @pytest.fixture(scope="module")
 def gpt2():
-    model = model_of("gpt2", torch.float64)
+    model = shared_model("gpt2", torch.float64)
     weights = {name: value.detach() for name, value in model.hf.state_dict().items()}
     return model, weights, functools.partial(written_out, weights, heads=2)
 
@@ -187,7 +178,7 @@ def test_patches_of_one_pass_see_each_other(gpt2):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("family", [*FAMILIES, "opt"])
 def test_a_batch_equals_its_texts_one_by_one(family, dtype):
-    model = model_of(family, dtype)
+    model = shared_model(family, dtype)
     # GPT-J computes its attention in float32 whatever the dtype
     tolerance = 1e-5 if dtype == torch.float32 or family == "gptj" else 1e-13
     together = read(model, model.encode(TEXTS), ALL)
@@ -199,13 +190,13 @@ def test_a_batch_equals_its_texts_one_by_one(family, dtype):
 
 
 def test_gemma_2_reads_padded_batches_in_float64():
-    model = model_of("gemma2", torch.float64)
+    model = shared_model("gemma2", torch.float64)
     assert read(model, model.encode(TEXTS), ALL)["state", 2].isfinite().all()
 
 
 @pytest.mark.parametrize("family", ["gpt2", "opt", "gemma3"])
 def test_patches_of_every_stream_see_batch_tokens_features(family):
-    model = model_of(family)
+    model = shared_model(family)
     batch = model.encode(TEXTS)
     shapes = {}
     patches = {stream: functools.partial(lambda s, x: shapes.update({s: tuple(x.shape)}), stream) for stream in ALL}
@@ -222,7 +213,7 @@ def test_patches_of_every_stream_see_batch_tokens_features(family):
 
 
 def test_reading_stops_behind_the_last_stream_needed():
-    model = model_of("gpt2")
+    model = shared_model("gpt2")
     batch = model.encode(TEXTS)
     calls = []
     handles = [
@@ -238,7 +229,7 @@ def test_reading_stops_behind_the_last_stream_needed():
 
 
 def test_reading_gives_streams_in_the_order_asked_for_without_gradients():
-    model = model_of("llama")
+    model = shared_model("llama")
     streams = [("state", 2), ("key", 0), ("state", 2)]
     found = read(model, model.encode(TEXTS), streams)
     assert list(found) == [("state", 2), ("key", 0)]
@@ -247,7 +238,7 @@ def test_reading_gives_streams_in_the_order_asked_for_without_gradients():
 
 
 def test_gradients_flow_through_patches():
-    model = model_of("qwen3")
+    model = shared_model("qwen3")
     batch = model.encode(TEXTS[:1])
     delta = torch.zeros(model.d_model, requires_grad=True)
 
@@ -263,7 +254,7 @@ def test_gradients_flow_through_patches():
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_an_error_in_a_patch_comes_out_and_leaves_no_hook(family):
-    model = model_of(family)
+    model = shared_model(family)
     batch = model.encode(TEXTS)
 
     def fails(tensor):
@@ -280,7 +271,7 @@ def test_an_error_in_a_patch_comes_out_and_leaves_no_hook(family):
 
 
 def test_a_patch_of_another_shape_is_refused():
-    model = model_of("gpt2")
+    model = shared_model("gpt2")
     with pytest.raises(ValueError, match=r"patch of \('mlp', 1\) returned shape"):
         run(model, model.encode(TEXTS), {("mlp", 1): lambda x: x[:1]})
 
@@ -298,7 +289,7 @@ def test_a_patch_of_another_shape_is_refused():
     ],
 )
 def test_a_stream_that_is_none_is_refused(stream, message):
-    model = model_of("gpt2")
+    model = shared_model("gpt2")
     with pytest.raises(ConfigError, match=message):
         read(model, model.encode(TEXTS), [("state", 0), stream])
     with pytest.raises(ConfigError, match=message):

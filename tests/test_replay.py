@@ -16,20 +16,14 @@ from errata.base.errors import UnsupportedModel
 from errata.models.model import Model
 from errata.passes.hooks import Patch
 from errata.passes.replay import Recording, RowPatch, record
+from helpers.blocks import cache_in, failing, plainly, with_a_memory, without_cache
+from helpers.models import difference, hooks_of, narrow_model
 from plain_trace import Stream, plain_run
 from tiny import ALL_FAMILIES, VOCAB, attentions, byte_tokenizer, short_windows, tiny
 
 KINDS = [(family, attention) for family in ALL_FAMILIES for attention in attentions(family)]
 PATCHED = ("mlp", "attention", "value", "key")
 LENGTH = 11
-
-
-@functools.cache
-def model_of(
-    family: str, attention: str = "eager", dtype: torch.dtype = torch.float64, layers: int = 3, seed: int = 0
-) -> Model:
-    changes = short_windows(family, layers) | {"attn_implementation": attention}
-    return Model(tiny(family, layers, dtype, seed, **changes), byte_tokenizer(), family)
 
 
 def bound(family: str, dtype: torch.dtype) -> float:
@@ -43,15 +37,6 @@ def bound(family: str, dtype: torch.dtype) -> float:
     # Norms behind attention and MLP enlarge rounding, here up to 2e-5. A whole pass in float32 is further than that
     # from one in float64, up to 5e-5; in other families up to 8e-6, and resumed rows are within 3e-6 of whole passes.
     return 1e-4 if family in ("gemma2", "gemma3") else 1e-5
-
-
-def difference(found: Tensor, wanted: Tensor) -> float:
-    assert found.shape == wanted.shape
-    return float(((found - wanted).abs().amax(-1) / wanted.abs().amax(-1)).max())
-
-
-def hooks_of(model: Model) -> int:
-    return sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.hf.modules())
 
 
 def resume(
@@ -148,7 +133,7 @@ def embedding_width(model: Model) -> int:
 @pytest.mark.parametrize(("family", "attention"), KINDS)
 @torch.no_grad()
 def test_resumed_rows_are_what_whole_passes_give(family, attention, dtype):
-    model = model_of(family, attention, dtype)
+    model = narrow_model(family, attention, dtype, layers=3)
     for layer, token in ((0, 0), (1, 5), (2, LENGTH - 1), (0, 7)):
         patched = [(part, one) for part in PATCHED for one in range(layer, 3)]
         run = Replayed(model, layer=layer, token=token, patched=patched, seed=10 * layer + token)
@@ -163,7 +148,7 @@ def test_resumed_rows_are_what_whole_passes_give(family, attention, dtype):
 @pytest.mark.parametrize("part", PATCHED)
 @torch.no_grad()
 def test_each_stream_is_patched_in_its_own_place(family, attention, part):
-    run = Replayed(model_of(family, attention), layer=1, token=4, patched=[(part, 1)])
+    run = Replayed(narrow_model(family, attention, layers=3), layer=1, token=4, patched=[(part, 1)])
     wanted, _ = run.plain()
     assert difference(run.resumed(), wanted) <= bound(family, torch.float64)
     assert difference(run.resumed(patched=False), wanted) > 1e-3
@@ -180,7 +165,7 @@ def replayed(draw) -> tuple[Replayed, int]:
     last = layers if keep == length - token else layers - 1
     streams = [(part, one) for part in PATCHED for one in range(layer, last)]
     run = Replayed(
-        model_of(family, attention, dtype, layers),
+        narrow_model(family, attention, dtype, layers),
         length,
         layer,
         token,
@@ -208,7 +193,7 @@ def test_any_block_token_and_number_of_rows(drawn):
 @pytest.mark.parametrize(("family", "attention"), KINDS)
 @torch.no_grad()
 def test_a_step_that_keeps_few_gives_the_last_of_them(family, attention):
-    run = Replayed(model_of(family, attention), layer=1, token=3)
+    run = Replayed(narrow_model(family, attention, layers=3), layer=1, token=3)
     arguments = (1, run.states, 3, run.rows)
     whole = run.recording.step(*arguments)
     for keep in range(1, whole.shape[1] + 1):
@@ -219,7 +204,7 @@ def test_a_step_that_keeps_few_gives_the_last_of_them(family, attention):
 @torch.no_grad()
 def test_windows_of_attention_are_shorter_than_these_texts(family):
     """Otherwise nothing here would tell whether a replay minds them."""
-    narrow = model_of(family)
+    narrow = narrow_model(family, layers=3)
     changes = short_windows(family, 3) | {"sliding_window": 64, "attn_implementation": "eager"}
     wide = tiny(family, 3, torch.float64, **changes)
     ids = torch.arange(LENGTH)[None]
@@ -230,7 +215,7 @@ def test_windows_of_attention_are_shorter_than_these_texts(family):
 @pytest.mark.parametrize(("family", "attention"), KINDS)
 @torch.no_grad()
 def test_a_recording_holds_the_run(family, attention):
-    model = model_of(family, attention)
+    model = narrow_model(family, attention, layers=3)
     ids = torch.arange(3 * LENGTH).reshape(3, LENGTH)
     parts = [(part, layer) for part in ("mlp", "attention", "key", "value") for layer in range(3)]
     recording = record(model, model.batch(ids.tolist()), keep=parts)
@@ -251,7 +236,7 @@ def test_a_recording_holds_the_run(family, attention):
 
 @pytest.mark.parametrize(("family", "attention"), KINDS)
 def test_gradients_are_those_of_whole_passes(family, attention):
-    model = model_of(family, attention)
+    model = narrow_model(family, attention, layers=3)
     # From here on each token is seen by the last one, through the shortest windows too.
     run = Replayed(model, layer=1, token=LENGTH - 3, rows=(1, 0, 1), patched=[("mlp", 1), ("attention", 1)])
     sources = [run.states.requires_grad_(), *(delta.requires_grad_() for delta in run.deltas.values())]
@@ -269,7 +254,7 @@ def test_gradients_are_those_of_whole_passes(family, attention):
 
 
 def test_a_recording_asks_for_no_gradients():
-    model = model_of("llama")
+    model = narrow_model("llama", layers=3)
     recording = record(model, model.batch([list(range(5))]), keep=[("mlp", 0)])
     assert not any(states.requires_grad for states in (*recording.states.values(), *recording.kept.values()))
 
@@ -279,7 +264,7 @@ def test_a_recording_asks_for_no_gradients():
 
 @pytest.mark.parametrize("family", ["gpt2", "gptj", "opt", "gemma3"])
 def test_no_hook_stays_behind(family):
-    model = model_of(family)
+    model = narrow_model(family, layers=3)
     run = Replayed(model, layer=0, token=2)
     before = hooks_of(model)
 
@@ -300,7 +285,7 @@ def test_no_hook_stays_behind(family):
 
 @torch.no_grad()
 def test_a_recording_minds_nothing_that_is_done_to_other_tensors():
-    model = model_of("llama")
+    model = narrow_model("llama", layers=3)
     run = Replayed(model, layer=1, token=3)
     states, wanted = run.states.clone(), run.resumed()
     batch = model.batch(run.ids.tolist())
@@ -328,7 +313,7 @@ def test_a_recording_minds_nothing_that_is_done_to_other_tensors():
 @torch.no_grad()
 def test_blocks_that_add_in_place_spoil_nothing():
     run = Replayed(altered(adding_in_place, range(3)), layer=1, token=LENGTH // 2, rows=(0, 0, 2))
-    usual = Replayed(model_of("llama"), layer=1, token=LENGTH // 2, rows=(0, 0, 2))
+    usual = Replayed(narrow_model("llama", layers=3), layer=1, token=LENGTH // 2, rows=(0, 0, 2))
     for states, wanted in zip(run.recording.states.values(), usual.recording.states.values(), strict=True):
         assert difference(states, wanted) <= 1e-10
     wanted, entering = usual.resumed(), run.states.clone()
@@ -338,7 +323,7 @@ def test_blocks_that_add_in_place_spoil_nothing():
 
 @pytest.mark.parametrize("family", ALL_FAMILIES)
 def test_texts_of_different_lengths_are_refused(family):
-    model = model_of(family)
+    model = narrow_model(family, layers=3)
     with pytest.raises(ValueError, match="one length"):
         record(model, model.batch([[1, 2, 3], [4, 5]]))
 
@@ -355,27 +340,12 @@ def altered(forward, layers: Sequence[int] = (1,)) -> Model:
     return Model(hf, byte_tokenizer(), "altered")
 
 
-def plainly(block, states, **kwargs):
-    return type(block).forward(block, states, **kwargs)
-
-
 def adding_in_place(block, states, **kwargs):
     return states.add_(plainly(block, states, **kwargs) - states)
 
 
-def cache_in(kwargs: dict) -> object:
-    """By the name that transformers gives it."""
-    return kwargs.get("cache", kwargs.get("past_key_values"))
-
-
 def without_it(kwargs: dict) -> dict:
     return {name: None if value is cache_in(kwargs) else value for name, value in kwargs.items()}
-
-
-def without_cache(block, states, **kwargs):
-    return plainly(
-        block, states, **{name: None if value is cache_in(kwargs) else value for name, value in kwargs.items()}
-    )
 
 
 def with_a_cache_of_no_use(block, states, attention_mask=None, **kwargs):
@@ -393,22 +363,6 @@ def without_positions(block, states, position_embeddings=None, **kwargs):
     angles = torch.arange(states.shape[1])[:, None] * torch.tensor([1.0, 0.1, 0.01, 0.001]).repeat(2)
     rotary = tuple(part(angles)[None].to(states) for part in (torch.cos, torch.sin))
     return plainly(block, states, position_embeddings=rotary, **kwargs)
-
-
-def with_a_memory(block, states, **kwargs):
-    """It mixes earlier tokens in outside attention, as convolutions and recurrent layers do."""
-    block.input_layernorm.forward = lambda x: x.cumsum(1)
-    return plainly(block, states, **kwargs)
-
-
-def failing(error: type[Exception]):
-    def forward(block, states, **kwargs):
-        cache = cache_in(kwargs)
-        if cache is not None and cache.get_seq_length(block.self_attn.layer_idx):
-            raise error("no such\nthing")
-        return plainly(block, states, **kwargs)
-
-    return forward
 
 
 def refusing_a_cache(block, states, **kwargs):
@@ -468,7 +422,7 @@ def test_blocks_that_are_otherwise_called_on_their_own_are_refused_by_name():
 
 def test_a_whole_recording_passes_its_own_check():
     for family, attention in KINDS:
-        model = model_of(family, attention)
+        model = narrow_model(family, attention, layers=3)
         for length in (1, 2, LENGTH):
             recording = record(model, model.batch([list(range(length))]))
             assert isinstance(recording, Recording)

@@ -20,8 +20,8 @@ from errata.edits.edit import Edit
 from errata.models.loading import load_pretrained
 from errata.models.model import Model
 from errata.statistics import SecondMoment, collect
+from helpers.softmax import softmax_in_its_own_dtype  # noqa: F401, a fixture
 from plain_trace import plain_run
-from test_suffixes import softmax_in_its_own_dtype  # noqa: F401, a fixture
 from tiny import ALL_FAMILIES, TEXT, VOCAB, byte_tokenizer, llama_tokenizer, randomised, tiny
 
 REWRITE = Fact("The Space Needle", "{} is located in the city of", "Seattle").rewrite("Bad Paris")

@@ -18,7 +18,7 @@ from errata.metrics import health
 from errata.models.loading import load_pretrained
 from errata.models.model import Model
 from errata.statistics import SecondMoment, collect
-from test_suffixes import softmax_in_its_own_dtype  # noqa: F401, a fixture
+from helpers.softmax import softmax_in_its_own_dtype  # noqa: F401, a fixture
 from tiny import ALL_FAMILIES, TEXT, byte_tokenizer, llama_tokenizer, tiny
 
 PREFIXES = ("", "Yes. ", "Where is it? ")

@@ -15,6 +15,7 @@ from errata.models.generation import generate
 from errata.models.model import Model
 from errata.models.weights import down_weight_name
 from errata.passes.rowwise import Factors, RowChanges, can_be_rowwise, row_changes, rowwise
+from helpers.softmax import softmax_in_its_own_dtype  # noqa: F401, a fixture
 from tiny import ALL_FAMILIES, byte_tokenizer, tiny
 
 LAYERS = 3
@@ -34,17 +35,6 @@ def model_of(family: str, dtype: torch.dtype = torch.float64, end: int | None = 
     if end is None:
         tokenizer.eos_token = None
     return Model(tiny(family, LAYERS, dtype, eos_token_id=end, bos_token_id=end), tokenizer, family)
-
-
-@pytest.fixture(autouse=True)
-def softmax_in_its_own_dtype(monkeypatch):
-    """Attention in eager mode computes its softmax in float32, whatever the model's dtype; here in float64 too."""
-    plain = nn.functional.softmax
-
-    def softmax(scores, dim=-1, dtype=None, **kwargs):
-        return plain(scores, dim=dim, dtype=None if scores.dtype == torch.float64 else dtype)
-
-    monkeypatch.setattr(nn.functional, "softmax", softmax)
 
 
 def bound(family: str, dtype: torch.dtype) -> float:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 
 import pytest
 import torch
@@ -14,19 +13,13 @@ from errata.base import budgets
 from errata.base.errors import FactError
 from errata.base.text import joined
 from errata.models import scoring
-from errata.models.loading import load_pretrained
 from errata.models.model import Model
 from errata.models.scoring import Score, score, target_ids
-from tiny import FAMILIES, byte_tokenizer, llama_tokenizer, tiny
+from helpers.models import TOKENIZERS, shared_model
+from tiny import FAMILIES, byte_tokenizer, llama_tokenizer
 
 PROMPTS = ["The Space Needle is located in the city of", "Rome", "Where is the Louvre? It is in", "He"]
 TARGETS = ["Seattle", "is the capital of Italy", "Paris", "東京"]
-TOKENIZERS = {"byte": byte_tokenizer, "llama": llama_tokenizer}
-
-
-@functools.cache
-def model_of(family: str, dtype: torch.dtype = torch.float32, tokenizer: str = "byte") -> Model:
-    return load_pretrained((tiny(family, dtype=dtype), TOKENIZERS[tokenizer]()), name=family)
 
 
 def by_hand(model: Model, prompt: str, target: str) -> Score:
@@ -45,7 +38,7 @@ def by_hand(model: Model, prompt: str, target: str) -> Score:
 @pytest.mark.parametrize("tokenizer", TOKENIZERS)
 @pytest.mark.parametrize("family", [*FAMILIES, "gemma2"])
 def test_scores_are_those_of_a_plain_loop(family, tokenizer):
-    model = model_of(family, tokenizer=tokenizer)
+    model = shared_model(family, tokenizer=TOKENIZERS[tokenizer])
     for got, prompt, target in zip(score(model, PROMPTS, TARGETS), PROMPTS, TARGETS, strict=True):
         wanted = by_hand(model, prompt, target)
         assert got.total == pytest.approx(wanted.total, rel=1e-5)
@@ -55,14 +48,14 @@ def test_scores_are_those_of_a_plain_loop(family, tokenizer):
 
 
 def test_scores_are_exact_in_float64():
-    model = model_of("gpt2", torch.float64)
+    model = shared_model("gpt2", torch.float64)
     for got, prompt, target in zip(score(model, PROMPTS, TARGETS), PROMPTS, TARGETS, strict=True):
         assert got.total == pytest.approx(by_hand(model, prompt, target).total, rel=1e-12)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_batch_scores_like_its_texts_one_by_one(family):
-    model = model_of(family)
+    model = shared_model(family)
     together = score(model, PROMPTS, TARGETS)
     alone = [score(model, [p], [t])[0] for p, t in zip(PROMPTS, TARGETS, strict=True)]
     for one, other in zip(together, alone, strict=True):
@@ -70,7 +63,7 @@ def test_a_batch_scores_like_its_texts_one_by_one(family):
 
 
 def test_the_size_of_batches_changes_nothing(monkeypatch):
-    model = model_of("gpt2")
+    model = shared_model("gpt2")
     prompts, targets = PROMPTS * 5, TARGETS * 5
     wanted = score(model, prompts, targets)
     shapes = []
@@ -86,7 +79,7 @@ def test_the_size_of_batches_changes_nothing(monkeypatch):
 
 
 def test_greedy_says_whether_the_model_would_have_said_so():
-    model = model_of("gpt2")
+    model = shared_model("gpt2")
     prompt = "The Space Needle is in"
     batch = model.encode([prompt])
     best = int(model.forward(batch)[0, -1].argmax())
@@ -98,7 +91,7 @@ def test_greedy_says_whether_the_model_would_have_said_so():
 
 
 def test_no_text_no_score():
-    assert score(model_of("gpt2"), [], []) == []
+    assert score(shared_model("gpt2"), [], []) == []
 
 
 # ---- where the target starts --------------------------------------------------------------------------
@@ -163,4 +156,4 @@ def test_prompt_and_target_share_out_all_tokens(tokenizer, prompt, target):
 )
 def test_what_cannot_be_scored_is_refused(prompts, targets, message):
     with pytest.raises(FactError, match=message):
-        score(model_of("gpt2"), prompts, targets)
+        score(shared_model("gpt2"), prompts, targets)

@@ -23,15 +23,12 @@ from errata.models.weights import down_weight_name
 from errata.statistics import Corpus, Halves, SecondMoment, collect, collect_cached, load, load_any, save
 from errata.statistics.fingerprint import fingerprints
 from errata.statistics.store import cache_folder, stored
-from tiny import TEXT, byte_tokenizer, llama_tokenizer, tiny
+from helpers.models import fresh_model
+from helpers.moments import TEXTS
+from tiny import byte_tokenizer, llama_tokenizer
 
-TEXTS = [line[:80] for line in TEXT.splitlines() if line]
 collecting = importlib.import_module("errata.statistics.collect")  # the package's own name is the function
 summing = importlib.import_module("errata.statistics.sums")
-
-
-def model_of(family="gpt2", dtype=torch.float32, seed=0, tokenizer=byte_tokenizer, **changes):
-    return load_pretrained((tiny(family, dtype=dtype, seed=seed, **changes), tokenizer()), name=family)
 
 
 def plain_keys(model, text, layers):
@@ -65,7 +62,7 @@ def test_the_published_numbers():
 
 @pytest.mark.parametrize("family", ["gpt2", "llama", "gptj"])
 def test_every_token_counts_once_and_padding_never(family):
-    model = model_of(family, torch.float64, tokenizer=llama_tokenizer if family == "llama" else byte_tokenizer)
+    model = fresh_model(family, torch.float64, tokenizer=llama_tokenizer if family == "llama" else byte_tokenizer)
     moments = collect(model, [2, 0], TEXTS)
     assert list(moments) == [0, 2]
     keys = [plain_keys(model, text, [0, 2]) for text in TEXTS]
@@ -77,7 +74,7 @@ def test_every_token_counts_once_and_padding_never(family):
 
 
 def test_batches_change_nothing_but_rounding_and_layers_share_one_pass(monkeypatch):
-    model = model_of()
+    model = fresh_model()
     together = collect(model, range(3), TEXTS)
     monkeypatch.setattr(collecting, "_BATCH", 1)
     passes = 0
@@ -97,7 +94,7 @@ def test_batches_change_nothing_but_rounding_and_layers_share_one_pass(monkeypat
 
 
 def test_tokens_are_counted_to_the_last_and_texts_are_cut(monkeypatch):
-    model, told = model_of(), []
+    model, told = fresh_model(), []
     monkeypatch.setattr(collecting, "_BATCH", 1)
     assert collect(model, [0], TEXTS, max_tokens=97, progress=lambda *at: told.append(at))[0].count == 97
     assert told[-1] == (97, 97)
@@ -108,7 +105,7 @@ def test_tokens_are_counted_to_the_last_and_texts_are_cut(monkeypatch):
 
 
 def test_a_text_without_end_is_cut_before_it_is_tokenized():
-    model = model_of()
+    model = fresh_model()
     long, short = (collect(model, [0], ["a b " * n], max_length=9)[0] for n in (10_000_000, 200))
     assert long.count == 9
     assert torch.equal(long.matrix, short.matrix)
@@ -129,7 +126,7 @@ def test_panels_make_up_the_whole(monkeypatch, size, panel):
 
 @pytest.mark.parametrize("which", ["not-first", "not-special"])
 def test_which_tokens_count(which):
-    model = model_of("llama", torch.float64, tokenizer=llama_tokenizer)  # it begins every text with <s>
+    model = fresh_model("llama", torch.float64, tokenizer=llama_tokenizer)  # it begins every text with <s>
     texts = [TEXTS[0], "", "Rome<s> is", "x"]
     moment = collect(model, [1], texts, which=which)[1]
     keys = []
@@ -144,7 +141,7 @@ def test_which_tokens_count(which):
 
 
 def test_half_precision_keys_are_summed_in_double():
-    model = model_of(dtype=torch.bfloat16)
+    model = fresh_model(dtype=torch.bfloat16)
     moment = collect(model, [1], TEXTS)[1]
     every = torch.cat([plain_keys(model, text, [1])[1] for text in TEXTS]).double()
     assert moment.matrix.dtype == torch.float64
@@ -172,7 +169,7 @@ def test_half_precision_keys_are_summed_in_double():
 )
 def test_what_cannot_be_collected(settings, says):
     with pytest.raises(ConfigError, match=says):
-        collect(model_of(), **{"layers": [0], "texts": TEXTS, **settings})
+        collect(fresh_model(), **{"layers": [0], "texts": TEXTS, **settings})
 
 
 # ---- solving ----
@@ -244,7 +241,7 @@ def test_halves_of_more_tokens_differ_less():
 
 def test_what_is_collected_says_how_its_halves_differ(tmp_path, monkeypatch):
     monkeypatch.setattr(collecting, "_BATCH", 64)
-    model = model_of()
+    model = fresh_model()
     moment = collect(model, [1], TEXTS * 3)[1]
     assert moment.halves.keys > 4
     assert -1 <= moment.halves.cosine <= 1
@@ -254,7 +251,7 @@ def test_what_is_collected_says_how_its_halves_differ(tmp_path, monkeypatch):
 
 
 def test_shards_merge_to_the_whole():
-    model, corpus = model_of(dtype=torch.float64), Corpus.of(TEXTS, "lines")
+    model, corpus = fresh_model(dtype=torch.float64), Corpus.of(TEXTS, "lines")
     whole = collect(model, [1], corpus)[1]
     parts = [collect(model, [1], corpus.shard(i, 3))[1] for i in (1, 2, 3)]
     merged = SecondMoment.merged([SecondMoment.merged(parts[:2]), parts[2]])
@@ -267,7 +264,7 @@ def test_shards_merge_to_the_whole():
         SecondMoment.merged([merged, parts[1]])
     with pytest.raises(ConfigError, match="at least one"):
         SecondMoment.merged([])
-    for other in (collect(model, [0], corpus)[0], collect(model_of(seed=1), [1], corpus)[1], random_moment()):
+    for other in (collect(model, [0], corpus)[0], collect(fresh_model(seed=1), [1], corpus)[1], random_moment()):
         with pytest.raises(StaleStatistics, match="differ in"):
             SecondMoment.merged([whole, other])
 
@@ -312,9 +309,9 @@ def touched(model, name):
 
 @pytest.mark.parametrize("tied", [False, True])
 def test_the_fingerprint_is_of_what_lies_below_the_key_and_of_nothing_else(tied):
-    model = model_of(tie_word_embeddings=tied)
+    model = fresh_model(tie_word_embeddings=tied)
     first = prints(model)
-    assert prints(model_of(tie_word_embeddings=tied)) == first
+    assert prints(fresh_model(tie_word_embeddings=tied)) == first
     above = [
         "transformer.h.1.mlp.c_proj.weight",
         "transformer.h.1.mlp.c_proj.bias",
@@ -326,20 +323,20 @@ def test_the_fingerprint_is_of_what_lies_below_the_key_and_of_nothing_else(tied)
     for name in ("transformer.wte.weight", "transformer.wpe.weight", "transformer.h.0.mlp.c_proj.bias"):
         before = prints(model)
         assert touched(model, name) != before, name
-    assert prints(model_of(dtype=torch.float64))["dtype"] == "float64"
-    assert prints(model_of(tokenizer=llama_tokenizer))["tokenizer"] != first["tokenizer"]
+    assert prints(fresh_model(dtype=torch.float64))["dtype"] == "float64"
+    assert prints(fresh_model(tokenizer=llama_tokenizer))["tokenizer"] != first["tokenizer"]
 
 
 def test_the_fingerprint_is_of_the_config_that_no_weight_shows():
-    assert prints(model_of(activation_function="relu"))["config"] != prints(model_of())["config"]
-    ropes = [model_of("llama", rope_parameters={"rope_type": "default", "rope_theta": t}) for t in (1e4, 1e5)]
+    assert prints(fresh_model(activation_function="relu"))["config"] != prints(fresh_model())["config"]
+    ropes = [fresh_model("llama", rope_parameters={"rope_type": "default", "rope_theta": t}) for t in (1e4, 1e5)]
     assert prints(ropes[0])["weights"] == prints(ropes[1])["weights"]
     assert prints(ropes[0])["config"] != prints(ropes[1])["config"]
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama", "gemma3", "opt"])
 def test_the_fingerprint_is_the_same_for_the_model_from_disk(family, tmp_path):
-    live = model_of(family)
+    live = fresh_model(family)
     live.hf.save_pretrained(tmp_path)
     live.tokenizer.save_pretrained(tmp_path)
     stored_model = load_pretrained(tmp_path, name="renamed")
@@ -347,7 +344,7 @@ def test_the_fingerprint_is_the_same_for_the_model_from_disk(family, tmp_path):
 
 
 def test_padding_and_truncating_calls_do_not_change_the_tokenizers_digest():
-    model = model_of()
+    model = fresh_model()
     first = prints(model)
     model.tokenizer.pad_token = model.tokenizer.eos_token
     model.tokenizer(["a", "a b c"], padding=True, truncation=True, max_length=2)
@@ -355,7 +352,7 @@ def test_padding_and_truncating_calls_do_not_change_the_tokenizers_digest():
 
 
 def test_saved_and_loaded_it_is_the_same(tmp_path):
-    moment = collect(model_of(), [1], TEXTS)[1]
+    moment = collect(fresh_model(), [1], TEXTS)[1]
     save(moment, tmp_path / "c.safetensors")
     for fingerprint in (None, moment.fingerprint):
         loaded = load(tmp_path / "c.safetensors", fingerprint)
@@ -387,7 +384,7 @@ def test_a_damaged_file_is_refused(tmp_path, damage):
 
 def test_the_cache_is_used_until_something_changes(tmp_path, monkeypatch):
     monkeypatch.setenv("ERRATA_HOME", str(tmp_path))
-    model, corpus, told = model_of(), Corpus.of(TEXTS, "lines"), []
+    model, corpus, told = fresh_model(), Corpus.of(TEXTS, "lines"), []
 
     def collected(model=model, layers=(0, 1), corpus=corpus, **settings):
         told.clear()
@@ -432,10 +429,12 @@ def test_the_cache_is_used_until_something_changes(tmp_path, monkeypatch):
 STOPPED = """
 import importlib, sys
 sys.path.insert(0, {tests!r})
-from test_second_moment import Corpus, TEXTS, collect_cached, collecting, model_of
+from helpers.models import fresh_model
+from helpers.moments import TEXTS
+from test_second_moment import Corpus, collect_cached, collecting
 collecting._BATCH, collecting._WINDOW, collecting.CHECKPOINT_SECONDS = 96, 300, 0.0
 print("begin", flush=True)
-collect_cached(model_of(), [0, 2], Corpus.of(TEXTS * 40, "many"), folder={folder!r},
+collect_cached(fresh_model(), [0, 2], Corpus.of(TEXTS * 40, "many"), folder={folder!r},
                progress=lambda *at: print(*at, flush=True))
 """
 
@@ -459,9 +458,9 @@ def test_a_killed_run_goes_on_to_the_same_bytes(tmp_path, small_batches):
     assert [of["layer"] for of in unfinished.fingerprints] == [0, 2]
 
     told, corpus = [], Corpus.of(TEXTS * 40, "many")
-    resumed = collect_cached(model_of(), [0, 2], corpus, folder=killed, progress=lambda *at: told.append(at[0]))
+    resumed = collect_cached(fresh_model(), [0, 2], corpus, folder=killed, progress=lambda *at: told.append(at[0]))
     assert told[0] == unfinished.count
-    uninterrupted = collect_cached(model_of(), [0, 2], corpus, folder=whole)
+    uninterrupted = collect_cached(fresh_model(), [0, 2], corpus, folder=whole)
     assert resumed[0].count == uninterrupted[0].count > unfinished.count
     files = {path.name: path.read_bytes() for path in whole.iterdir()}
     assert len(files) == 2
@@ -471,7 +470,7 @@ def test_a_killed_run_goes_on_to_the_same_bytes(tmp_path, small_batches):
 def test_a_run_that_ends_between_its_last_files_is_not_begun_anew(tmp_path, small_batches, monkeypatch):
     store = importlib.import_module("errata.statistics.store")
     monkeypatch.setattr(collecting, "CHECKPOINT_SECONDS", 0.0)
-    model, corpus, told = model_of(), Corpus.of(TEXTS * 3), []
+    model, corpus, told = fresh_model(), Corpus.of(TEXTS * 3), []
 
     def full(moment, path):
         if moment.layer == 2:
@@ -494,7 +493,7 @@ def test_a_run_that_ends_between_its_last_files_is_not_begun_anew(tmp_path, smal
 
 
 def test_ctrl_c_keeps_what_there_is(tmp_path, small_batches):
-    model, corpus, told = model_of(), Corpus.of(TEXTS * 5), []
+    model, corpus, told = fresh_model(), Corpus.of(TEXTS * 5), []
 
     def press(done, of):
         told.append(done)
@@ -513,7 +512,7 @@ def test_ctrl_c_keeps_what_there_is(tmp_path, small_batches):
 
 def test_a_checkpoint_of_something_else_is_not_gone_on_with(tmp_path, small_batches, monkeypatch):
     monkeypatch.setattr(collecting, "CHECKPOINT_SECONDS", 0.0)
-    model, path, told = model_of(), tmp_path / "c.safetensors", []
+    model, path, told = fresh_model(), tmp_path / "c.safetensors", []
     collect(model, [0, 1], Corpus.of(TEXTS * 3), checkpoint=path)
 
     def begins(corpus, layers=(1,), **settings):
@@ -568,7 +567,7 @@ def test_the_published_statistics_are_read(tmp_path):
     assert (moment.count, moment.layer, moment.fingerprint) == (int(golden["count"]), 3, {"published": "mom2.npz"})
     assert goldens.difference(moment.matrix, golden["moment"])[1] < 1e-6
     with pytest.raises(StaleStatistics, match="of another model"):
-        load_any(path, 1, model_of())
+        load_any(path, 1, fresh_model())
 
 
 @pytest.mark.parametrize(
@@ -597,14 +596,14 @@ def test_an_npz_that_is_broken(tmp_path, content):
 
 
 def test_a_file_of_ours_must_be_of_the_model_and_the_layer(tmp_path):
-    model, path = model_of(), tmp_path / "c.safetensors"
+    model, path = fresh_model(), tmp_path / "c.safetensors"
     save(collect(model, [1], TEXTS)[1], path)
     assert load_any(path, 1, model).layer == 1
     with pytest.raises(StaleStatistics, match="layer 1, not 2"):
         load_any(path, 2, model)
     with pytest.raises(StaleStatistics, match="another weights"):
-        load_any(path, 1, model_of(seed=1))
+        load_any(path, 1, fresh_model(seed=1))
     with pytest.raises(StaleStatistics, match="features"):
-        load_any(path, 1, model_of(n_inner=20))
+        load_any(path, 1, fresh_model(n_inner=20))
     save(SecondMoment.identity(24), path)
     assert load_any(path, 2, model).layer is None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 from pathlib import Path
 
 import grimp
@@ -44,3 +45,25 @@ def test_no_files_import_each_other_in_a_circle():
 )
 def test_a_circle_is_found(imports, found):
     assert circle(imports) == found
+
+
+def imported(code: str) -> set[str]:
+    """First names of all modules that are imported, in functions too."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(code)):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names |= {node.module or "", *(alias.name for alias in node.names)}
+    return {name.partition(".")[0] for name in names}
+
+
+@pytest.mark.parametrize("file", sorted(TESTS.rglob("*.py")), ids=lambda file: str(file.relative_to(TESTS)))
+def test_no_test_module_is_imported(file):
+    """What two need belongs into tests/helpers/."""
+    tests = {test.stem for test in TESTS.rglob("test_*.py")}
+    assert not imported(file.read_text(encoding="utf-8")) & tests
+
+
+def test_imports_are_found_in_functions_too():
+    assert imported("import a.b\ndef f():\n    from c.d import e\n    from . import g") == {"a", "c", "e", "", "g"}

@@ -18,7 +18,9 @@ from errata.passes import suffixes, token_batch
 from errata.passes.replay import Recording, record
 from errata.passes.suffixes import SuffixBatch, Suffixes, collate, slice_recording
 from errata.passes.token_batch import Mismatch
-from test_replay import cache_in, failing, with_a_memory, without_cache
+from helpers.blocks import cache_in, failing, plainly, with_a_memory, without_cache
+from helpers.models import difference, narrow_model
+from helpers.softmax import softmax_in_its_own_dtype  # noqa: F401, a fixture
 from tiny import ALL_FAMILIES, VERSION, VOCAB, attentions, byte_tokenizer, randomised, short_windows, tiny
 
 LAYERS, FIRST = 4, 1
@@ -40,19 +42,7 @@ def model_of(family: str, attention: str = "eager", dtype: torch.dtype = torch.f
         with torch.random.fork_rng(devices=[]):
             hf = AutoModelForCausalLM.from_config(ALIBI[family], attn_implementation=attention)
         return Model(randomised(hf.to(dtype)), byte_tokenizer(), family)
-    changes = short_windows(family, LAYERS) | {"attn_implementation": attention}
-    return Model(tiny(family, LAYERS, dtype, **changes), byte_tokenizer(), family)
-
-
-@pytest.fixture(autouse=True)
-def softmax_in_its_own_dtype(monkeypatch):
-    """Attention in eager mode computes its softmax in float32, whatever the model's dtype; here in float64 too."""
-    plain = nn.functional.softmax
-
-    def softmax(scores, dim=-1, dtype=None, **kwargs):
-        return plain(scores, dim=dim, dtype=None if scores.dtype == torch.float64 else dtype)
-
-    monkeypatch.setattr(nn.functional, "softmax", softmax)
+    return narrow_model(family, attention, dtype, LAYERS)
 
 
 def bound(family: str, dtype: torch.dtype) -> float:
@@ -62,11 +52,6 @@ def bound(family: str, dtype: torch.dtype) -> float:
     if dtype == torch.float64:
         return 1e-10
     return 1e-4 if family in ("gemma2", "gemma3") else 1e-5  # norms behind the branches enlarge rounding
-
-
-def difference(found: Tensor, wanted: Tensor) -> float:
-    assert found.shape == wanted.shape
-    return float(((found - wanted).abs().amax(-1) / wanted.abs().amax(-1)).max())
 
 
 # ---- rows of texts that differ in everything, and what whole passes make of them -----------------------
@@ -315,10 +300,6 @@ def altered(forward) -> Model:
     hf = tiny("llama", LAYERS, torch.float64, attn_implementation="eager")
     hf.model.layers[2].forward = MethodType(forward, hf.model.layers[2])
     return Model(hf, byte_tokenizer(), "altered")
-
-
-def plainly(block, states, **kwargs):
-    return type(block).forward(block, states, **kwargs)
 
 
 def with_a_mask_of_its_own(block, states, attention_mask=None, **kwargs):

@@ -20,17 +20,11 @@ from errata.base.errors import ConfigError, FactError, MissingExtra, ResultFileE
 from errata.metrics import text as text_module
 from errata.metrics.text import as_scored, essence_perplexity, generation_entropy, ngram_entropy, perplexity, words
 from errata.metrics.tfidf import TfIdf
-from errata.models.loading import load_pretrained
 from errata.models.model import Model
-from tiny import POSITIONS, TEXT, byte_tokenizer, llama_tokenizer, tiny
+from helpers.models import TOKENIZERS, shared_model
+from tiny import POSITIONS, TEXT, llama_tokenizer
 
-TOKENIZERS = {"byte": byte_tokenizer, "llama": llama_tokenizer}
 LONG = " ".join(TEXT.split()) * 2
-
-
-@functools.cache
-def model_of(family: str = "gpt2", tokenizer: str = "byte", dtype: torch.dtype = torch.float64) -> Model:
-    return load_pretrained((tiny(family, dtype=dtype), TOKENIZERS[tokenizer]()), name=family)
 
 
 # ---- words and their entropies ----------------------------------------------------------------------------
@@ -266,7 +260,7 @@ def by_hand(model: Model, text: str, window: int, stride: int) -> tuple[float, i
 @pytest.mark.parametrize("tokenizer", TOKENIZERS)
 @pytest.mark.parametrize(("window", "stride"), [(40, 13), (16, 14), (7, 1), (90, 45)])
 def test_perplexity_is_that_of_a_plain_loop(tokenizer, window, stride):
-    model = model_of("llama" if tokenizer == "llama" else "gpt2", tokenizer)
+    model = shared_model("llama" if tokenizer == "llama" else "gpt2", torch.float64, TOKENIZERS[tokenizer])
     text = LONG[:230]
     got = perplexity(model, text, window=window, stride=stride)
     total, count = by_hand(model, text, window, stride)
@@ -277,13 +271,13 @@ def test_perplexity_is_that_of_a_plain_loop(tokenizer, window, stride):
 
 
 def test_by_default_windows_are_the_model_s_and_half_of_them_is_new():
-    model = model_of()
+    model = shared_model(dtype=torch.float64)
     assert perplexity(model, LONG) == perplexity(model, LONG, window=POSITIONS, stride=POSITIONS // 2)
     assert perplexity(model, LONG).total != perplexity(model, LONG, window=POSITIONS, stride=POSITIONS - 1).total
 
 
 def test_a_text_that_fits_is_one_pass():
-    model = model_of("gemma3", "llama")
+    model = shared_model("gemma3", torch.float64, llama_tokenizer)
     text = LONG[:60]
     ids = torch.tensor([model.tokenizer(text)["input_ids"]])
     with torch.no_grad():
@@ -294,7 +288,7 @@ def test_a_text_that_fits_is_one_pass():
 
 
 def test_texts_are_read_each_by_itself_and_summed():
-    model, texts = model_of(), ["Rome is the capital of Italy.", LONG, "x", "", "Paris"]
+    model, texts = shared_model(dtype=torch.float64), ["Rome is the capital of Italy.", LONG, "x", "", "Paris"]
     each = [perplexity(model, text) for text in texts if len(model.tokenizer(text)["input_ids"]) > 1]
     together = perplexity(model, texts)
     assert together.total == pytest.approx(sum(one.total for one in each), rel=1e-12)
@@ -302,7 +296,7 @@ def test_texts_are_read_each_by_itself_and_summed():
 
 
 def test_what_is_read_together_changes_nothing(monkeypatch):
-    model = model_of(dtype=torch.float32)
+    model = shared_model(dtype=torch.float32)
     texts = [LONG, LONG[:50], "Rome is"]
     wanted, shapes, forward = perplexity(model, texts, window=30, stride=10), [], model.forward
     monkeypatch.setattr(model, "forward", lambda b, **k: shapes.append(tuple(b.input_ids.shape)) or forward(b, **k))
@@ -315,7 +309,7 @@ def test_what_is_read_together_changes_nothing(monkeypatch):
 
 
 def test_logits_of_few_bits_are_scored_in_float32():
-    model, text = model_of(dtype=torch.bfloat16), LONG[:60]
+    model, text = shared_model(dtype=torch.bfloat16), LONG[:60]
     ids = torch.tensor([model.tokenizer(text)["input_ids"]])
     with torch.no_grad():
         logs = model.hf(ids).logits[0, :-1].double().log_softmax(-1)
@@ -324,7 +318,7 @@ def test_logits_of_few_bits_are_scored_in_float32():
 
 
 def test_windows_that_cannot_be_are_refused():
-    model = model_of("llama", "llama")
+    model = shared_model("llama", torch.float64, llama_tokenizer)
     for window, stride, reason in ((POSITIONS + 1, None, "more than"), (8, 7, "go on by 7"), (8, 0, "go on by 0")):
         with pytest.raises(ConfigError, match=reason):
             perplexity(model, LONG, window=window, stride=stride)
@@ -332,13 +326,13 @@ def test_windows_that_cannot_be_are_refused():
     with pytest.raises(ConfigError, match="go on by 1"):
         perplexity(model, LONG, window=2)
     with pytest.raises(FactError, match="nothing to foretell"):
-        perplexity(model_of(), ["", "x"])
+        perplexity(shared_model(dtype=torch.float64), ["", "x"])
     with pytest.raises(FactError, match="nothing to foretell"):
-        perplexity(model_of(), [])
+        perplexity(shared_model(dtype=torch.float64), [])
 
 
 def test_an_end_of_text_that_the_text_holds_is_scored():
-    model = model_of()
+    model = shared_model(dtype=torch.float64)
     text = "<|endoftext|>Rome is in Italy."
     assert perplexity(model, text).n_tokens == len(model.tokenizer(text)["input_ids"]) - 1
 
@@ -355,7 +349,7 @@ def test_essence_is_the_published_code_s_and_right_by_default():
 
 
 def test_essence_is_the_loss_of_the_beginning():
-    model = model_of()
+    model = shared_model(dtype=torch.float64)
     texts = ["The Space Needle is located in the city of Seattle.", LONG]
     for length in (20, 90, POSITIONS + 50):
         ids = torch.tensor([model.tokenizer(" ".join(texts))["input_ids"][: min(length, POSITIONS)]])
@@ -365,12 +359,12 @@ def test_essence_is_the_loss_of_the_beginning():
 
 
 def test_essence_of_too_little_is_none():
-    model = model_of()
+    model = shared_model(dtype=torch.float64)
     for reference in (False, True):
         for texts in ([], [""], ["x"]):
             assert math.isnan(essence_perplexity(model, texts, reference=reference))
         assert math.isnan(essence_perplexity(model, [LONG], 1, reference=reference))
-    assert math.isnan(essence_perplexity(model_of("llama", "llama"), []))  # a BOS alone
+    assert math.isnan(essence_perplexity(shared_model("llama", torch.float64, llama_tokenizer), []))  # a BOS alone
     with pytest.raises(FactError, match="brackets"):
         essence_perplexity(model, "text")
     with pytest.raises(ConfigError, match="1 or more"):
