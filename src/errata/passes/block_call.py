@@ -174,7 +174,8 @@ def run(block: nn.Module, states: Tensor, arguments: Mapping[str, Any], past: Pa
     # A copy, for a block may go on to add into what it is given.
     entering = torch.cat([past.states, states], 1) if isinstance(past, Earlier) else states.clone()
     output = block(entering, **given)
-    return (output[0] if isinstance(output, tuple) else output)[:, -count:].to(states.device)
+    left = output[0] if isinstance(output, tuple) else output
+    return left[:, left.shape[1] - count :].to(states.device)  # a slice from 0 on costs nothing, backwards neither
 
 
 def is_mask(name: str) -> bool:
