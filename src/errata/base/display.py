@@ -20,6 +20,11 @@ def printable(text: str) -> str:
     return "".join(_escape(sign) if _steers(sign) else sign for sign in text)
 
 
+def is_torn(text: str) -> bool:
+    """Whether there are halves of characters in a text that stand for single bytes."""
+    return any("\udc80" <= character <= "\udcff" for character in text)
+
+
 def abridged(text: str, longest: int = LONGEST) -> str:
     """Text whose middle is left out if it is longer than `longest`; it says how much was."""
     if len(text) <= longest:

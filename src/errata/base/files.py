@@ -8,6 +8,7 @@ writer to the same place removes it.
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import shutil
 import stat
@@ -67,6 +68,21 @@ def expanded(path: str | Path) -> Path:
         raise ConfigError(f"{path} begins with ~, and there is no such user here: write the folder out") from error
 
 
+def resolved(path: str | Path) -> Path:
+    """The absolute path behind all links. Nothing need be there.
+
+    Raises:
+        OSError: if links lead in a circle.
+    """
+    found = os.path.realpath(path)
+    try:
+        os.stat(found)
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise
+    return Path(found)
+
+
 @contextlib.contextmanager
 def written_whole(path: str | Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`, which takes the place of `path` if the block succeeds.
@@ -105,7 +121,7 @@ def aside(target: Path) -> Iterator[tuple[Path, int]]:
         OSError: if the folder cannot be made.
     """
     _remove_leftovers(target.parent)
-    name = target.name.encode()[:150].decode(errors="ignore")  # a hidden name has a longest length too
+    name = os.fsencode(target.name)[:150].decode(errors="ignore")  # a hidden name has a longest length too
     while True:
         folder = Path(tempfile.mkdtemp(prefix=f".{name}.", suffix=_ENDING, dir=target.parent))
         lock = os.open(folder / _LOCK, os.O_RDWR | os.O_CREAT, 0o666)
@@ -152,13 +168,13 @@ def require_writable(path: str | Path) -> None:
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """Write UTF-8 text, whole or not at all.
+    """Write UTF-8 text, whole or not at all. Half a character, as in a file's name that is no UTF-8, becomes an escape.
 
     Raises:
         OutputError: if the file cannot be written.
     """
     with written_whole(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 _ENDING, _LOCK = ".unwritten", "lock"
@@ -210,14 +226,14 @@ class _Tried(Exception):
 
 def _place(path: str | Path) -> Path:
     try:
-        target = Path(path).resolve()
+        target = resolved(path)
         if target.is_dir():
             raise OutputError(f"cannot write {path}: it is a folder. Name a file in it")
         if target.exists() and not target.is_file():
             raise OutputError(f"cannot write {path}: it is no ordinary file, and would be replaced by one")
     except OutputError:
         raise
-    except (OSError, RuntimeError, ValueError) as error:
+    except (OSError, ValueError) as error:
         raise _cannot_write(path, error) from error
     return target
 

@@ -6,10 +6,13 @@ file is. Reading runs no code from the file, whatever it holds.
 
 from __future__ import annotations
 
+import contextlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from errata.base.display import is_torn
 from errata.base.errors import ErrataError, OutputError
 from errata.base.files import written_whole
 from errata.base.reading import format_of, load_json, taking_apart
@@ -32,11 +35,23 @@ def write_tensors(
     from safetensors.torch import save_file
 
     text = json.dumps({"kind": kind, "version": version, **header}, ensure_ascii=False, allow_nan=False)
+    text = text.encode("utf-8", "backslashreplace").decode()  # a lone surrogate becomes the escape that JSON has for it
     with written_whole(path) as temporary:
         try:
             save_file({name: t.contiguous() for name, t in tensors.items()}, temporary, metadata={KEY: text})
         except (OSError, SafetensorError) as error:
             raise OutputError(f"cannot write {path}: {error}. Make room, or choose another folder") from error
+
+
+@contextlib.contextmanager
+def opened(path: Path) -> Iterator[Any]:
+    """A safetensors file as the library opens it; also where the path is no UTF-8, which the library refuses."""
+    from safetensors import safe_open
+
+    with path.open("rb") as file:
+        name = f"/dev/fd/{file.fileno()}" if is_torn(str(path)) else path
+        with safe_open(name, framework="pt") as stored:
+            yield stored
 
 
 def read_safetensors(path: Path, what: str, error: type[ErrataError]) -> tuple[dict[str, str], dict[str, Tensor]]:
@@ -45,12 +60,10 @@ def read_safetensors(path: Path, what: str, error: type[ErrataError]) -> tuple[d
     Raises:
         error: if the file is missing, cut short or something else, or holds tensors of a type that torch has not.
     """
-    from safetensors import safe_open
-
     with taking_apart(path, "a whole safetensors file", error, "Fetch or save it again"):
         if not path.is_file():
             raise error(f"there is no file {path}. Give the path of {what}")
-        with safe_open(path, framework="pt") as stored:
+        with opened(path) as stored:
             return stored.metadata() or {}, {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
 
 

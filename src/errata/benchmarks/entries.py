@@ -10,10 +10,11 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
+from errata.base.display import is_torn
 from errata.base.errors import FactError, ResultFileError
 from errata.base.facts import require_characters
 from errata.base.files import MAX_BYTES, content
-from errata.benchmarks.fact_table import is_torn, named
+from errata.benchmarks.fact_table import named
 
 MAX_LINE = 2**24  # characters of one entry of a .jsonl file
 

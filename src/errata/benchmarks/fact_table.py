@@ -30,6 +30,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
+from errata.base.display import is_torn
 from errata.base.errors import ConfigError, FactError, ResultFileError
 from errata.base.facts import SLOT, Fact, require_characters
 from errata.base.files import content, written_whole
@@ -429,11 +430,6 @@ def separator_in(found: Mapping[str, Any]) -> str | None:
     if value is not None and (not isinstance(value, str) or value.strip()):
         raise FactError(f"its separator is {value!r}: it is white space, or one of {', '.join(_SEPARATORS)}")
     return value
-
-
-def is_torn(text: str) -> bool:
-    """Whether there are halves of characters in a text that stand for single bytes."""
-    return any("\udc80" <= character <= "\udcff" for character in text)
 
 
 def field_text(found: Mapping[str, Any], *names: str, number: bool = False) -> str:

@@ -135,6 +135,7 @@ def evaluate(
     probes = None if probe is None else [text[:_PROBE_CHARACTERS] for text in passages(probe)[:_PROBE_TEXTS]]
 
     # Torch comes only now: bad input is told at once.
+    from errata.base.files import resolved
     from errata.cli import show, tables
     from errata.editors.registry import method_of
     from errata.evaluation.results import editor_file
@@ -167,7 +168,7 @@ def evaluate(
             editors,
             out,
             measures,
-            source=data.resolve().name if data else "atlas",
+            source=resolved(data).name if data else "atlas",
             keep_edits=keep_edits,
             executor=where,
             allow_seen=allow_seen,

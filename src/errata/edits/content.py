@@ -125,7 +125,7 @@ class Content:
             for delta in self.deltas
         ]
         text = json.dumps([self.header(), parts], sort_keys=True, ensure_ascii=False, allow_nan=False)
-        return hashlib.sha256(text.encode()).hexdigest()
+        return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
     def header(self) -> dict[str, Any]:
         """All that is not a tensor, nor the source, ready for JSON."""

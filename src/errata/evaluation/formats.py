@@ -80,7 +80,7 @@ def panels(table: Table) -> list[Panel]:
 
     return [
         Panel(
-            table.title,
+            printable(table.title),
             tuple(column.symbol for column in paper),
             _groups(paper),
             _blocks(table, lambda row: scores(paper, row), ("run", "paper", "difference")),
@@ -166,7 +166,7 @@ def as_csv(table: Table) -> str:
     writer = csv.writer(written, lineterminator="\n")
     writer.writerow([*heads, *(f"{column.name}_{field}" for column in table.columns for field in fields)])
     for row in _all(table):
-        names = map(unformulated, (str(row.run), row.model, row.name, row.short))
+        names = (unformulated(printable(name)) for name in (str(row.run), row.model, row.name, row.short))
         cells = [*names, row.source, probability, table.interval, row.measured, row.of]
         cells += [row.failures, row.disabling, row.seconds]
         for column in table.columns:
@@ -211,7 +211,7 @@ def _blocks(
     table: Table, cells: Callable[[Row], tuple[Cell, ...]], sources: tuple[Source, ...]
 ) -> tuple[tuple[str, tuple[Line, ...]], ...]:
     def lines(rows: Iterable[Row]) -> tuple[Line, ...]:
-        return tuple(Line(row.label, row.source, cells(row)) for row in rows if row.source in sources)
+        return tuple(Line(printable(row.label), row.source, cells(row)) for row in rows if row.source in sources)
 
     blocks = [(_heading(table, block[0]), lines(block)) for block in table.blocks]
     blocks += [(_heading(table, row), lines([row])) for row in table.differences]
@@ -222,7 +222,7 @@ def _heading(table: Table, row: Row) -> str:
     if len(table.blocks) == 1:
         return ""
     same = sum(block[0].model == row.model for block in table.blocks) > 1
-    return f"{row.model}, {row.run}" if same else row.model
+    return printable(f"{row.model}, {row.run}" if same else row.model)
 
 
 def _cell(row: Row, column: Column, interval: Method) -> Cell:
@@ -267,7 +267,7 @@ def _piped(*cells: str) -> str:
 
 
 def _unpiped(text: str) -> str:
-    plain = printable(" ".join(text.split())).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    plain = " ".join(text.split()).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
     return re.sub(r"([\\|*_`\[\]~$])", r"\\\1", plain)
 
 

@@ -26,7 +26,9 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any, Literal
 
+from errata.base.display import printable
 from errata.base.errors import ConfigError
+from errata.base.files import resolved
 from errata.evaluation.published import Published, beside, published
 from errata.evaluation.results import UNEDITED, Results, Run
 from errata.metrics.counterfact import Probability
@@ -193,7 +195,7 @@ class Table:
             said.append("Differences are paired: over the records that both rows have.")
         long = {row.short: row.name for block in self.blocks for row in block if row.short}
         if long:
-            said.append("; ".join(f"{short} is {name}" for short, name in long.items()) + ".")
+            said.append(printable("; ".join(f"{short} is {name}" for short, name in long.items()) + "."))
         said.append(f"Fails, the whole interval: {LEGEND_FAILS[self.kind]}.")
         return said
 
@@ -260,7 +262,7 @@ def _short_names(rows: Iterable[str]) -> dict[str, str]:
 def _require_together(runs: Sequence[Run]) -> None:
     if not runs:
         raise ConfigError("there is no run to report: name at least one run folder")
-    folders = [run.folder.resolve() for run in runs]
+    folders = [resolved(run.folder) for run in runs]
     for place, folder in enumerate(folders):
         if folder in folders[:place]:
             raise ConfigError(f"{runs[place].folder} is named twice, and would stand in the table twice: name it once")

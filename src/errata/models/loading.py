@@ -19,7 +19,7 @@ import torch
 from errata.base.autocast import without_autocast
 from errata.base.errors import ConfigError, DeviceError, ErrataError, ModelNotFound, UnsupportedModel
 from errata.base.extras import needed
-from errata.base.files import expanded
+from errata.base.files import expanded, resolved
 from errata.models.families import require_runnable
 from errata.models.model import Model
 from errata.models.quantised import method_of, refusal
@@ -169,7 +169,7 @@ def _live(source: tuple) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
 
 
 def _name_of(source: str | Path) -> str:
-    return Path(source).resolve().name if Path(source).is_dir() else str(source)
+    return resolved(source).name if Path(source).is_dir() else str(source)
 
 
 def _from_disk(

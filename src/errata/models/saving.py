@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from errata.base.errors import OutputError
-from errata.base.files import aside, require_there
+from errata.base.files import aside, require_there, resolved
 from errata.base.interrupt import unbroken
 
 if TYPE_CHECKING:
@@ -92,7 +92,7 @@ def require_free(path: str | Path, replaceable: Callable[[Path], bool] = lambda 
         OutputError: if a file stands there, or a folder that holds something and is not `replaceable`.
     """
     try:
-        target = Path(path).resolve()
+        target = resolved(path)
         if target.exists() and not target.is_dir():
             raise OutputError(f"cannot write the folder {path}: a file stands there. Name a new folder")
         if target.is_dir() and any(target.iterdir()) and not replaceable(target):
@@ -101,7 +101,7 @@ def require_free(path: str | Path, replaceable: Callable[[Path], bool] = lambda 
             )
     except OutputError:
         raise
-    except (OSError, RuntimeError, ValueError) as error:
+    except (OSError, ValueError) as error:
         raise _cannot_write(path, error) from error
     return target
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from errata.base.errors import ConfigError, ErrataError
 from errata.base.extras import needed
-from errata.base.files import expanded
+from errata.base.files import expanded, resolved
 from errata.statistics.readers import FIELD, TYPES, read_texts, text_of, type_of
 
 WIKIPEDIA = "wikimedia/wikipedia:20231101.en"
@@ -119,7 +119,7 @@ class Corpus:
         if field != FIELD:
             digest.update(field.encode())
         return cls(
-            name or ", ".join(Path(path).resolve().name for path in paths),
+            name or ", ".join(resolved(path).name for path in paths),
             digest.hexdigest(),
             lambda: (text for path in files for text in read_texts(path, field)),
         )

@@ -14,14 +14,14 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import Field
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from typing_extensions import NotRequired, TypedDict
 
 from errata.base import cache
 from errata.base.errors import ConfigError, ResultFileError, StaleStatistics
 from errata.base.files import require_writable
 from errata.base.reading import format_of, load_json, of_type, taking_apart
-from errata.base.tensor_files import KEY, read_tensors, write_tensors
+from errata.base.tensor_files import KEY, opened, read_tensors, write_tensors
 from errata.models.model import Model
 from errata.statistics import sums
 from errata.statistics.collect import MAX_TOKENS, Progress, checked_layers, checked_length, collect
@@ -205,7 +205,7 @@ def collect_cached(
 
 def _stored(path: Path) -> Stored:
     try:
-        with safe_open(path, framework="pt") as file:
+        with opened(path) as file:
             header = load_json((file.metadata() or {})[KEY])
         if header["kind"] == sums.KIND:
             prints = tuple(of_type(header["fingerprints"], dict[str, dict[str, Any]]).values())
