@@ -6,13 +6,21 @@ ERRATA_FUZZ=N tries N examples a format (and other ones each time) instead of th
 
 from __future__ import annotations
 
+import csv
+import errno
 import functools
 import gzip
+import io
 import json
 import os
+import pickle
 import struct
+import sys
+import time
 import warnings
 import zipfile
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -20,11 +28,12 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from errata.base.display import unformulated
 from errata.base.errors import ErrataError, ResultFileError
 from errata.base.facts import Fact
 from errata.base.fingerprint import tensor_digest
 from errata.base.journal import write_journal
-from errata.benchmarks.fact_table import FactRow, read_facts, write_facts
+from errata.benchmarks.fact_table import MOST_BROKEN, FactRow, read_facts, write_facts
 from errata.benchmarks.requests import read_requests
 from errata.benchmarks.sets import read_records
 from errata.benchmarks.snippets import Snippet, Snippets, read_snippets, write_snippets
@@ -55,7 +64,7 @@ from errata.tracing.gradients import IntegratedGradients
 from errata.tracing.many import trace_facts
 from errata.tracing.result import CausalTrace, load_traces, save_traces
 from helpers.traces import random_traces
-from made_runs import counterfact_run, zsre_run
+from made_runs import counterfact_records, counterfact_run, failed, write_run, zsre_run
 from tiny import byte_tokenizer, tiny
 
 LONG = int(os.environ.get("ERRATA_FUZZ", 0))
@@ -506,9 +515,209 @@ def test_messages_are_cut_and_show_control_characters_escaped():
     assert len(told) < 2100
 
 
-def test_a_link_to_itself_is_no_place_to_write(errata, tmp_path):
-    (tmp_path / "loop").symlink_to("loop")
+TRACED = ("--subject", "S", "--prompt", "{} is in", "--samples", "1")
+EDITED = ("--subject", "S", "--prompt", "{} is in", "--to", "P")
+
+
+def refused_in_a_line(said):
+    assert said.returncode == 2, said
+    assert said.stderr.startswith("error: ")
+    assert said.stderr.count("\n") == 1
+    assert said.stdout == ""
+
+
+def commands(place):
+    """A command for each option and argument that is a path, each with a path at `place`."""
+    return {
+        "facts --out": ("facts", "f.csv", "--out", f"{place}.csv"),
+        "trace --out": ("trace", *TRACED, "--out", f"{place}.png"),
+        "trace --save": ("trace", *TRACED, "--save", f"{place}.jsonl"),
+        "gradients --out": ("gradients", *TRACED[:4], "--out", f"{place}.svg"),
+        "edit --out": ("edit", *EDITED, "--out", f"{place}.safetensors"),
+        "edit --lora": ("edit", *EDITED, "--lora", f"{place}"),
+        "sweep --save": ("sweep", "--identity", "--save", f"{place}.jsonl"),
+        "sweep --out": ("sweep", "--identity", "--save", "s.jsonl", "--out", f"{place}.pdf"),
+        "sequence --save": ("sequence", "--identity", "--save", f"{place}.jsonl"),
+        "report --out": ("report", "r", "--out", f"{place}.md"),
+        "report --page": ("report", "r", "--page", f"{place}.html"),
+        "facts": ("facts", f"{place}.csv"),
+        "trace --facts": ("trace", "--facts", f"{place}.csv", "--save", "t.jsonl"),
+        "trace --model": ("trace", *TRACED, "--model", f"{place}/x"),
+        "edit --requests": ("edit", "--requests", f"{place}.csv"),
+        "average": ("average", f"{place}.jsonl"),
+        "figure": ("figure", "trace", f"{place}.jsonl", "--out", "t.png"),
+        "generate --edit": ("generate", "S", "--edit", f"{place}.safetensors"),
+        "export": ("export", f"{place}.safetensors", "--lora", "l"),
+        "evaluate --out": ("evaluate", "--out", f"{place}"),
+        "evaluate --data": ("evaluate", "--data", f"{place}.json", "--out", "e"),
+        "evaluate --probe": ("evaluate", "--probe", f"{place}.txt", "--out", "e"),
+        "stats --corpus": ("stats", "--corpus", f"{place}.txt", "--layers", "1"),
+        "report": ("report", f"{place}"),
+    }
+
+
+@pytest.mark.parametrize("name", commands(""))
+def test_a_link_to_itself_is_refused_wherever_a_path_stands(name, errata, tmp_path):
     (tmp_path / "f.csv").write_text("subject,prompt,object\nS,{} is in,P\n")
-    said = errata("facts", "f.csv", "--out", "loop/a.csv")
+    counterfact_run(tmp_path / "r", count=2)
+    command = commands("loop")[name]
+    for word in command:
+        if word.startswith("loop"):
+            (tmp_path / word.split("/")[0]).symlink_to(word.split("/")[0])
+    before = sorted(path.name for path in tmp_path.iterdir())
+    refused_in_a_line(errata(*command))
+    assert sorted(path.name for path in tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize("name", [name for name in commands("") if not name.endswith(("out", "save", "lora", "page"))])
+def test_the_home_of_nobody_is_refused_in_a_line(name, errata):
+    refused_in_a_line(errata(*commands("~nosuchuser/x")[name]))
+
+
+@pytest.mark.parametrize("samples", ["1e30", "1000000000", "nan", "0"])
+def test_no_number_of_samples_takes_more_memory_than_there_is(samples, errata):
+    said = errata("trace", *TRACED[:-1], samples)
     assert said.returncode == 2
-    assert "cannot write loop/a.csv" in said.stderr
+    assert "--samples" in said.stderr
+    assert said.stderr.count("\n") == 1
+    with pytest.raises(ErrataError, match="samples"):
+        TraceConfig(samples=float(samples))
+
+
+def test_broken_lines_of_a_table_are_read_up_to_some_and_the_rest_counted(errata, tmp_path):
+    head = "subject,prompt,object\nS,{} is in,P\n"
+    (tmp_path / "f.csv").write_text(head + 'S,"{} is"in,P\n' * 200_000)
+    (tmp_path / "g.csv").write_text(head + "S,{} is in\n" * 200_000)
+    begin = time.monotonic()
+    table = read_facts(tmp_path / "f.csv")
+    assert len(table.rows) == 1
+    assert len(table.bad) == MOST_BROKEN + 1
+    assert "199,900 lines from here on are not read" in table.bad[-1].reason
+    said = errata("facts", "g.csv")
+    assert said.returncode == 1
+    assert "and 199,900 more bad lines" in said.stderr
+    assert said.stderr.count("\n") < 110
+    assert time.monotonic() - begin < 20
+
+
+def zipped(path, change):
+    """An .npz of a second moment after a change of its bytes at the places of a member's flags and method."""
+    np.savez(path, **{"mom2.mom2": np.eye(3, dtype=np.float32), "mom2.count": np.array(5)})
+    whole = bytearray(path.read_bytes())
+    for sign, flags in ((b"PK\x03\x04", 6), (b"PK\x01\x02", 8)):
+        place = -1
+        while (place := whole.find(sign, place + 1)) >= 0:
+            change(whole, place + flags)
+    path.write_bytes(whole)
+
+
+def test_packed_arrays_that_cannot_be_unpacked(tmp_path):
+    def encrypted(whole, at):
+        whole[at] |= 1
+
+    def unknown(whole, at):
+        whole[at + 2 : at + 4] = struct.pack("<H", 99)
+
+    for change, reason in ((encrypted, "password"), (unknown, "compression method is not supported")):
+        zipped(tmp_path / "m.npz", change)
+        assert reason in refusal(lambda path: load_published(path, 1), tmp_path / "m.npz")
+    (tmp_path / "m.npz").write_bytes(pickle.dumps({"mom2": [1]}))
+    assert "not a zip file" in refusal(lambda path: load_published(path, 1), tmp_path / "m.npz")
+    np.savez(tmp_path / "m.npz", **{"mom2.mom2": np.array([{}], dtype=object), "mom2.count": np.array(5)})
+    assert "holds object, not numbers" in refusal(lambda path: load_published(path, 1), tmp_path / "m.npz")
+
+
+def test_tensors_of_a_type_that_torch_has_not(tmp_path):
+    header = json.dumps({"t": {"dtype": "F4", "shape": [4], "data_offsets": [0, 2]}}).encode()
+    for ending in ("safetensors", "unfinished.safetensors"):
+        (tmp_path / f"t.{ending}").write_bytes(struct.pack("<Q", len(header)) + header + b"ab")
+    for load in (Edit.load, store.load, Trained.load):
+        assert "t.safetensors" in refusal(load, tmp_path / "t.safetensors")
+    assert {each.problem for each in store.stored(tmp_path)} == {"broken, or no second moment of ours"}
+
+
+NAME = "=1+2 <b>x</b> `y`|z *w* \x1b[2J模"
+
+
+def test_names_are_no_markup_and_no_formula(tmp_path):
+    runs = [
+        Run.load(counterfact_run(tmp_path / name, 3, ("rome",), model)) for name, model in (("a", NAME), ("b", "-m"))
+    ]
+    found = table(runs)
+    assert r"=1+2 &lt;b&gt;x&lt;/b&gt; \`y\`\|z \*w\*" in as_text(found, "markdown")
+    cells = [line["model"] for line in csv.DictReader(io.StringIO(as_text(found, "csv")))]
+    assert {cell[:3] for cell in cells} == {"'=1", "'-m"}
+    for kind in ("markdown", "latex", "csv", "json"):
+        assert "\x1b" not in as_text(found, kind)
+    for sign in "=+-@\t\r":
+        assert unformulated(f"{sign}1").startswith("'")
+    assert unformulated("a=1") == "a=1"
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252"])
+def test_what_a_terminal_has_no_signs_for_is_replaced(encoding, tmp_path, monkeypatch):
+    from errata.cli.app import main
+
+    folder = counterfact_run(tmp_path / "r", 3, ("rome",), NAME)
+    counterfact_run(tmp_path / "s", 3, ("rome",))
+    for more in ([], *(["--format", kind] for kind in ("markdown", "latex", "csv", "json"))):
+        written = io.BytesIO()
+        monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding))
+        monkeypatch.setattr(sys, "argv", ["errata", "report", str(folder), str(tmp_path / "s"), *more])
+        with pytest.raises(SystemExit) as left:
+            main()
+        sys.stdout.flush()
+        assert not left.value.code
+        text = written.getvalue().decode(encoding)
+        assert "gpt2-xl" in text
+        assert "?" in text or more[1:] == ["json"]
+        assert "\x1b" not in text
+
+
+@pytest.mark.parametrize("measured", ["nothing", "no record", "only refusals"])
+def test_a_run_without_numbers_has_a_report(measured, errata, tmp_path):
+    records = counterfact_records(0 if measured == "no record" else 3)
+    found = [failed(record) for record in records] if measured == "only refusals" else []
+    write_run(tmp_path / "r", records, {"unedited": found, "rome": found})
+    for kind in ("table", "markdown", "latex", "csv", "json"):
+        said = errata("report", "r", "--format", kind, "--page", "p.html")
+        assert said.returncode in (0, 2), said
+        assert said.returncode == 0 or said.stderr.startswith("error: ")
+        assert "nan" not in said.stdout.replace("nano", "")
+
+
+@pytest.mark.parametrize("ending", ["png", "svg", "pdf"])
+def test_a_full_disk_is_named_whatever_is_drawn(ending, errata, tmp_path, monkeypatch):
+    def full(self, data):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self))
+
+    traces_file(tmp_path)
+    monkeypatch.setattr(Path, "write_bytes", full)
+    said = errata("figure", "trace", "t.jsonl", "--fact", "1", "--out", f"t.{ending}")
+    refused_in_a_line(said)
+    assert f"cannot write t.{ending}: No space left on device" in said.stderr
+    assert not list(tmp_path.glob(f"*t.{ending}*"))
+
+
+def test_names_that_are_no_utf8_are_written_and_shown(errata, tmp_path):
+    folder = tmp_path / os.fsdecode(b"caf\xe9")
+    facts_file("csv")(folder_made(folder))
+    counterfact_run(folder / "r", 3, ("rome",), os.fsdecode(b"m\xe9"))
+    for command in (
+        ("facts", folder / "f.csv", "--out", folder / "g.csv"),
+        ("report", folder / "r"),
+        *(("report", folder / "r", "--out", folder / f"r.{kind}") for kind in ("md", "tex", "csv", "json", "txt")),
+        ("report", folder / "r", "--page", folder / "r.html"),
+    ):
+        said = errata(*command)
+        assert said.returncode == 0, said
+        assert "\udce9" not in said.stdout + said.stderr
+    edit = replace(Edit.load(edit_file(folder)), model=str(folder))
+    edit.save(folder / "f.safetensors")
+    assert Edit.load(folder / "f.safetensors") == edit
+    assert Edit.load(folder / "f.safetensors").model == str(folder)
+
+
+def folder_made(folder):
+    folder.mkdir()
+    return folder
