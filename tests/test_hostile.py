@@ -29,7 +29,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from errata.base.display import unformulated
-from errata.base.errors import ErrataError, ResultFileError
+from errata.base.errors import ErrataError, OutputError, ResultFileError
 from errata.base.facts import Fact
 from errata.base.fingerprint import tensor_digest
 from errata.base.journal import write_journal
@@ -53,6 +53,7 @@ from errata.evaluation.sequence import SequenceScores
 from errata.evaluation.sites import SiteScores
 from errata.metrics.tfidf import TfIdf
 from errata.models.loading import load_pretrained
+from errata.models.saving import save_pretrained
 from errata.statistics import store
 from errata.statistics.published import load_published
 from errata.statistics.readers import read_texts
@@ -289,8 +290,6 @@ def parquet_file(folder):
 
 def model_file(name):
     def made(folder):
-        from errata.models.saving import save_pretrained
-
         save_pretrained(model(), folder / "model")
         return folder / "model" / name
 
@@ -716,6 +715,8 @@ def test_names_that_are_no_utf8_are_written_and_shown(errata, tmp_path):
     edit.save(folder / "f.safetensors")
     assert Edit.load(folder / "f.safetensors") == edit
     assert Edit.load(folder / "f.safetensors").model == str(folder)
+    with pytest.raises(OutputError, match="no path that is not UTF-8"):  # the libraries' own bound
+        save_pretrained(model(), folder / "model")
 
 
 def folder_made(folder):

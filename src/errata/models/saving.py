@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from errata.base.display import is_torn
 from errata.base.errors import OutputError
 from errata.base.files import aside, require_there, resolved
 from errata.base.interrupt import unbroken
@@ -37,6 +38,10 @@ def save_pretrained(model: Model, folder: str | Path, notes: Mapping[str, Any] |
     """
     from safetensors import SafetensorError
 
+    if is_torn(os.path.realpath(folder)):
+        raise OutputError(
+            f"cannot write the folder {folder}: transformers takes no path that is not UTF-8. Name another"
+        )
     with written_folder(folder) as temporary:
         try:
             with _no_bars():
