@@ -103,6 +103,7 @@ class PlainTrace:
         target: tokens whose joint probability is traced; None: the most probable next one.
         corrupted: the tokens that are disturbed.
         noise: `[samples, tokens, d]`.
+        again: that of the passes in which severed states are restored; None: `noise`.
         replace: whether noise takes the embeddings' place.
 
     Attributes:
@@ -119,10 +120,12 @@ class PlainTrace:
         noise: np.ndarray,
         target: Sequence[int] | None = None,
         replace: bool = False,
+        again: np.ndarray | None = None,
     ):
         self.hf, self.family, self.prompt = hf, family, len(ids)
         self.layers = hf.config.num_hidden_layers
         self.noise = [torch.from_numpy(sample) for sample in noise]
+        self._again = self.noise if again is None else [torch.from_numpy(sample) for sample in again]
         self.corrupted, self.replace = corrupted, replace
         self.ids = [*ids, *(target or ())[:-1]]
         logits, self._clean = self._kept({})
@@ -135,7 +138,8 @@ class PlainTrace:
     def restored(self, part: str, token: int, layer: int, window: Iterable[int] = ()) -> float:
         """P*,clean[o] of one site, mean over samples; an MLP's or attention's is restored in all layers of a window."""
         found = []
-        for sample, kept in zip(self.noise, self._corrupted, strict=True):
+        noise = self._again if part.startswith("severed_") else self.noise
+        for sample, kept in zip(noise, self._corrupted, strict=True):
             changes = {("embedding", 0): self._disturb(sample)}
             if part in ("mlp", "attention"):
                 changes |= {(part, one): self._put(self._clean[part, one], token) for one in window}

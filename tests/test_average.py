@@ -160,6 +160,60 @@ def test_a_thousand_facts_take_seconds():
     assert found.counts == (1000,) * 6
 
 
+def test_reference_averages_are_those_of_the_published_notebook():
+    """One subject of one token, one fact below 0.01, one prompt whose last token is the first after the subject."""
+    traces = [
+        made([[0.2], [0.3], [0.6], [0.5]], (0, 0), clean=0.9, corrupted=0.1),
+        made([[0.0], [0.4], [0.1], [0.3], [0.6], [0.2], [0.1], [0.2], [0.8]], (1, 4), clean=0.205, corrupted=0.2),
+        made([[0.5], [0.3], [0.7]], (0, 1), clean=0.6, corrupted=0.3),
+    ]
+    found = average_effects(traces, averaging="reference")
+    scores = {
+        "first subject": (0.2, 0.4, 0.5),
+        "middle subject": (0.1, 0.3),
+        "last subject": (0.2, 0.6, 0.3),
+        "first after": (0.3, 0.2, 0.7),
+        "further": (0.6, 0.1, 0.2),
+        "last": (0.5, 0.8, 0.7),
+    }
+    for row, role in enumerate(ROLES):
+        mean, std = np.mean(scores[role]), np.std(scores[role])
+        columns = {name: column[row, 0] for name, column in found.sites["state"].items()}
+        assert columns["mean"] == pytest.approx(mean - 0.2, abs=1e-12)
+        if columns["facts"] > 1:
+            assert columns["high"] - columns["mean"] == pytest.approx(1.96 * std / 3**0.5, rel=1e-9)
+            assert columns["boot_low"] <= columns["mean"] <= columns["boot_high"]
+    assert found.sites["state"]["mean"][:, 0] == pytest.approx([1 / 6, 0, 1 / 6, 0.2, 0.1, 7 / 15])
+    assert found.counts == (3, 1, 3, 3, 2, 3)
+    assert found.total_effect == pytest.approx(1.705 / 3 - 0.2)
+    assert {"averaging": "reference", "min_effect": -1.0}.items() <= found.criteria.items()
+    ours = average_effects(traces, min_effect=-1)
+    assert ours.mean["state"][:, 0] == pytest.approx([0.2, 0, 0.5 / 3, 0.1, 0.225, 1.4 / 3])
+    assert average_effects(traces, averaging="reference", min_effect=0.01).facts == 2
+    with pytest.raises(ConfigError, match="facts, reference"):
+        average_effects(traces, averaging="tokens")
+
+
+def test_reference_averages_of_random_traces_are_those_of_the_notebooks_loop():
+    traces = [trace for trace in random_traces(gaps=0) if trace.subject[1] + 1 < len(trace.tokens)]
+    found = average_effects(traces, averaging="reference")
+    for part in ("state", "mlp"):
+        rows = [[] for _ in ROLES]
+        for trace in traces:
+            scores, (first, last_subject) = trace.restored[part], trace.subject
+            after, last = last_subject + 1, len(scores) - 1
+            rows[0] += [scores[first]]
+            rows[1] += list(scores[first + 1 : last_subject])
+            rows[2] += [scores[last_subject]]
+            rows[3] += [scores[after]]
+            rows[4] += list(scores[after + 1 : last])
+            rows[5] += [scores[last]]
+        want = np.stack([np.mean(row, 0) for row in rows]) - np.mean([trace.corrupted for trace in traces])
+        error = 1.96 * np.stack([np.std(row, 0) for row in rows]) / len(traces) ** 0.5
+        np.testing.assert_allclose(found.mean[part], want, rtol=1e-9, atol=1e-12)
+        np.testing.assert_allclose(found.interval[part], error, rtol=1e-9)
+
+
 # ---- what is left out and what is refused -----------------------------------------------------------------
 
 

@@ -82,7 +82,17 @@ def test_every_setting_is_passed_on(run, tmp_path):
     done = run(
         *("trace", *FACT, "--object", "English", "--answer", "object", "--scored", "whole", "--samples", "3"),
         *("--noise", "u2+1", "--window", "2", "--window-edges", "reference", "--seed", "5", "--memory", "200MB"),
-        *("--parts", "mlp, severed_mlp", "--tokens", "last subject,last", "--save", "t.jsonl", "--json"),
+        *(
+            "--parts",
+            "mlp, severed_mlp",
+            "--severed-noise",
+            "reference",
+            "--tokens",
+            "last subject,last",
+            "--save",
+            "t.jsonl",
+            "--json",
+        ),
     )
     assert done.returncode == 0, done.stderr
     said = json.loads(done.stdout)
@@ -95,6 +105,7 @@ def test_every_setting_is_passed_on(run, tmp_path):
         "scored": "whole",
         "tokens": ["last subject", "last"],
         "parts": ["mlp", "severed_mlp"],
+        "severed_noise": "reference",
     }
     assert asked.items() <= said["settings"].items()
     assert {"kind": "uniform", "multiple": 2.0, "after": 1}.items() <= said["settings"]["corruption"].items()
@@ -238,6 +249,19 @@ def test_averages_of_many_parts_go_on_below(capsys, monkeypatch):
     assert all(sum(part.replace("_", " ") in head for head in heads) for part in ALL_PARTS)
     rows = [line for line in said.splitlines() if "last subject (100)" in line]
     assert [row.count("100.0 ±10.0 at 3 ") for row in rows] == [2, 2, 1]
+
+
+def test_averages_are_the_published_ones_if_asked(run, results, tmp_path):
+    done = run("average", results, "--averaging", "reference", "--out", "a.json", "--json")
+    assert done.returncode == 0, done.stderr
+    found = average_effects(load_traces(results), averaging="reference")
+    said = json.loads(done.stdout)
+    assert said["criteria"] == found.criteria
+    np.testing.assert_array_equal(said["sites"]["state"]["further"]["mean"], found.mean["state"][4])
+    assert AverageEffects.load(tmp_path / "a.json").criteria["averaging"] == "reference"
+    assert run("figure", "lines", results, "--averaging", "reference", "--out", "p.svg").returncode == 0
+    for kind, file in (("averages", "a.json"), ("trace", results)):
+        refused(run("figure", kind, file, "--averaging", "reference", "--out", "q.svg"), "averag")
 
 
 def test_averages_of_several_files_are_shown_side_by_side(run, results, tmp_path):

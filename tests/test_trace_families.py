@@ -7,6 +7,7 @@ import functools
 import numpy as np
 import pytest
 import torch
+from helpers.plain_trace import PlainTrace
 
 from errata.base.facts import Fact
 from errata.models.model import Model
@@ -119,6 +120,29 @@ def test_the_token_after_the_subject_may_not_be_there():
     model, (fact, subject) = model_of("gpt2"), PLACES["at the very end"]
     found = trace(model, fact, parts=PARTS, samples=SAMPLES, noise="s2+1")
     assert found.corrupted == pytest.approx(plainly(model, fact, subject, after=1).disturbed, rel=1e-9)
+
+
+@pytest.mark.filterwarnings("ignore:.* cannot be resumed")
+@pytest.mark.parametrize(("family", "memory"), [("gpt2", None), ("gptj", None), ("gemma2", 1), ("qwen3_next", None)])
+def test_severed_states_under_noise_of_their_own(family, memory):
+    """The published code's second pass goes on drawing; modules are held in all layers, the restored one's too."""
+    model, (fact, (first, last)) = model_of(family), PLACES["in the middle"]
+    settings = {"parts": PARTS, "samples": SAMPLES, "noise": "0.7", "seed": 3}
+    found = trace(model, fact, memory=memory, severed_noise="reference", **settings)
+    state = np.random.RandomState(3)
+    noise, again = (0.7 * state.randn(SAMPLES, last - first + 1, model.d_model) for _ in range(2))
+    ids = model.tokenizer(fact.text)["input_ids"]
+    plain = PlainTrace(model.hf, family, ids, range(first, last + 1), noise, again=again)
+    places = [place for place in sites(found) if place[1] in (first, last, len(ids) - 2, len(ids) - 1)]
+    places += [("severed_mlp", 0, 1), ("severed_attention", 0, 3)]  # before the subject: the second noise alone
+    # qwen3_next computes in float32 inside.
+    assert largest_difference(found, plain, places) <= (2e-5 if family == "qwen3_next" else bound(family))
+    same = trace(model, fact, **settings)
+    assert "severed_noise" not in same.settings
+    for part in ("state", "mlp", "attention"):
+        np.testing.assert_allclose(found.restored[part], same.restored[part], rtol=1e-5)
+    for part in ("severed_mlp", "severed_attention"):
+        assert np.abs(found.restored[part] - same.restored[part]).max() > 1e-3 * found.clean
 
 
 def test_kinds_of_noise_differ():

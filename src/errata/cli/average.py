@@ -15,6 +15,7 @@ def average(
         list[Path], typer.Argument(help="Traces, as errata trace --save keeps them; a table for each of several files.")
     ],
     out: Annotated[Path | None, typer.Option(help="Where to write those of one file: .csv, .parquet or .json.")] = None,
+    averaging: options.Averaging = "facts",
     min_effect: options.MinEffect = None,
     unknown: options.Unknown = False,
     json: options.Json = False,
@@ -37,7 +38,7 @@ def average(
     for file in results:
         options.require_apart({"the file of traces": file, "--out": out})
     options.require_outputs(out)
-    averaged = [options.averaged(load_traces(file), min_effect, unknown) for file in results]
+    averaged = [options.averaged(load_traces(file), averaging, min_effect, unknown) for file in results]
     if out:
         averaged[0].save(out)
     if json:

@@ -45,6 +45,7 @@ def figure(
         Optional[str],  # noqa: UP045
         typer.Option(help="For trace, averages and lines: the parts to draw, with commas, such as state,mlp."),
     ] = None,
+    averaging: options.Averaging = "facts",
     min_effect: options.MinEffect = None,
     unknown: options.Unknown = False,
 ) -> None:
@@ -57,8 +58,8 @@ def figure(
     of_one = kind in ("trace", "gradients")
     if not of_one and (fact is not None or subject is not None):
         raise ConfigError(f"--fact and --subject choose one trace, and {kind} is a figure of all: leave them out")
-    if kind not in ("averages", "lines", "severed") and (unknown or min_effect is not None):
-        raise ConfigError(f"--unknown and --min-effect choose which traces are averaged, and {kind} averages none")
+    if kind not in ("averages", "lines", "severed") and (unknown or min_effect is not None or averaging != "facts"):
+        raise ConfigError(f"--averaging, --min-effect and --unknown say how to average, and {kind} averages nothing")
     if kind == "gradients" and trace is None:
         raise ConfigError(
             "gradients are drawn beside a trace: give its file by --trace (errata gradients --save-trace)"
@@ -83,7 +84,7 @@ def figure(
     elif trace is not None:
         drawn = _beside(file, trace, fact, subject)
     else:
-        averages = _averages(file, min_effect, unknown)
+        averages = _averages(file, averaging, min_effect, unknown)
         averages = dataclasses.replace(averages, sites=_of_parts(averages.sites, parts, file))
         drawn = {"averages": averages.figure, "lines": averages.lines, "severed": averages.severed}[kind]()
     save(drawn, out)
@@ -132,7 +133,9 @@ def _beside(file: Path, trace: Path, fact: int | None, subject: str | None) -> F
     return gradients.figure(_chosen(traces, trace, fact, subject))
 
 
-def _averages(file: Path, min_effect: float | None, unknown: bool) -> AverageEffects:
+def _averages(
+    file: Path, averaging: Literal["facts", "reference"], min_effect: float | None, unknown: bool
+) -> AverageEffects:
     """Stored averages, by the file's ending, or those of stored traces.
 
     Raises:
@@ -144,8 +147,8 @@ def _averages(file: Path, min_effect: float | None, unknown: bool) -> AverageEff
     from errata.tracing.result import load_traces
 
     if file.suffix.lower() not in ENDINGS:
-        return options.averaged(load_traces(file), min_effect, unknown)
-    if unknown or min_effect is not None:
+        return options.averaged(load_traces(file), averaging, min_effect, unknown)
+    if unknown or min_effect is not None or averaging != "facts":
         raise ConfigError(f"{file} holds averages, whose traces were chosen before: give the file of the traces")
     return AverageEffects.load(file)
 

@@ -51,6 +51,10 @@ WindowEdges = Annotated[
     Literal["paper", "reference"],
     typer.Option(help="Where a window of 10 is: from l-4 to l+5, or, as in the published code, from l-5 to l+4."),
 ]
+SeveredNoise = Annotated[
+    Literal["paper", "reference"],
+    typer.Option(help="Noise of severed runs: the corrupted run's, or, as in the published code, drawn anew."),
+]
 Answer = Annotated[
     Literal["model", "object"], typer.Option(help="Whose probability: of what the model says, or of the fact's object.")
 ]
@@ -60,7 +64,13 @@ Memory = Annotated[
 ]
 MinEffect = Annotated[
     Optional[float],  # noqa: UP045
-    typer.Option(help="Total effect below which a trace is left out of averages; 0.01 unless given."),
+    typer.Option(
+        help="Total effect below which a trace is left out of averages; 0.01 unless given, in reference averages -1."
+    ),
+]
+Averaging = Annotated[
+    Literal["facts", "reference"],
+    typer.Option(help="Each fact counts once in a role; or tokens are pooled as in the published notebook."),
 ]
 Unknown = Annotated[bool, typer.Option("--unknown", help="Average facts too whose answer is not the object.")]
 Picture = Annotated[Optional[Path], typer.Option("--out", help="Picture: .png, .svg or .pdf.")]  # noqa: UP045
@@ -182,7 +192,9 @@ def require_share(min_effect: float | None) -> None:
         raise ConfigError(f"--min-effect is {min_effect}, and effects are from -1 to 1: give one such as 0.01")
 
 
-def averaged(traces: Sequence[CausalTrace], min_effect: float | None, unknown: bool) -> AverageEffects:
+def averaged(
+    traces: Sequence[CausalTrace], averaging: Literal["facts", "reference"], min_effect: float | None, unknown: bool
+) -> AverageEffects:
     """The averages of traces, as the options choose them.
 
     Raises:
@@ -190,8 +202,7 @@ def averaged(traces: Sequence[CausalTrace], min_effect: float | None, unknown: b
     """
     from errata.tracing.average import average_effects
 
-    chosen: dict[str, Any] = {} if min_effect is None else {"min_effect": min_effect}
-    return average_effects(traces, known_only=not unknown, **chosen)
+    return average_effects(traces, averaging=averaging, min_effect=min_effect, known_only=not unknown)
 
 
 def load(model: str, device: str | None, dtype: str, download: bool, start_token: str | None = None) -> Model:

@@ -41,6 +41,7 @@ def trace(
     noise: options.Noise = "s3",
     window: options.Window = None,
     window_edges: options.WindowEdges = "paper",
+    severed_noise: options.SeveredNoise = "paper",
     answer: options.Answer = "model",
     scored: Annotated[
         Literal["first", "whole"], typer.Option(help="The answer's first token, or the whole of --answer object.")
@@ -53,6 +54,7 @@ def trace(
         ),
     ] = None,
     memory: options.Memory = None,
+    averaging: options.Averaging = "facts",
     min_effect: options.MinEffect = None,
     unknown: options.Unknown = False,
     strict: Annotated[bool, typer.Option("--strict", help="Stop at the first bad line of the table.")] = False,
@@ -79,6 +81,7 @@ def trace(
         "noise": noise,
         "window": window,
         "window_edges": window_edges,
+        "severed_noise": severed_noise,
         "answer": answer,
         "scored": scored,
         "tokens": options.comma_separated(tokens) if tokens is not None else None,
@@ -90,8 +93,10 @@ def trace(
     if facts is None:
         if subject is None or prompt is None:
             raise ConfigError("there is no fact to trace: give --subject and --prompt, or a table of facts by --facts")
-        if strict or unknown or min_effect is not None:
-            raise ConfigError("--strict, --unknown and --min-effect are about a table of facts: give one by --facts")
+        if strict or unknown or min_effect is not None or averaging != "facts":
+            raise ConfigError(
+                "--strict, --averaging, --min-effect and --unknown are about a table of facts: give one by --facts"
+            )
         fact = Fact(subject, prompt, object_, separator)
         if answer == "object" and not fact.object:
             raise FactError("--answer object asks for the probability of the fact's object: name it by --object")
@@ -109,6 +114,7 @@ def trace(
             out,
             save,
             budget,
+            averaging,
             min_effect,
             unknown,
             strict,
@@ -201,6 +207,7 @@ def _trace_table(
     out: Path | None,
     save: Path,
     memory: int | None,
+    averaging: Literal["facts", "reference"],
     min_effect: float | None,
     unknown: bool,
     strict: bool,
@@ -231,7 +238,7 @@ def _trace_table(
     late = [each for each in late if each.line not in told]
     tables.tell_bad_lines(late, file, table.unit, strict)
     try:
-        found = options.averaged(traces, min_effect, unknown)
+        found = options.averaged(traces, averaging, min_effect, unknown)
     except ConfigError as error:  # the traces are kept all the same
         found = None
         tell(f"no averages: {error}", err=True)

@@ -3,6 +3,12 @@
 AIE of a role and layer is the mean over facts of the indirect effect of the sites in that role. Where a fact has
 several tokens in a role (middle subject, further), its sites count as their mean. ATE is the mean total effect.
 
+`averaging="reference"` averages as the published notebook does. A token can have two roles: a subject of one token is
+a first and a last subject token, and the last token can be the first after the subject too. All tokens of a role count
+alike, however many a fact has. AIE is the mean of P*,clean[o] over the tokens less the mean of P*[o] over all facts.
+Its normal interval takes the standard deviation of P*,clean[o] over the tokens (dividing by their number) and n, the
+number of facts. No fact is left out for its total effect.
+
 Every mean has two 95 % intervals: the normal one, mean ± 1.96·std/√n over facts, which the paper draws, and the
 bootstrap's, from the 2.5th to the 97.5th percentile of the mean over facts drawn with replacement. All means share
 the same draws. Below two facts there is no interval.
@@ -15,7 +21,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 
@@ -37,6 +43,8 @@ UNKNOWN, NO_EFFECT = "answer is not the object", "no effect"
 
 _BARS = ("state", "severed_attention", "severed_mlp")
 
+Averaging = Literal["facts", "reference"]
+
 
 @dataclass(frozen=True, eq=False)
 class AverageEffects:
@@ -50,7 +58,7 @@ class AverageEffects:
         best: for each part, the best site of each fact among the subject's tokens ("subject") and all from there on
             ("all"). It is sought in noise, so its mean effect is above the best AIE even without any effect.
         left_out: how many traces were left out, by reason.
-        criteria: what was left out and how intervals were made: `min_effect`, `known_only`, `resamples`, `seed`.
+        criteria: what was averaged, and how: `averaging`, `min_effect`, `known_only`, `resamples`, `seed`.
         model: name of the model.
         fingerprint: of the model's weights.
         settings: of the traces, as far as they share them.
@@ -212,7 +220,8 @@ class AverageEffects:
 def average_effects(
     traces: Iterable[CausalTrace],
     *,
-    min_effect: float = 0.01,
+    averaging: Averaging = "facts",
+    min_effect: float | None = None,
     known_only: bool = True,
     resamples: int = 1000,
     seed: int = 0,
@@ -223,8 +232,9 @@ def average_effects(
 
     Args:
         traces: of any facts; of each, what it restored is all that matters.
+        averaging: "facts", in which each fact counts once in a role; "reference": as the published notebook does.
         min_effect: traces with a total effect below this are left out, for where nothing was lost nothing can come
-            back; −1 keeps them all.
+            back; −1 keeps them all. None: 0.01, or −1 for averaging="reference".
         known_only: whether traces whose answer is not the fact's object are left out. Facts that name no object stay.
         resamples: of the bootstrap.
         seed: of the bootstrap.
@@ -233,6 +243,10 @@ def average_effects(
         ConfigError: if no trace is left, or they differ in model, weights, settings, parts or layers; a level of
             noise and a σ that were measured on each fact's own subject may differ.
     """
+    if averaging not in get_args(Averaging):
+        raise ConfigError(f"averaging is {averaging!r}: it is one of {', '.join(get_args(Averaging))}")
+    if min_effect is None:
+        min_effect = 0.01 if averaging == "facts" else -1.0
     if resamples < 1 or not 0 <= seed < 2**32 or not -1 <= min_effect <= 1:
         raise ConfigError("resamples are at least 1, a seed is from 0 to 2**32 - 1, and min_effect from -1 to 1")
     left_out = {UNKNOWN: 0, NO_EFFECT: 0}
@@ -262,7 +276,10 @@ def average_effects(
         roles = np.array(trace.roles)
         for part in effects:
             effect = trace.indirect_effect(part)
-            effects[part].append(np.stack([_nanmean(effect[roles == role]) for role in ROLES]))
+            if averaging == "facts":
+                effects[part].append(np.stack([_nanmean(effect[roles == role]) for role in ROLES]))
+            else:
+                effects[part].append(_sums(trace.restored[part], *trace.subject))
             for scope, end in zip(SCOPES, (trace.subject[1] + 1, len(roles)), strict=True):
                 bests[part, scope].append(_best(effect, trace.roles, range(trace.subject[0], end)))
     if first is None:
@@ -274,13 +291,24 @@ def average_effects(
     draws = _draws(len(scalars), resamples, seed)
     return AverageEffects(
         means=dict(zip(SCALARS, _means(np.array(scalars), draws), strict=True)),
-        sites={part: _statistics(np.stack(of), draws) for part, of in effects.items()},
+        sites={
+            part: _statistics(np.stack(of), draws)
+            if averaging == "facts"
+            else _pooled(np.stack(of), np.array(scalars)[:, 1], draws)
+            for part, of in effects.items()
+        },
         best={
-            part: {scope: _counted(bests[part, scope], of[0].shape[1], draws) for scope in SCOPES}
+            part: {scope: _counted(bests[part, scope], of[0].shape[-1], draws) for scope in SCOPES}
             for part, of in effects.items()
         },
         left_out=left_out,
-        criteria={"min_effect": min_effect, "known_only": known_only, "resamples": resamples, "seed": seed},
+        criteria={
+            "averaging": averaging,
+            "min_effect": min_effect,
+            "known_only": known_only,
+            "resamples": resamples,
+            "seed": seed,
+        },
         model=first.model,
         fingerprint=first.fingerprint,
         settings=shared,
@@ -368,10 +396,50 @@ def _statistics(values: Array, draws: Array) -> dict[str, Array]:
 
     flat = (len(values), -1)
     means = _quotient(draws @ filled.reshape(flat), draws @ there.reshape(flat).astype(np.float64))
-    boot = np.full((2, means.shape[1]), np.nan)
+    return _columns(mean, half, means, facts)
+
+
+def _sums(restored: Array, first: int, last: int) -> Array:
+    """Number, sum and sum of squares of P*,clean[o] of a fact's tokens in each role of the published notebook.
+
+    `[3, roles, layers]`, from `[tokens, layers]`. A prompt that ends with its subject has no last token.
+    """
+    end = len(restored) - 1
+    tokens = {
+        "first subject": range(first, first + 1),
+        "middle subject": range(first + 1, last),
+        "last subject": range(last, last + 1),
+        "first after": range(last + 1, min(last + 2, end + 1)),
+        "further": range(last + 2, end),
+        "last": range(max(last + 1, end), end + 1),
+    }
+    there = np.isfinite(restored)
+    filled = np.where(there, restored, 0.0)
+    return np.stack([[of[list(tokens[role])].sum(0) for role in ROLES] for of in (there, filled, filled**2)])
+
+
+def _pooled(sums: Array, corrupted: Array, draws: Array) -> dict[str, Array]:
+    """Columns of the long table as the published notebook has them, of `_sums` and P*[o] of all facts."""
+    counts, totals, squares = sums.swapaxes(0, 1)
+    facts = (counts > 0).sum(0)
+    score = _quotient(totals.sum(0), counts.sum(0))
+    mean = score - corrupted.mean()
+    variance = _quotient(squares.sum(0), counts.sum(0)) - score**2
+    half = np.where(facts > 1, 1.96 * np.sqrt(np.maximum(variance, 0.0) / len(sums)), np.nan)
+
+    flat = (len(sums), -1)
+    means = _quotient(draws @ totals.reshape(flat), draws @ counts.reshape(flat)) - (draws @ corrupted)[:, None] / len(
+        sums
+    )
+    return _columns(mean, half, means, facts)
+
+
+def _columns(mean: Array, half: Array, resampled: Array, facts: Array) -> dict[str, Array]:
+    """The columns of the long table, the bootstrap's from means `[resamples, sites]`."""
+    boot = np.full((2, resampled.shape[1]), np.nan)
     several = facts.reshape(-1) > 1
     if several.any():  # a rare site can be missing from a resample, hence nan
-        boot[:, several] = np.nanquantile(means[:, several], [0.025, 0.975], axis=0)
+        boot[:, several] = np.nanquantile(resampled[:, several], [0.025, 0.975], axis=0)
     boot_low, boot_high = boot.reshape(2, *mean.shape)
     columns = (mean, mean - half, mean + half, boot_low, boot_high, facts)
     return dict(zip(COLUMNS, columns, strict=True))

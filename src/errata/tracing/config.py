@@ -37,6 +37,9 @@ class TraceConfig(Config):
         window: layers restored together in "mlp" and "attention"; None: 10 as in the paper, or a fifth of the layers,
             at least 3, in models with fewer than 30.
         window_edges: "paper": 10 layers around l are [l−4, l+5]; "reference": [l−5, l+4], the published code's.
+        severed_noise: the noise under which "severed_mlp" and "severed_attention" restore a state. "paper": that of the
+            corrupted run. "reference": drawn anew, as in the published code; the outputs that are held, at all layers,
+            are still the corrupted run's.
         seed: of the noise; 1 gives the published code's.
         answer: whose probability is traced: what the "model" itself says next, or the fact's "object".
         scored: the "first" token of the answer, or the joint probability of the "whole" object.
@@ -48,6 +51,7 @@ class TraceConfig(Config):
     noise: str = "s3"
     window: int | None = Field(default=None, ge=1)
     window_edges: Literal["paper", "reference"] = "paper"
+    severed_noise: Literal["paper", "reference"] = "paper"
     seed: int = Field(default=1, ge=0, lt=2**32)
     answer: Literal["model", "object"] = "model"
     scored: Literal["first", "whole"] = "first"
@@ -75,6 +79,11 @@ class TraceConfig(Config):
     def corruption(self) -> Corruption:
         """The noise as a value."""
         return Corruption.parse(self.noise)
+
+    @property
+    def draws(self) -> int:
+        """How often noise is drawn for a sample: 2 where severed runs have noise of their own, else 1."""
+        return 1 + (self.severed_noise == "reference" and any(part.startswith("severed_") for part in self.parts))
 
     def width(self, layers: int) -> int:
         """The window in a model of so many layers."""

@@ -200,7 +200,7 @@ def _together(model: Model, length: int, config: TraceConfig) -> int:
     rows = rows_at_once(model, length, config, budgets.enough_memory(model.device))
     block = sum(parameter.numel() for parameter in model.blocks[0].parameters())
     work = len(config.parts) * config.samples * block * (model.n_layers * length) ** 2 / 4
-    bounds = (_MOST_FACTS, rows // (config.samples + 1), _MOST_WORK.get(model.device.type, 2e12) // work)
+    bounds = (_MOST_FACTS, rows // (config.samples * config.draws + 1), _MOST_WORK.get(model.device.type, 2e12) // work)
     return max(1, int(min(bounds)))
 
 

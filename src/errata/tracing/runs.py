@@ -6,7 +6,7 @@ that fit into the memory given.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,7 +22,7 @@ from errata.tracing.config import TraceConfig
 from errata.tracing.noise import Disturbance
 from errata.tracing.prepare import Prepared
 from errata.tracing.result import CausalTrace, token_roles
-from errata.tracing.sweep import plan, sweep
+from errata.tracing.sweep import SEVERED, plan, sweep
 
 Progress = Callable[[int, int], None]  # (sites or facts done, sites or facts in all)
 
@@ -68,14 +68,18 @@ def trace_together(
         Diverged: if the model gives probabilities that are no numbers.
     """
     runs = _Runs(model, facts, config, memory)
+    draws = config.draws
     noise = [
-        disturbance.draw(config.samples, len(runs.corrupted_tokens(fact)), config.seed)
+        disturbance.draw(draws * config.samples, len(runs.corrupted_tokens(fact)), config.seed).unflatten(
+            0, (draws, -1)
+        )
         for fact, disturbance in zip(facts, disturbances, strict=True)
     ]
-    share = max(1, min(config.samples, rows_at_once(model, runs.length, config, memory) // len(facts) - 1))
+    rows = rows_at_once(model, runs.length, config, memory) // len(facts)
+    share = max(1, min(config.samples, (rows - 1) // draws))
     pieces = range(0, config.samples, share)
     for number, begin in enumerate(pieces):
-        samples = [each[begin : begin + share] for each in noise]
+        samples = [each[:, begin : begin + share] for each in noise]
 
         def tell(done: int, of: int, number: int = number) -> None:
             if progress:
@@ -87,6 +91,7 @@ def trace_together(
         "samples": config.samples,
         "window": config.width(model.n_layers),
         "window_edges": config.window_edges,
+        **({"severed_noise": config.severed_noise} if draws > 1 else {}),
         "seed": config.seed,
         "answer": config.answer,
         "scored": config.scored,
@@ -168,19 +173,20 @@ class _Runs:
         return range(fact.span.first, min(fact.span.last + 1 + self.config.corruption.after, self.prompt))
 
     def add(self, noise: Sequence[Tensor], replace: bool, tell: Progress) -> None:
-        """Run all of it with some samples of noise, `[samples, tokens, d_model]` for each fact."""
-        count, samples = len(self.facts), len(noise[0])
+        """Run all of it with some samples of noise, `[draws, samples, tokens, d_model]` for each fact."""
+        count, (draws, samples) = len(self.facts), noise[0].shape[:2]
         owner = torch.arange(count).repeat_interleave(samples)  # of each corrupted row: its fact
         ids = torch.tensor([fact.ids for fact in self.facts])
-        batch = self.model.batch(torch.cat([ids, ids[owner]]).tolist())
+        batch = self.model.batch(torch.cat([ids, *[ids[owner]] * draws]).tolist())
 
         def corrupt(embedding: Tensor) -> Tensor:
             disturbed = embedding.clone()
             for index, (fact, its_noise) in enumerate(zip(self.facts, noise, strict=True)):
-                rows = slice(count + index * samples, count + (index + 1) * samples)
                 tokens = self.corrupted_tokens(fact)
-                place = disturbed[rows, tokens.start : tokens.stop]
-                place.copy_(its_noise) if replace else place.add_(its_noise.to(place))
+                for draw, drawn in enumerate(its_noise):
+                    first = count + (draw * count + index) * samples
+                    place = disturbed[first : first + samples, tokens.start : tokens.stop]
+                    place.copy_(drawn) if replace else place.add_(drawn.to(place))
             return disturbed
 
         keep = [(part, layer) for part in _kept_parts(self.config) for layer in range(self.model.n_layers)]
@@ -188,11 +194,12 @@ class _Runs:
         last = recording.states[self.model.n_layers][:, -self.scored :]
         if not len(self.targets):
             self._read_answers(last[:count])
-        found = self._probabilities(last, torch.cat([self.targets, self.targets[owner]]))
+        found = self._probabilities(last, torch.cat([self.targets, *[self.targets[owner]] * draws]))
         self.clean = found[:count]
-        corrupted = found[count:].reshape(count, samples).sum(1)
-        self.corrupted += corrupted
-        self._restore(recording, owner, corrupted.numpy(), tell)
+        corrupted = found[count:].reshape(draws, count, samples).sum(-1)
+        self.corrupted += corrupted[0]
+        bases = {part: corrupted[-1 if part in SEVERED else 0].numpy() for part in self.restored}
+        self._restore(recording, owner, bases, tell)
 
     def _read_answers(self, clean: Tensor) -> None:
         """Set next tokens and scored answers from the last states `[facts, scored, d_model]` of clean runs."""
@@ -200,8 +207,15 @@ class _Runs:
         own = [(int(token),) for token in self.said]
         self.targets = torch.tensor([fact.target or mine for fact, mine in zip(self.facts, own, strict=True)])
 
-    def _restore(self, recording: Recording, owner: Tensor, corrupted: np.ndarray, tell: Progress) -> None:
-        """Add restored runs, token by token."""
+    def _restore(self, recording: Recording, owner: Tensor, bases: Mapping[str, np.ndarray], tell: Progress) -> None:
+        """Add restored runs, token by token.
+
+        Args:
+            recording: of clean and corrupted runs.
+            owner: of each corrupted row of one draw: its fact.
+            bases: for each part, probabilities of the facts' answers where nothing is restored, summed over samples.
+            tell: is told of progress.
+        """
         layers = self.model.n_layers
         roles = [token_roles(self.prompt, fact.span.first, fact.span.last) for fact in self.facts]
         todo: list[tuple[int, list[int]]] = []
@@ -210,8 +224,8 @@ class _Runs:
             for index, fact in enumerate(self.facts):
                 wanted = self.config.tokens is None or roles[index][token] in self.config.tokens
                 untouched = token < fact.span.first
-                for values in self.restored.values():
-                    values[index, token] += corrupted[index] if wanted or untouched else np.nan
+                for part, values in self.restored.items():
+                    values[index, token] += bases[part][index] if wanted or untouched else np.nan
                 if wanted and not untouched:
                     traced.append(index)
             todo.append((token, traced))
@@ -223,7 +237,7 @@ class _Runs:
                 ended += self._sweep(recording, token, rows, owner[rows], traced)
             done += len(traced) * len(self.config.parts) * layers
             if sum(len(each.states) for each in ended) >= _ROWS_WAITING or token == self.prompt - 1:
-                self._read_restored(ended, corrupted)
+                self._read_restored(ended, bases)
                 ended = []
             tell(done, sites)
 
@@ -234,7 +248,10 @@ class _Runs:
         device, count = self.model.device, len(self.facts)
         # What the last block writes at a token that is not scored reaches nothing.
         reaching = self.model.n_layers if token >= self.prompt - 1 else self.model.n_layers - 1
-        groups = [group for group in self.groups if group.layer < reaching]
+        redrawn = self.config.draws > 1
+        groups = [group for group in self.groups if group.layer < reaching or (redrawn and group.part in SEVERED)]
+        corrupted = (rows + count).to(device)
+        again = corrupted + (len(recording.states[0]) - count) // 2 if redrawn else None
         ended = []
         numbers = len(rows) * (self.length - token) * self.model.d_model  # of one restored variant
         # The states of a sweep are there thrice when rows join.
@@ -242,15 +259,15 @@ class _Runs:
         for chosen in budgets.groups([len(group.ends) * numbers for group in groups], most):
             some = [groups[i] for i in chosen]
             variants, states = sweep(
-                recording, some, token, (rows + count).to(device), owner.to(device), scored=self.scored
+                recording, some, token, corrupted, owner.to(device), scored=self.scored, redrawn=again
             )
             ended.append(
                 _Ended(token, traced, variants, states.flatten(0, 1), self.targets[owner].repeat(len(variants), 1))
             )
         return ended
 
-    def _read_restored(self, ended: Sequence[_Ended], corrupted: np.ndarray) -> None:
-        """Put the probabilities of restored runs in the place of corrupted ones. All at once: the head is large."""
+    def _read_restored(self, ended: Sequence[_Ended], bases: Mapping[str, np.ndarray]) -> None:
+        """Put probabilities of restored runs in the place of `bases`. All at once: the head is large."""
         if not ended:
             return
         states, targets = torch.cat([e.states for e in ended]), torch.cat([e.targets for e in ended])
@@ -259,7 +276,7 @@ class _Runs:
             sums = values.reshape(len(each.variants), len(each.traced), -1).sum(-1).numpy()
             for (part, layers), of_variant in zip(each.variants, sums, strict=True):
                 for layer in layers:
-                    self.restored[part][each.traced, each.token, layer] += of_variant - corrupted[each.traced]
+                    self.restored[part][each.traced, each.token, layer] += of_variant - bases[part][each.traced]
 
     def _probabilities(self, states: Tensor, targets: Tensor) -> Tensor:
         """Probabilities of answers `[rows, scored]` after last states `[rows, scored, d_model]`.

@@ -3,7 +3,8 @@
 A restored run equals the corrupted run up to its first restored site, so its rows join the sweep there: as the
 corrupted run's hidden states from this token on, with the restored output put in. Runs whose windows of layers begin
 together are the same until the first window ends, and share their rows until then. Tokens before the restored one are
-never run again, nor is any block below it.
+never run again, nor is any block below it. Severed runs under noise of their own are the exception: their modules are
+held in all layers, so they share rows from block 0 on, each until its state is restored.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from errata.passes.replay import Recording, RowPatch
 
 PARTS = ("state", "mlp", "attention", "severed_mlp", "severed_attention")
 WindowEdges = Literal["paper", "reference"]
-_SEVERED = {"severed_mlp": "mlp", "severed_attention": "attention"}
+SEVERED = {"severed_mlp": "mlp", "severed_attention": "attention"}
 
 
 @dataclass(frozen=True)
@@ -70,15 +71,21 @@ class _Variant:
 
     def holds(self, layer: int) -> str | None:
         """The part whose output is put in place of what block `layer` would write at the token, if any."""
-        if self.group.part in _SEVERED:
-            return _SEVERED[self.group.part]
+        if self.group.part in SEVERED:
+            return SEVERED[self.group.part]
         inside = self.group.part != "state" and self.ends[0][0] >= layer
         return self.group.part if inside else None
 
 
 @torch.no_grad()
 def sweep(
-    recording: Recording, groups: Sequence[VariantGroup], token: int, corrupted: Tensor, clean: Tensor, scored: int = 1
+    recording: Recording,
+    groups: Sequence[VariantGroup],
+    token: int,
+    corrupted: Tensor,
+    clean: Tensor,
+    scored: int = 1,
+    redrawn: Tensor | None = None,
 ) -> tuple[list[tuple[str, tuple[int, ...]]], Tensor]:
     """The restored runs of one token.
 
@@ -90,20 +97,24 @@ def sweep(
         corrupted: recorded rows `[g]` of corrupted runs.
         clean: for each, the recorded row `[g]` of its clean run.
         scored: how many positions at the end are wanted.
+        redrawn: for each, the recorded row `[g]` of the run under other noise in which severed states are restored;
+            None: `corrupted`.
 
     Returns:
         For each variant, (part, layers of the sites that it serves), and the last block's states
         `[variants, g, scored, d_model]`.
     """
-    variants: list[_Variant] = []
     count, layers = recording.length - token, recording.model.n_layers
-    states = recording.states[0].new_empty(0, len(corrupted), count, recording.states[0].shape[-1])
-    for layer in range(min(group.layer for group in groups), layers):
+    # Of severed parts under noise of their own: the runs without a restored state, which all others leave.
+    common = {group.part: redrawn for group in groups if redrawn is not None and group.part in SEVERED}
+    variants = [_Variant(VariantGroup(part, 0, ()), [(layers, ())]) for part in common]
+    states = recording.states[0][corrupted if redrawn is None else redrawn, token:].repeat(len(variants), 1, 1, 1)
+    for layer in range(0 if variants else min(group.layer for group in groups), layers):
         wanted = count if layer < layers - 1 else scored  # of the last block
         if variants:
-            rows = corrupted.repeat(len(variants))
+            rows = torch.cat([common.get(variant.group.part, corrupted) for variant in variants])
             held = [variant.holds(layer) for variant in variants]
-            sources = torch.cat([corrupted if variant.group.part in _SEVERED else clean for variant in variants])
+            sources = torch.cat([corrupted if variant.group.part in SEVERED else clean for variant in variants])
             patches = _put(recording, held, layer, token, sources)
             states = recording.step(
                 layer,
@@ -121,17 +132,20 @@ def sweep(
         for group in groups:
             if group.layer == layer:
                 variants.append(_Variant(group, list(group.ends)))
-                joined = recording.states[layer + 1][corrupted, token:]
-                joined[:, 0] = _restored(recording, group.part, layer, token, corrupted, clean)
+                if group.part in common:
+                    joined = states[list(common).index(group.part)].clone()
+                else:
+                    joined = recording.states[layer + 1][corrupted, token:]
+                if joined.shape[1] == count:  # else nothing scored reads the token
+                    joined[:, 0] = _restored(recording, group.part, layer, token, corrupted, clean)
                 joining.append(joined[:, -wanted:])
                 if group.ends[0][0] == layer and len(group.ends) > 1:
                     variants.append(_Variant(group, [variants[-1].ends.pop(0)]))
                     joining.append(joining[-1])
         if joining:
             states = torch.cat([states, torch.stack(joining)])
-    return [
-        (variant.group.part, tuple(site for _, sites in variant.ends for site in sites)) for variant in variants
-    ], states
+    sites = [(variant.group.part, tuple(site for _, sites in variant.ends for site in sites)) for variant in variants]
+    return sites[len(common) :], states[len(common) :]
 
 
 def _restored(recording: Recording, part: str, layer: int, token: int, corrupted: Tensor, clean: Tensor) -> Tensor:
