@@ -162,6 +162,45 @@ def test_mends_update_written_out(family):
         np.testing.assert_allclose((write @ read).detach().numpy(), want, rtol=1e-9, atol=1e-12)
 
 
+def test_mends_published_network_written_out():
+    """Rows one after the other, as the published code counts them: of the second map on top of the first's."""
+    shapes = {"a": (3, 4), "b": (2, 3), "c": (3, 4)}
+    network = new_network("mend", shapes, 4, {"rank": 5, "edit_lr": 0.01, "network": "reference"}).double().train()
+    torch.manual_seed(0)
+    for parameter in network.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    rng, owner = np.random.default_rng(2), np.array([0, 0, 1])
+    means, spreads, count = {}, {}, {}
+    for trained in (True, True, False):
+        network.train(trained)
+        rows = {name: rng.normal(size=(3, d_in + d_out)) for name, (d_out, d_in) in shapes.items()}
+        factors = {
+            name: Factors(*torch.from_numpy(row).split([shapes[name][1], shapes[name][0]], 1), torch.from_numpy(owner))
+            for name, row in rows.items()
+        }
+        changes = network(factors, [])
+        for place, (name, shape) in enumerate(shapes.items()):
+            for row in rows[name] if trained else ():
+                k = count[shape] = count.get(shape, 0) + 1
+                before = means.get(shape, row)
+                means[shape] = before + (row - before) / k
+                spreads[shape] = spreads.get(shape, 0) + (row - before) * (row - means[shape])
+            x = (rows[name] - means[shape]) / (np.sqrt(spreads[shape] / (count[shape] - 1)) + 1e-7)
+            shared, mode = network.shared[0 if shape == (3, 4) else 1], 1 if name == "c" else 0
+            for i in range(2):
+                U, V, b, s, t = (
+                    each[i].detach().numpy() for each in (shared.U, shared.V, shared.bias, shared.scale, shared.shift)
+                )
+                x = x + np.maximum(s[mode] * (x @ V.T @ U.T + b) + t[mode], 0)
+            u, delta = x[:, : shape[1]], x[:, shape[1] :]
+            for edit in (0, 1):
+                own = owner == edit
+                write, read = changes[name].of(edit)
+                want = network.alpha[place].item() * delta[own].T @ u[own]
+                np.testing.assert_allclose((write @ read).detach().numpy(), want, rtol=1e-6, atol=1e-9)
+    assert len(network.moments) == 2
+
+
 def test_mend_begins_at_the_normalised_gradient():
     model = model_of()
     place = Place.of(model, 2)

@@ -5,14 +5,17 @@ Each row x = (u, δ) of a map's factors is normalised and goes through two resid
     x ← x + σ(s ⊙ (U V x + b) + t),
 
 σ being ReLU in the first and nothing in the last, and is cut into ũ and δ̃. The change is ΔW = −α Σ δ̃ ⊗ ũ: as low
-in rank as the edit has tokens. Maps of one shape share a network, and have s, t and α of their own. U is zero at first,
-so that training begins at the normalised gradient.
+in rank as the edit has tokens. Maps of one shape share a network, and have s, t, α, mean and deviation of their own. U
+is zero at first, so that training begins at the normalised gradient.
+
+network="reference" is the published code's network: σ is ReLU in the last layer too, maps of one shape share mean and
+deviation, and the change is +α Σ δ̃ ⊗ ũ, so that training begins with steps up the gradient.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar, Literal, cast
 
 import torch
 from pydantic import Field
@@ -33,12 +36,14 @@ class MendConfig(NetworkConfig):
         hidden: layers before the last (1).
         edit_lr: α of every map at first (1e-4).
         edit_lr_lr: the rate at which α is learned (1e-4).
+        network: "paper", or "reference", as the published code has it.
     """
 
     rank: int = Field(1920, ge=1)
     hidden: int = Field(1, ge=0)
     edit_lr: float = Field(1e-4, gt=0)
     edit_lr_lr: float = Field(1e-4, ge=0)
+    network: Literal["paper", "reference"] = "paper"
 
 
 class MendNetwork(Network):
@@ -54,20 +59,26 @@ class MendNetwork(Network):
         for name, shape in self.shapes.items():
             alike.setdefault(shape, []).append(name)
         self._alike = list(alike.values())
+        self._reference = config.network == "reference"
+        clamped = config.hidden + self._reference
         self.shared = nn.ModuleList(
-            [_Residual(sum(shape), len(names), config.rank, config.hidden) for shape, names in alike.items()]
+            [_Residual(sum(shape), len(names), config.rank, config.hidden, clamped) for shape, names in alike.items()]
         )
         self.alpha = nn.Parameter(torch.full((len(self.shapes),), config.edit_lr))
-        self.moments = nn.ModuleList([_Moments(sum(shape)) for shape in self.shapes.values()])
+        self.moments = nn.ModuleList(
+            [_Moments(sum(shape)) for shape in (alike if self._reference else self.shapes.values())]
+        )
 
     def forward(self, factors: Mapping[str, Factors], texts: Sequence[Tensor]) -> dict[str, Factors]:
         """As `Network.forward`; while it is trained, the moments of what goes in are gathered."""
         found: dict[str, Factors] = {}
         order = list(self.shapes)
-        for names, shared in zip(self._alike, self.shared, strict=True):
+        sign = 1 if self._reference else -1
+        for group, (names, shared) in enumerate(zip(self._alike, self.shared, strict=True)):
             rows, modes = [], []
             for mode, name in enumerate(names):
-                each, moments = factors[name], cast(_Moments, self.moments[order.index(name)])
+                each = factors[name]
+                moments = cast(_Moments, self.moments[group if self._reference else order.index(name)])
                 row = torch.cat([each.entering, each.leaving], 1)
                 if self.training:
                     moments.gather(row)
@@ -77,7 +88,7 @@ class MendNetwork(Network):
             for name, row in zip(names, out, strict=True):
                 each = factors[name]
                 entering, leaving = row.split([each.entering.shape[1], each.leaving.shape[1]], 1)
-                found[name] = Factors(entering, -self.alpha[order.index(name)] * leaving, each.owner)
+                found[name] = Factors(entering, sign * self.alpha[order.index(name)] * leaving, each.owner)
         return {name: found[name] for name in order}
 
     def groups(self, learning_rate: float) -> list[dict[str, Any]]:
@@ -87,10 +98,11 @@ class MendNetwork(Network):
 
 
 class _Residual(nn.Module):
-    """The layers, with scales and shifts for so many maps."""
+    """The layers, of which the first `clamped` end in ReLU, with scales and shifts for so many maps."""
 
-    def __init__(self, width: int, maps: int, rank: int, hidden: int):
+    def __init__(self, width: int, maps: int, rank: int, hidden: int, clamped: int):
         super().__init__()
+        self.clamped = clamped
         rank = min(rank, width)
         layers = hidden + 1
         self.U = nn.ParameterList([torch.zeros(width, rank) for _ in range(layers)])
@@ -101,11 +113,10 @@ class _Residual(nn.Module):
 
     def forward(self, x: Tensor, maps: Tensor) -> Tensor:
         """Rows `[n, width]`, each of one of the maps, `[n]`."""
-        last = len(self.U) - 1
-        for i in range(last + 1):
+        for i in range(len(self.U)):
             inner = self.scale[i][maps] * ((x @ self.V[i].T) @ self.U[i].T + self.bias[i]) + self.shift[i][maps]
             # Not relu(), whose gradient at 0 is 0: U is zero at first, and the layer would stay at nothing for ever.
-            x = x + (inner if i == last else inner.clamp(min=0))
+            x = x + (inner.clamp(min=0) if i < self.clamped else inner)
         return x
 
 
