@@ -405,6 +405,11 @@ def test_a_folder_with_reference_texts(errata):
     result = Run.load("run").unedited.by_case[1]
     assert result.reference is not None
     assert result.essence > 1
+    more = ("--no-health", "--essence", "reference", "--end-of-text", "continue")
+    assert errata("--out", "published", "--data", "set", *more).returncode == 0
+    told = json.loads(Path("published/card.json").read_text())["settings"]["generation"]
+    assert (told["essence"], told["end_of_text"]) == ("reference", "continue")
+    assert 1 < Run.load("published").unedited.by_case[1].essence < result.essence
     written("set/attribute_snippets.json", {"x": 3})
     refused(errata("--out", "other", "--data", "set", "--no-health"), "holds no attribute snippets")
     assert errata("--out", "other", "--data", "set", *CHEAP).returncode == 0  # nobody asks for them

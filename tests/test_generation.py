@@ -179,6 +179,7 @@ def test_a_text_ends_at_the_end_token():
     model = model_of("gpt2", end=ids[end])
     both = generate(model, ["Rome", PROMPTS[0]], 6, greedy=True)
     assert both[0] == model.tokenizer.decode(ids[:end])
+    assert generate(model, ["Rome"], 6, greedy=True, stop=False)[0] == model.tokenizer.decode(ids)
     assert len(both[1]) > len(PROMPTS[0])
 
 

@@ -25,7 +25,7 @@ from errata.evaluation.measure import Generation, Measured, Measures, measure
 from errata.evaluation.results import UNEDITED, Result
 from errata.metrics import asking, health
 from errata.metrics.counterfact import RecordAnswers
-from errata.metrics.text import as_scored, essence_perplexity, generation_entropy
+from errata.metrics.text import ESSENCE_LENGTH, as_scored, essence_perplexity, generation_entropy
 from errata.metrics.tfidf import TfIdf
 from errata.models import generation
 from errata.models.generation import generate
@@ -270,6 +270,21 @@ def test_essence_is_the_plain_function_s_with_the_edit_on(family, kind):
                 continue
             with on(model, edit):
                 assert result.essence == pytest.approx(essence_perplexity(model, texts), rel=1e-9)
+
+
+def test_reference_essence_divides_by_one_token_more():
+    model = model_of("gpt2")
+    measures = dataclasses.replace(WHOLE, essence="reference", probes=())
+    found = measure(model, RECORDS, {}, True, measures).results[UNEDITED]
+    for each, result in zip(RECORDS, found, strict=True):
+        texts = ESSENCES.get(each.case_id)
+        if texts:
+            ids = torch.tensor(model.ids(" ".join(texts))[:ESSENCE_LENGTH])
+            with torch.no_grad():
+                logs = model.hf(ids[None]).logits[0, :-1].double().log_softmax(-1)
+            own = logs.gather(1, ids[1:, None])
+            assert result.essence == pytest.approx(float((-own.sum() / len(ids)).exp()), rel=1e-5)
+            assert result.essence < 0.99 * essence_perplexity(model, texts)
 
 
 @pytest.mark.parametrize(("family", "kind"), ROWS)

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from errata.benchmarks.sets import RecordSet
     from errata.benchmarks.snippets import Snippets
     from errata.evaluation.executors import Executor
-    from errata.evaluation.measure import Measures
+    from errata.evaluation.measure import Generation, Measures
     from errata.evaluation.results import AnyRecord
     from errata.models.model import Model
 
@@ -51,6 +51,14 @@ def evaluate(
         typer.Option(min=1, help="So many of these, drawn at random by --seed."),
     ] = None,
     generation: Annotated[bool, typer.Option(help="Write texts, for GE and RS.")] = True,
+    end_of_text: Annotated[
+        Literal["stop", "continue"],
+        typer.Option(help="Whether texts stop at an end-of-text token, or continue as in the published code."),
+    ] = "stop",
+    essence: Annotated[
+        Literal["paper", "reference"],
+        typer.Option(help="Perplexity of the essence texts; or as the published code has it, over one token more."),
+    ] = "paper",
     health: Annotated[bool, typer.Option(help="Measure what each edit moves elsewhere.")] = True,
     allow_seen: Annotated[
         bool, typer.Option("--allow-seen", help="Measure a trained editor on facts that it was trained on, too.")
@@ -110,6 +118,8 @@ def evaluate(
             second_moment,
             identity,
             executor == "ray",
+            end_of_text != "stop",
+            essence != "paper",
         )
         if probe is None or any(of_runs) or not (generation and health):
             raise ConfigError(
@@ -138,6 +148,7 @@ def evaluate(
     from errata.base.files import resolved
     from errata.cli import show, tables
     from errata.editors.registry import method_of
+    from errata.evaluation.measure import Generation
     from errata.evaluation.results import editor_file
     from errata.evaluation.runner import evaluate as run
 
@@ -149,7 +160,8 @@ def evaluate(
     if found:
         tables.tell_bad_lines(found.bad, data or out, "entry")
     loaded = options.load(model, device, dtype, download, start_token)
-    records, measures = _measures(loaded, data, kind, found, limit, sample, generation, health, probes, seed)
+    texts = Generation(end_of_text=end_of_text) if generation else None
+    records, measures = _measures(loaded, data, kind, found, limit, sample, texts, essence, health, probes, seed)
     facts = [record.rewrite.fact for record in records]
     editors = {
         name: method.editor(loaded, settings, lambda layer: source.of(loaded, layer), seed, facts)
@@ -241,7 +253,8 @@ def _measures(
     found: RecordSet | None,
     limit: int | None,
     sample: int | None,
-    generation: bool,
+    generation: Generation | None,
+    essence: Literal["paper", "reference"],
     health: bool,
     probes: Sequence[str] | None,
     seed: int,
@@ -251,7 +264,7 @@ def _measures(
     Raises:
         ConfigError: if there are no records and the model brings none.
     """
-    from errata.evaluation.measure import Generation, Measures
+    from errata.evaluation.measure import Measures
     from errata.metrics.health import sampled_probes
     from errata.metrics.tfidf import IDF_FILE, VOCABULARY_FILE, TfIdf
 
@@ -261,7 +274,7 @@ def _measures(
         records, snippets = _atlas_records(model, kind, limit, sample, seed)
     else:
         records, snippets = found.records, found.snippets
-    writes = generation and any(getattr(record, "generation", ()) for record in records)
+    writes = generation is not None and any(getattr(record, "generation", ()) for record in records)
     tfidf = None
     if writes and snippets:
         # The published frequencies, of Wikipedia, if they lie beside the records; else those of the reference texts.
@@ -270,11 +283,12 @@ def _measures(
         tfidf = TfIdf.load(folder) if published and folder else TfIdf.fit(snippets.texts)
     texts = tuple(probes or ()) or (sampled_probes(model, seed) if health else ())
     return records, Measures(
-        generation=Generation() if writes else None,
+        generation=generation if writes else None,
         snippets=snippets if writes else None,
         tfidf=tfidf,
         probes=texts,
         seed=seed,
+        essence=essence,
     )
 
 

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from pydantic import Field
@@ -35,6 +35,7 @@ from errata.metrics.text import ESSENCE_LENGTH, as_scored, generation_entropy
 from errata.metrics.tfidf import TfIdf
 from errata.models.generation import generate, prompt_ids
 from errata.models.model import Model
+from errata.models.scoring import Score
 from errata.passes.rowwise import rowwise
 
 Around = Callable[[Sequence[int]], AbstractContextManager[object]]
@@ -46,10 +47,12 @@ class Generation(Config):
     Attributes:
         top_k: how many of the most probable tokens are drawn from.
         length: tokens of a text, with its prompt.
+        end_of_text: whether a text stops at an end-of-text token, or continues to its length as in the published code.
     """
 
     top_k: int = Field(default=5, ge=1)
     length: int = Field(default=100, ge=1)
+    end_of_text: Literal["stop", "continue"] = "stop"
 
 
 @dataclass(frozen=True)
@@ -62,6 +65,8 @@ class Measures:
         tfidf: what they are compared with texts by; None with no snippets.
         probes: texts on which edits' drift is measured; empty: their health is not asked for.
         seed: of the texts.
+        essence: "paper": perplexity of the essence texts. "reference": as in the published code, which divides by one
+            token more than it scores.
     """
 
     generation: Generation | None = None
@@ -69,6 +74,7 @@ class Measures:
     tfidf: TfIdf | None = None
     probes: tuple[str, ...] = ()
     seed: int = 0
+    essence: Literal["paper", "reference"] = "paper"
 
 
 @dataclass(frozen=True)
@@ -208,7 +214,7 @@ def _asked(
         [
             _Said(
                 _answered(record, [each for each, owner in zip(said, owners, strict=True) if owner == i]),
-                _perplexity(said[essences[i]]) if i in essences else None,
+                _perplexity(said[essences[i]][0], measures.essence == "reference") if i in essences else None,
             )
             for i, record in enumerate(records)
         ]
@@ -236,8 +242,8 @@ def _answered(record: AnyRecord, said: Sequence[Answers]) -> counterfact.RecordA
     return zsre.answered(record, said)
 
 
-def _perplexity(said: Answers) -> float | None:
-    mean = -said[0].mean
+def _perplexity(said: Score, reference: bool) -> float | None:
+    mean = -said.total / (said.n_tokens + reference)
     return math.exp(mean) if mean < 700 else None  # beyond what a number holds
 
 
@@ -253,11 +259,12 @@ def _written(
             owners.append(i)
             seeds.append(derive(measures.seed, "text", record.case_id, number))
     length, top_k = measures.generation.length, measures.generation.top_k
+    stop = measures.generation.end_of_text == "stop"
 
     def write(rows: Sequence[int], around: Around | None = None) -> list[str]:
         chosen, own = [prompts[row] for row in rows], [seeds[row] for row in rows]
         try:
-            return generate(model, chosen, length, length=length, top_k=top_k, seed=own, around=around)
+            return generate(model, chosen, length, length=length, top_k=top_k, seed=own, around=around, stop=stop)
         except Diverged:
             if len(rows) == 1:
                 return chosen  # a model that an edit broke says nothing

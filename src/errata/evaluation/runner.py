@@ -250,6 +250,7 @@ def _told(measures: Measures) -> dict[str, Any]:
     if generation is not None:
         texts = digest(measures.snippets.texts) if measures.snippets else None
         generation |= {"references": texts, "tfidf": measures.tfidf.digest if measures.tfidf else None}
+        generation["essence"] = measures.essence
     probes = digest(measures.probes) if measures.probes else None
     return {"generation": generation, "probes": probes, "seed": measures.seed}
 

@@ -45,11 +45,12 @@ def generate(
     greedy: bool = False,
     seed: int | Sequence[int] = 0,
     around: Callable[[Sequence[int]], AbstractContextManager[object]] | None = None,
+    stop: bool = True,
 ) -> list[str]:
     """Each prompt and its continuation, by sampling, or greedily.
 
     Sampling draws from the `top_k` most probable tokens (None: from all) at a temperature. A text ends early at an
-    end-of-text token, or where the model's longest length is reached.
+    end-of-text token (see `stop`), or where the model's longest length is reached.
 
     Args:
         model: any decoder.
@@ -60,6 +61,7 @@ def generate(
         top_k, temperature, greedy: how to draw.
         seed: of all texts, each of which has its own derived from it by its place; or of each text.
         around: gives a context for the time in which the prompts with these indexes are run, one batch, in that order.
+        stop: whether a text ends at an end-of-text token; else the token is left out and the text goes on.
 
     Raises:
         FactError: if a prompt has no tokens or leaves no room for one more.
@@ -86,7 +88,7 @@ def generate(
     wanted = [max(0, min(max_new_tokens, max_new_tokens if length is None else length - len(row))) for row in rows]
     texts = dict(enumerate(prompts))
     for chosen, new_tokens in _batches(model, [len(row) for row in rows], wanted, _takes_padding(model)):
-        settings = _settings(model, new_tokens)
+        settings = _settings(model, new_tokens, stop)
         draw = None if greedy else _Draw([seeds[i] for i in chosen], new_tokens, top_k, temperature, model)
         with around(chosen) if around else contextlib.nullcontext():
             new = _continue(model, [rows[i] for i in chosen], settings, draw)
@@ -160,15 +162,16 @@ def _batches(
     yield from (([i], model.max_length - lengths[i]) for i in alone)
 
 
-def _settings(model: Decoder, new_tokens: int) -> GenerationConfig:
+def _settings(model: Decoder, new_tokens: int, stop: bool) -> GenerationConfig:
     """A generation config that says all that matters."""
     end = model.hf.generation_config.eos_token_id
+    end = model.tokenizer.eos_token_id if end is None else end
     return GenerationConfig(
         max_new_tokens=new_tokens,
         do_sample=False,
         use_cache=True,
         pad_token_id=model.pad_id,
-        eos_token_id=model.tokenizer.eos_token_id if end is None else end,
+        eos_token_id=end if stop else None,
     )
 
 
