@@ -137,6 +137,37 @@ def test_the_reference_key_scales_by_the_bare_prompt(family):
     np.testing.assert_allclose(read, direction / (keys[0] @ direction), rtol=10 * rtol, atol=1e-12)
 
 
+@pytest.mark.parametrize("key", ["consistent", "reference"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_key_of_equation_3_is_of_prefix_and_subject_alone(family, key):
+    assert (RomeConfig.paper().key_context, RomeConfig.reference().key_context) == ("subject", "prompt")
+    model, prompt, steps = model_of(family, torch.float64), "People say that {} is in", []
+    rewrite = Fact(FACT.subject, prompt, "Seattle").rewrite("Paris")
+    edit = edited(family, torch.float64, rewrite, steps.append, key=key, key_context="subject")
+    alone, values = measured(model, 1, [(p + FACT.subject, len(p)) for p in PREFIXES], FACT.subject)
+    before = len(prompt.partition("{}")[0])
+    whole, bare = measured(model, 1, [(p + rewrite.text, len(p) + before) for p in PREFIXES], FACT.subject)
+    assert np.abs(alone.mean(0) - whole.mean(0)).max() > 0.01 * np.abs(whole).max()
+    anchor, value = (alone.mean(0), values.mean(0)) if key == "consistent" else (whole[0], bare[0])
+    direction = np.linalg.solve(moment_of(family, torch.float64).matrix.numpy(), alone.mean(0))
+    rtol = 1e-5 if family == "gptj" else 1e-9
+    np.testing.assert_allclose(edit.deltas[0].read.numpy(), direction / (anchor @ direction), rtol=rtol, atol=1e-9)
+    _, b = stored(model, 1)
+    with edit.applied(model):
+        W_hat, _ = stored(model, 1)
+    np.testing.assert_allclose(W_hat @ anchor + b, value + steps[-1].delta.numpy(), rtol=rtol, atol=1e-9)
+    assert steps[0].nll == pytest.approx(
+        -np.mean([score(model, [p + rewrite.text], ["Paris"])[0].mean for p in PREFIXES]), rel=1e-5
+    )
+
+
+def test_the_key_of_equation_3_is_the_prompts_where_the_subject_comes_first():
+    both = [edited(dtype=torch.float64, key_context=context) for context in ("prompt", "subject")]
+    torch.testing.assert_close(both[0].deltas[0].matrix(), both[1].deltas[0].matrix(), rtol=1e-9, atol=1e-12)
+    later = [edited(fact_token="last", key_context=context) for context in ("prompt", "subject")]
+    assert torch.equal(later[0].deltas[0].matrix(), later[1].deltas[0].matrix())
+
+
 # ---- the optimisation ----
 
 

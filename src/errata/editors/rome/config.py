@@ -24,6 +24,9 @@ class RomeConfig(Config):
         key: "consistent": one k*, the mean over the contexts, everywhere, so that Ŵk* = v* holds to rounding.
             "reference": that mean for the direction, but the bare prompt's key and value for the scale, as
             in the published code. Where the two keys lie far apart it gives enormous, disabling edits.
+        key_context: what stands behind each prefix where the mean key is read: the "prompt" up to the fact's token
+            (published code), or the "subject" alone (equation 3 of the paper). They differ where the prompt has words
+            before the subject. For a fact_token after the subject it is the prompt in any case.
         prefixes: what is put before the prompt, one context each. "paper": 50 samples of 2 to 10 tokens;
             "reference": 10 of 4 tokens, 10 of 9 and the bare prompt (lengths 5 and 10 counting the start
             token); "none": the bare prompt alone; or the strings themselves, put before the prompt as they
@@ -60,6 +63,7 @@ class RomeConfig(Config):
     layer: Annotated[int, Field(ge=0)] | Literal["auto"] | None = None
     fact_token: Role = "subject_last"
     key: Literal["consistent", "reference"] = "consistent"
+    key_context: Literal["prompt", "subject"] = "prompt"
     prefixes: Preset | tuple[str, ...] = "paper"
     value_form: Literal["delta", "z"] = "delta"
     steps: int = Field(20, ge=1)
@@ -85,6 +89,7 @@ class RomeConfig(Config):
         own: dict[str, Any] = {
             "prefixes": "paper",
             "key": "consistent",
+            "key_context": "subject",
             "value_form": "z",
             "kl_factor": 1e2,
             "kl_reduction": "mean",

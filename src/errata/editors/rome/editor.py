@@ -369,12 +369,14 @@ def _parts(work: _Work, layer: int, requests: Sequence[_Request], plans: Sequenc
     recorded = record_texts(model, layer, [text for some in texts for text in some], loss_layer)
     owners = [place for place, some in enumerate(texts) for _ in some]
 
-    def keys_of(place: int, kind: str) -> Keys:
-        rows = [i for i, owner in enumerate(owners) if owner == place and recorded.texts[i].kind == kind]
-        return recorded.keys.of(rows)
+    def keys_of(place: int, *kinds: str) -> Keys:
+        """Those of the first of these kinds that the request has texts of."""
+        own = [i for i, owner in enumerate(owners) if owner == place]
+        found = ([i for i in own if recorded.texts[i].kind == kind] for kind in kinds)
+        return recorded.keys.of(next(rows for rows in found if rows))
 
     places = range(len(requests))
-    keys = [keys_of(place, "context") for place in places]
+    keys = [keys_of(place, "subject", "context") for place in places]
     bare = [keys_of(place, "bare") for place in places]
     anchors = keys if config.key == "consistent" else bare
     reads, read_notes = _reads(work, layer, plans, keys, anchors)

@@ -1,10 +1,12 @@
 """All that is computed once: the key k*, the value at it, and recorded runs to search the new value in.
 
-k* = 1/N Σ_j k(x_j + p), where p is the prompt up to the fact's token: what the edited MLP's down-projection reads
-there, averaged over contexts. So it is in the published code; equation 3 of the paper has k(x_j + s), the subject s
-alone behind the prefix, which differs where the prompt has words before the subject. Each text is recorded once. Of the
-recording stay keys and values, and as much as is needed to run the text on from the fact's token: below the edited
-layer and before that token nothing changes.
+Equation 3 of the paper: k* = 1/N Σ_j k(x_j + s), the key at the last token of the subject s behind a prefix x_j,
+averaged over N prefixes; a key is what the edited MLP's down-projection reads. key_context="subject" is this. The
+published code has 1/N Σ_j k(x_j + p), with p the prompt up to the fact's token, which differs where the prompt has
+words before the subject; key_context="prompt", the default, is that.
+
+Each text is recorded once. Of the recording stay keys and values, and as much as is needed to run the text on from the
+fact's token: below the edited layer and before that token nothing changes.
 """
 
 from __future__ import annotations
@@ -58,7 +60,7 @@ class Recorded:
     Attributes:
         texts: all of them.
         keys: theirs, in this order.
-        after: of every text but the bare prompts, labelled by its index, the fact's token and those after it, to be run
+        after: of every context and KL prompt, labelled by its index, the fact's token and those after it, to be run
             in the blocks above the edited one.
         loss_layer: the last of these blocks, whose state predictions are read from.
     """
@@ -90,7 +92,7 @@ def record_texts(model: Model, layer: int, texts: Sequence[Text], loss_layer: in
         values[guests] = recording.kept["value", layer][places]
         alike: dict[tuple[int, int], dict[int, int]] = defaultdict(dict)
         for i in guests:
-            if texts[i].kind != "bare":
+            if texts[i].kind in ("context", "kl"):
                 alike[texts[i].lookup, len(texts[i].ids)][i] = rows[hosts[i]]
         for (token, end), some in sorted(alike.items()):
             after.append(slice_recording(recording, some, (token, end), (layer + 1, loss_layer + 1)))

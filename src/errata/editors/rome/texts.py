@@ -1,4 +1,5 @@
-"""The texts that a fact's edit is made from, as tokens: contexts with their target, the KL prompt, the bare prompt."""
+"""The texts that a fact's edit is made from, as tokens: contexts with their target, the KL prompt, the bare prompt, and
+subjects behind prefixes where their keys are wanted."""
 
 from __future__ import annotations
 
@@ -14,6 +15,8 @@ from errata.editors.rome.contexts import Context
 from errata.models.model import Model
 from errata.models.scoring import target_ids
 
+Kind = Literal["context", "kl", "bare", "subject"]
+
 
 @dataclass(frozen=True)
 class Text:
@@ -21,13 +24,13 @@ class Text:
 
     Attributes:
         kind: a context, in which the target is to be predicted; the prompt whose next-token distribution is to stay;
-            or the bare prompt, of which key and value are read.
+            the bare prompt, or a prefix and the subject alone, of which key and value are read.
         ids: its tokens, no further than the last one that matters.
         lookup: index of the token whose value is changed.
         targets: what a context's last tokens are to predict, one each.
     """
 
-    kind: Literal["context", "kl", "bare"]
+    kind: Kind
     ids: tuple[int, ...]
     lookup: int
     targets: tuple[int, ...] = ()
@@ -36,13 +39,14 @@ class Text:
 def texts_of(
     model: Model, rewrites: Sequence[Rewrite], prefixes: Sequence[str], config: RomeConfig, first: bool | None = None
 ) -> tuple[Text, ...]:
-    """The texts of one edit: a context for each rewrite and prefix, one KL prompt, a bare prompt for each rewrite.
+    """The texts of one edit: a context for each rewrite and prefix, one KL prompt, a bare prompt for each rewrite;
+    and the subject behind each prefix, if keys are read there.
 
     Args:
         rewrites: of one subject.
         prefixes: to put before each prompt.
-        first: keep only contexts in which the fact's token is the first of the text (True) or is not (False), and put
-            a prefix before the KL prompt where it is not. None: keep all.
+        first: keep only contexts and subjects in which the fact's token is the first of the text (True) or is not
+            (False), and put a prefix before the KL prompt where it is not. None: keep all.
 
     Raises:
         FactError: if a text is too long for the model, a role has no token, or the target melts into the prompt.
@@ -60,12 +64,16 @@ def texts_of(
         for rewrite in rewrites
         for prefix in prefixes
     ]
-    return (*(text for text in contexts if first is None or (text.lookup == 0) == first), *texts)
+    subjects = []
+    if config.key_context == "subject" and config.fact_token.startswith("subject_"):
+        alone = Fact(rewrites[0].subject, "{}")
+        subjects = [
+            _until_lookup(model, "subject", Context.of(alone, prefix, model.tokenizer), config) for prefix in prefixes
+        ]
+    return (*(text for text in (*contexts, *subjects) if first is None or (text.lookup == 0) == first), *texts)
 
 
-def _until_lookup(
-    model: Model, kind: Literal["kl", "bare"], context: Context, config: RomeConfig, whole: bool = False
-) -> Text:
+def _until_lookup(model: Model, kind: Kind, context: Context, config: RomeConfig, whole: bool = False) -> Text:
     ids, index = context.lookup(model, config.fact_token)
     model.require_room(ids, context.text)
     return Text(kind, ids if whole else ids[: index + 1], index)
