@@ -7,7 +7,6 @@ import functools
 import numpy as np
 import pytest
 import torch
-from helpers.plain_trace import PlainTrace
 
 from errata.base.facts import Fact
 from errata.models.model import Model
@@ -27,6 +26,7 @@ from helpers.plain_effects import (
     sites,
     some,
 )
+from plain_trace import PlainTrace
 from tiny import ALL_FAMILIES, attentions, byte_tokenizer, llama_tokenizer, short_windows, tiny
 
 KINDS = [(family, attention) for family in ALL_FAMILIES for attention in attentions(family)]
