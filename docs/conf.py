@@ -36,6 +36,7 @@ smartquotes_action = "D"  # -- is a dash outside of code; quotes stay as they ar
 default_role = "py:obj"  # `name` in a docstring is a link if the name is on the site, else code
 napoleon_google_docstring = True
 napoleon_numpy_docstring = False
+napoleon_use_ivar = True  # attributes in one list, described once
 
 html_theme = "furo"
 html_title = "errata"
