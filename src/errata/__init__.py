@@ -18,12 +18,18 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from errata.api import editor as editor
     from errata.api import load_model as load_model
-    from errata.api import rome as rome
     from errata.base.errors import ErrataError as ErrataError
     from errata.base.facts import Fact as Fact
     from errata.base.facts import Rewrite as Rewrite
     from errata.base.versions import __version__ as __version__
     from errata.benchmarks.sets import read_records as read_records
+    from errata.editors.fine_tuning import attention as attention
+    from errata.editors.fine_tuning import ft as ft
+    from errata.editors.fine_tuning import ft_l as ft_l
+    from errata.editors.hypernetworks.editor import ke as ke
+    from errata.editors.hypernetworks.editor import mend as mend
+    from errata.editors.knowledge_neurons import kn as kn
+    from errata.editors.rome import rome as rome
     from errata.editors.rome.config import RomeConfig as RomeConfig
     from errata.edits.edit import Edit as Edit
     from errata.edits.ledger import ledger as ledger
@@ -51,7 +57,13 @@ if TYPE_CHECKING:
 _HOME = {
     "__version__": ("errata.base.versions", "__version__"),
     "load_model": ("errata.api", "load_model"),
-    "rome": ("errata.api", "rome"),
+    "rome": ("errata.editors.rome", "rome"),
+    "ft": ("errata.editors.fine_tuning", "ft"),
+    "ft_l": ("errata.editors.fine_tuning", "ft_l"),
+    "attention": ("errata.editors.fine_tuning", "attention"),
+    "kn": ("errata.editors.knowledge_neurons", "kn"),
+    "mend": ("errata.editors.hypernetworks.editor", "mend"),
+    "ke": ("errata.editors.hypernetworks.editor", "ke"),
     "editor": ("errata.api", "editor"),
     "read_records": ("errata.benchmarks.sets", "read_records"),
     "evaluate": ("errata.evaluation.runner", "evaluate"),

@@ -1,12 +1,8 @@
-"""Loading a model and rewriting a fact as most people call them.
-
-They add one thing to the functions that they stand for: the embedded atlas by name, with its own corpus.
-"""
+"""The functions that `import errata` offers and that need more than one floor: loading a model, and editors by name."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from functools import partial, wraps
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,17 +10,12 @@ import torch
 
 from errata.base.arguments import checked
 from errata.base.autocast import without_autocast
-from errata.base.errors import OutputError
 from errata.base.facts import Fact
 from errata.editors.editor import Editor
+from errata.editors.method import SecondMoments
 from errata.editors.registry import method_of
-from errata.editors.rome.editor import SecondMoments
-from errata.editors.rome.editor import rome as _rome
 from errata.models.loading import DeviceMap, load_pretrained
 from errata.models.model import Model
-from errata.statistics.collect import collect
-from errata.statistics.second_moment import SecondMoment
-from errata.statistics.store import collect_cached
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
@@ -60,34 +51,19 @@ def load_model(
         DeviceError: if the device is not on this machine.
         ConfigError: if a setting has no such value.
     """
-    if source == ATLAS and not Path(ATLAS).is_dir():
-        from errata import atlas
+    from errata import atlas
 
+    if source == ATLAS and not Path(ATLAS).is_dir():
         return atlas.load(dtype=dtype, device=device, device_map=device_map, start_token=start_token)
-    return load_pretrained(
+    model = load_pretrained(
         source, dtype=dtype, device=device, download=download, device_map=device_map, start_token=start_token
     )
+    if model.hints.get("corpus") == ATLAS:  # a copy of the atlas
+        model.own_corpus = atlas.own_corpus
+    return model
 
 
-def _with_own_corpus(model: Model, second_moment: SecondMoments | None) -> SecondMoments | None:
-    """What is given; or, for the atlas, what makes its own."""
-    if second_moment is None and model.hints.get("corpus") == ATLAS:
-        return partial(atlas_second_moment, model)
-    return second_moment
-
-
-if TYPE_CHECKING:
-    rome = _rome
-else:
-
-    @checked(model="Model")
-    @wraps(_rome)
-    def rome(model: Model, *arguments: Any, second_moment: SecondMoments | None = None, **settings: Any) -> Any:
-        """As `errata.editors.rome.rome`, and the atlas brings its own second moment."""
-        return _rome(model, *arguments, second_moment=_with_own_corpus(model, second_moment), **settings)
-
-
-@checked(model="Model", second_moment="SecondMoment|callable|dict", facts=["Fact"])
+@checked(model="Model", facts=["Fact"])
 @without_autocast
 def editor(
     model: Model,
@@ -98,31 +74,15 @@ def editor(
     facts: Sequence[Fact] = (),
     **settings: Any,
 ) -> Editor:
-    """A method by its name, ready to edit many records of a model, as `evaluate` takes it.
+    """A method by its name, with its settings, ready for one model: call it with rewrites, or give it to `evaluate`.
 
     Args:
-        model: as it will be edited.
+        model: the model.
         method: such as "rome".
-        second_moment: as of `rome`; the atlas brings its own.
-        seed: of everything random in it.
-        facts: for ROME with `layer="auto"`: a sample of the facts to edit, of which the first ten are traced.
-        settings: the method's own, over what is known for the model.
+        second_moment, seed, facts: as of `Method.bind`.
+        settings: any setting of the method by its name, `layer` and `preset` too.
 
     Raises:
         ConfigError: if there is no such method or setting, or it lacks what it needs.
     """
-    return method_of(method).editor(model, settings, _with_own_corpus(model, second_moment), seed, facts)
-
-
-def atlas_second_moment(model: Model, layer: int, progress: Callable[[int, int], None] | None = None) -> SecondMoment:
-    """The second moment of the atlas's keys over the atlas's corpus, from the cache folder if it is there.
-
-    Raises:
-        ConfigError: if there is no such layer.
-    """
-    from errata import atlas
-
-    try:
-        return collect_cached(model, [layer], atlas.own_corpus(), progress=progress)[layer]
-    except OutputError:  # a home that cannot be written to: the numbers are the same, only not kept
-        return collect(model, [layer], atlas.own_corpus(), progress=progress)[layer]
+    return method_of(method).bind(model, second_moment=second_moment, seed=seed, facts=facts, **settings)

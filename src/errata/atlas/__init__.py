@@ -42,9 +42,11 @@ def load(
     from errata.models.loading import load_pretrained
 
     wanted = "float32" if dtype == "auto" else dtype
-    return load_pretrained(
+    model = load_pretrained(
         weights_folder(), dtype=wanted, device=device, name="atlas", device_map=device_map, start_token=start_token
     )
+    model.own_corpus = own_corpus
+    return model
 
 
 def own_corpus() -> Corpus:

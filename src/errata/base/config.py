@@ -5,12 +5,14 @@ from __future__ import annotations
 import difflib
 import inspect
 import re
-from typing import Any
+from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic_core import ErrorDetails
 
 from errata.base.errors import ConfigError
+
+C = TypeVar("C", bound="Config")
 
 
 class Config(BaseModel):
@@ -48,3 +50,8 @@ class Config(BaseModel):
         if not name:
             return f"{cls.__name__}: {said}"
         return f"{cls.__name__}: {name} = {error['input']!r} does not do: {said}"
+
+
+def changed(config: C, **settings: Any) -> C:
+    """The same settings with some of them changed, all checked again."""
+    return type(config)(**{**config.model_dump(exclude_unset=True), **settings})

@@ -28,11 +28,13 @@ def demo(
     picture, kept = out / "trace.png", out / "edit.safetensors"
     options.require_outputs(picture, kept)
 
-    from errata.api import ATLAS, atlas_second_moment, rome
+    from errata.api import ATLAS
     from errata.atlas.records import record_of
     from errata.base.errors import ConfigError, MissingExtra
     from errata.base.fingerprint import tensor_digest
     from errata.cli import show
+    from errata.editors.rome import rome
+    from errata.statistics.store import known_second_moment
     from errata.tracing.trace import trace
 
     began = time.monotonic()
@@ -58,7 +60,7 @@ def demo(
 
     say(f"\n[bold]2. Change it[/] to “{NEW_OBJECT}”\n")
     with show.progress("second moment", "tokens") as bar:
-        moment = atlas_second_moment(loaded, loaded.hints["rome_layer"], bar)
+        moment = known_second_moment(loaded, loaded.hints["rome_layer"], bar)
     with show.progress("editing", "steps") as bar:
         edit = rome(
             loaded,

@@ -21,10 +21,8 @@ from errata.cli.export import Lora, Merge
 
 if TYPE_CHECKING:
     from errata.base.errors import ErrataError
-    from errata.base.facts import Fact, Rewrite
-    from errata.editors.rome import RomeConfig
-    from errata.editors.rome.site import Site
-    from errata.editors.rome.value import Step
+    from errata.base.facts import Rewrite
+    from errata.editors.editor import Step
     from errata.edits.edit import Edit
     from errata.models.model import Model
 
@@ -92,8 +90,7 @@ def edit(
     from errata.cli import export, show
 
     source = moments.Source(corpus, field, revision, corpus_tokens, second_moment, identity, download)
-    where = _layer(layer)
-    spec = None if editor is None else _spec(editor, layer=layer, preset=preset, key=key, sequential=sequential)
+    name, settings = _spec(editor, layer=_layer(layer), preset=preset, key=key)
     table = None
     if requests is None:
         if sequential or strict:
@@ -115,10 +112,7 @@ def edit(
     loaded = options.load(model, device, dtype, download, start_token)
     if table is None and not old:
         rewrites = [_with_old_object(loaded, rewrites[0])]
-    if spec is None:
-        made, how = _by_rome(loaded, rewrites, where, preset, key, source, seed, sequential, force)
-    else:
-        made, how = _by_another(loaded, rewrites, spec, source, seed, force)
+    made, how = _made(loaded, rewrites, name, settings, source, seed, sequential=sequential, force=force)
     if table is None or requests is None:
         if isinstance(made[0], ErrataError):
             raise made[0]
@@ -181,8 +175,10 @@ def _with_old_object(model: Model, rewrite: Rewrite) -> Rewrite:
 def _layer(text: str | None) -> int | Literal["auto"] | None:
     from errata.base.errors import ConfigError
 
-    if text is None or text == "auto":
-        return text  # type: ignore[return-value]
+    if text is None:
+        return None
+    if text == "auto":
+        return "auto"
     if not text.isdecimal():
         raise ConfigError(f"--layer is {text!r}: name one by its number, from 0, or say auto")
     return int(text)
@@ -210,122 +206,48 @@ def _named(out: Path | None, lora: Path | None, merge: Path | None) -> tuple[tup
     return ("saved", out), ("lora", lora), ("merged", merge)
 
 
-def _spec(text: str, **of_rome: object) -> tuple[str, dict[str, Any]]:
-    """The method and the settings of an editor that is named.
+def _spec(text: str | None, **given: object) -> tuple[str, dict[str, Any]]:
+    """The method and its settings: those of --editor, and those that have an option of their own.
 
     Raises:
-        ConfigError: if it is not written so, or an option is given that is ROME's own.
+        ConfigError: if a setting is given in both ways, or --editor is not NAME:SETTING=VALUE,...
     """
     from errata.base.errors import ConfigError
 
-    used = next((name for name, value in of_rome.items() if value), None)
-    if used:
-        raise ConfigError(
-            f"--{used} is of ROME as it is without --editor: leave it out, or write a setting as in "
-            f"--editor {text.partition(':')[0]}:layer=3"
-        )
-    _, method, settings = options.editor_spec(text)
+    _, method, settings = options.editor_spec(text or "rome")
+    for name, value in given.items():
+        if value is not None:
+            if name in settings:
+                raise ConfigError(f"{name} is given twice, by --{name} and in --editor {text}: give it once")
+            settings[name] = value
     return method, settings
 
 
-Made = tuple["list[Edit | ErrataError]", dict[str, Any]]  # edits, and what is told of how they came about
-
-
-def _by_rome(
+def _made(
     model: Model,
     rewrites: Sequence[Rewrite],
-    where: int | Literal["auto"] | None,
-    preset: str | None,
-    key: str | None,
+    name: str,
+    settings: dict[str, Any],
     source: moments.Source,
     seed: int,
+    *,
     sequential: bool,
     force: bool,
-) -> Made:
-    from errata.api import rome
+) -> tuple[list[Edit | ErrataError], dict[str, Any]]:
+    """The edits, and how they came about."""
     from errata.cli import show
-    from errata.editors.rome.layer import resolve
-
-    config = _config(model, preset, key)
-    site = _site(model, [each.fact for each in rewrites], where, seed)
-    resolved, how = resolve(model, (), config, site)
-    assert isinstance(resolved.layer, int)  # resolve
-    moment = source.of(model, resolved.layer)
-    with show.progress("editing", "steps") as bar:
-        made = rome(
-            model,
-            list(rewrites),
-            config,
-            layer=site,
-            second_moment=moment,
-            seed=seed,
-            sequential=sequential,
-            force=force,
-            errors="keep",
-            progress=_counting(bar),
-        )
-    return made, {"layer": resolved.layer, "chosen": how}
-
-
-def _by_another(
-    model: Model,
-    rewrites: Sequence[Rewrite],
-    spec: tuple[str, dict[str, Any]],
-    source: moments.Source,
-    seed: int,
-    force: bool,
-) -> Made:
-    """Edits of any editor, whose health is measured here; one that disables the model is none unless forced."""
-    from errata.base.errors import DisablingEdit
+    from errata.editors.layer_choice import choose_layer
     from errata.editors.registry import method_of
-    from errata.edits.edit import Edit
-    from errata.metrics import health
 
-    name, settings = spec
-    facts = [each.fact for each in rewrites]
-    prepared = method_of(name).editor(model, settings, lambda layer: source.of(model, layer), seed, facts)
-    made = prepared.make(model, rewrites)
-    measured = iter(health.alone(model, [each for each in made if isinstance(each, Edit)], seed))
-    found: list[Edit | ErrataError] = []
-    for one in made:
-        if not isinstance(one, Edit):
-            found.append(one)
-            continue
-        its = next(measured)
-        if its.disabling and not force:
-            found.append(
-                DisablingEdit(
-                    f"the edit of {one.rewrites[0].text!r} by {name} would disable the model: what it says of texts "
-                    f"that have nothing to do with it moves by {its.drift:.3g} nats per token, beyond the bound of "
-                    f"{its.max_drift:g}. Try other settings or another editor, or make it all the same by --force"
-                )
-            )
-            continue
-        told = {"relative_norm": one.relative_norm(model), **its.as_dict()}
-        found.append(dataclasses.replace(one, notes={**one.notes, "health": told}))
-    return found, {"editor": name}
-
-
-def _config(model: Model, preset: str | None, key: str | None) -> RomeConfig:
-    """What is known for the model, or the preset, with what was typed."""
-    from errata.editors.rome import RomeConfig
-    from errata.editors.rome.layer import known_settings
-
-    presets = {"paper": RomeConfig.paper, "reference": RomeConfig.reference}
-    config = presets[preset]() if preset else known_settings(model)
-    return RomeConfig(**{**config.model_dump(), "key": key}) if key else config
-
-
-def _site(model: Model, facts: Sequence[Fact], where: int | Literal["auto"] | None, seed: int) -> int | Site | None:
-    """The layer as it was named; None where it is known; else what a trace finds."""
-    from errata.cli import show
-    from errata.editors.rome.layer import known_layer
-    from errata.editors.rome.site import early_site
-
-    if isinstance(where, int) or (where is None and known_layer(model)):
-        return where
-    with show.progress("finding the layer", "facts") as bar:
-        return early_site(model, facts, seed=seed, progress=bar)
+    method, facts = method_of(name), [each.fact for each in rewrites]
+    if method.layer_auto and method.known(model, settings)[0].get("layer") in (None, "auto"):
+        with show.progress("choosing the layer", "facts") as bar:
+            settings = {**settings, "layer": choose_layer(model, facts, seed=seed, progress=bar)}
+    editor = options.bind(method, model, settings, source, seed, facts)
+    with show.progress("editing", "steps") as bar:
+        edits = editor(list(rewrites), sequential=sequential, force=force, errors="keep", progress=_counting(bar))
+    how = {"layer": editor.config["layer"], "chosen": editor.layer_by} if editor.layer_by else {}
+    return edits, {"editor": name, **how}
 
 
 def _counting(bar: Callable[[int, int], None]) -> Callable[[Step], None]:
@@ -404,7 +326,8 @@ def _tell_one(model: Model, made: Edit, also: Sequence[str], told: Mapping[str, 
     if after[0].p_new < 0.5:
         tell(
             f"warning: the edit is weak: P({to}) is {show.percent(after[0].p_new)} after it, "
-            f"{show.percent(before[0].p_new)} before. {_still_falling(made, told) or _ADVICE['layer' in told]}",
+            f"{show.percent(before[0].p_new)} before. "
+            f"{_still_falling(made, told) or _ADVICE[told['editor'] == 'rome']}",
             err=True,
         )
     if json:
@@ -459,7 +382,8 @@ _ADVICE = {
 
 def _by(told: Mapping[str, Any]) -> str:
     """What made the edits."""
-    return f"layer {told['layer']}: {told['chosen']}" if "layer" in told else f"by {told['editor']}"
+    where = f"layer {told['layer']}: {told['chosen']}" if "layer" in told else ""
+    return where if told["editor"] == "rome" else f"by {told['editor']}{where and f', {where}'}"
 
 
 def _whole(edits: Sequence[Edit], model: Model, sequential: bool) -> Edit:
@@ -640,8 +564,9 @@ def _still_falling(made: Edit, told: Mapping[str, Any]) -> str | None:
     half = max(1, min(5, steps // 2))  # Adam's loss is noisy from step to step: compare means
     if not sum(losses[-half:]) < _FALLING * sum(losses[-2 * half : -half]):
         return None
-    where = f"--editor rome:layer={told['layer']}," if "layer" in told else "in --editor "
-    return f"Its loss was still falling after {steps} steps: allow more, {where}steps={2 * steps}"
+    where = f"layer={told['layer']}," if "layer" in told else ""
+    more = f"--editor {told['editor']}:{where}steps={2 * steps}"
+    return f"Its loss was still falling after {steps} steps: allow more, {more}"
 
 
 _FALLING = 0.95  # a loss that ends below this share of what it was a few steps earlier was still falling

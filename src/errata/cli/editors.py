@@ -54,7 +54,7 @@ def _told(method: Method) -> dict[str, Any]:
         "summary": method.summary,
         "source": method.source,
         "settings": [dict(zip(("name", "default", "meaning"), each, strict=True)) for each in _settings(method)],
-        "presets": dict(method.presets),
+        "presets": {name: preset.summary for name, preset in method.presets.items()},
         "published": [
             {"model": each.model, "settings": dict(each.settings), "source": each.source}
             for each in method.published.values()
@@ -68,7 +68,7 @@ def _show(method: Method) -> None:
     show.line(f"{method.name}: {method.summary}. From {method.source}.")
     show.table(("setting", "default", "meaning"), _settings(method))
     if method.presets:
-        show.table(("preset", "meaning"), [*method.presets.items()])
+        show.table(("preset", "meaning"), [(name, preset.summary) for name, preset in method.presets.items()])
     if method.published:
         rows = [
             (each.model, ", ".join(f"{key}={value}" for key, value in each.settings.items()), each.source)

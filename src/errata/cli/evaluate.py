@@ -153,8 +153,9 @@ def evaluate(
     from errata.evaluation.runner import evaluate as run
 
     methods = {name: (method_of(method), settings) for name, method, settings in specs}
-    for name in methods:
+    for name, (_, settings) in methods.items():
         editor_file(out, name)
+        options.require_no_bound(settings)
     options.require_outputs(out / "unedited.jsonl")
     found = None if data is None else _read(data, limit, sample, seed, generation)
     if found:
@@ -164,7 +165,7 @@ def evaluate(
     records, measures = _measures(loaded, data, kind, found, limit, sample, texts, essence, health, probes, seed)
     facts = [record.rewrite.fact for record in records]
     editors = {
-        name: method.editor(loaded, settings, lambda layer: source.of(loaded, layer), seed, facts)
+        name: options.bind(method, loaded, settings, source, seed, facts)
         for name, (method, settings) in methods.items()
     }
     where: Executor | None = None

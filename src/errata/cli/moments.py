@@ -9,6 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Optional
 import typer
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from errata.editors.method import Method
     from errata.models.model import Model
     from errata.statistics.corpus import Corpus as Texts
     from errata.statistics.second_moment import SecondMoment
@@ -50,8 +53,14 @@ class Source:
         if len(named) > 1:
             raise ConfigError(f"the second moment is given twice, by {' and '.join(named)}: give one")
 
+    def for_method(self, method: Method, model: Model) -> Callable[[int], SecondMoment] | None:
+        """What gives the second moments of a model's layers to a method that uses them."""
+        return (lambda layer: self.of(model, layer)) if method.uses_second_moment else None
+
     def of(self, model: Model, layer: int) -> SecondMoment:
         """The second moment of a layer's keys: read, found in the cache, or collected now.
+
+        Without any option it is that of the model's own corpus, or one that `errata stats` put into the cache.
 
         Raises:
             ConfigError: if there is no corpus, or it is none.
@@ -59,13 +68,15 @@ class Source:
         """
         from errata.cli import show
         from errata.statistics.second_moment import SecondMoment
-        from errata.statistics.store import collect_cached, load_any
+        from errata.statistics.store import collect_cached, known_second_moment, load_any
 
         if self.identity:
             return SecondMoment.identity(model.d_mlp)
         if self.file:
             return load_any(self.file, layer, model)
         with show.progress(f"second moment of layer {layer}", "tokens") as bar:
+            if self.corpus is None and (found := known_second_moment(model, layer, bar)):
+                return found
             return collect_cached(model, [layer], self.texts(model), self.tokens, progress=bar)[layer]
 
     def texts(self, model: Model) -> Texts:

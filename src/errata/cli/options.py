@@ -12,6 +12,10 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Optional
 import typer
 
 if TYPE_CHECKING:
+    from errata.base.facts import Fact
+    from errata.cli.moments import Source
+    from errata.editors.editor import Editor
+    from errata.editors.method import Method
     from errata.models.model import Model
     from errata.tracing.average import AverageEffects
     from errata.tracing.result import CausalTrace
@@ -243,3 +247,32 @@ def editor_spec(text: str) -> tuple[str, str, dict[str, Any]]:
     if not named and len(own.encode()) > 100:
         raise ConfigError(f"--editor {text[:60]!r}… is too long to name a row: give a name, as in own={text[:20]}…")
     return name if named else own, method, settings
+
+
+def bind(
+    method: Method, model: Model, settings: Mapping[str, Any], source: Source, seed: int, facts: Sequence[Fact]
+) -> Editor:
+    """The editor of a method with settings as they were typed.
+
+    Raises:
+        ConfigError: if a setting is unknown, wrong or missing.
+    """
+    unknown = settings.keys() - {*method.config.model_fields, "preset"}
+    method.config(**{name: settings[name] for name in unknown})  # refuses them, with the nearest name
+    return method.bind(model, second_moment=source.for_method(method, model), seed=seed, facts=facts, **settings)
+
+
+def require_no_bound(settings: Mapping[str, Any]) -> None:
+    """Refuse settings that bound side effects, in a run that measures them.
+
+    Raises:
+        ConfigError: if there is one.
+    """
+    from errata.base.errors import ConfigError
+
+    for name in ("max_drift", "probes"):
+        if settings.get(name) is not None:
+            raise ConfigError(
+                f"{name} has no effect here: a run measures side effects and refuses no edit. Leave it out; --probe "
+                "names the texts"
+            )

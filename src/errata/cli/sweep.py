@@ -146,7 +146,7 @@ def sequence(
     watched = _facts_of(facts, bad) if facts else None
 
     # Torch comes only now: bad input is told at once.
-    from errata.editors.rome.layer import resolve
+    from errata.editors.rome import rome
     from errata.evaluation.sequence import edit_in_sequence, edits_folder
 
     loaded = options.load(model, device, dtype, download, start_token)
@@ -159,7 +159,7 @@ def sequence(
     reserved = _rewrites_of_the_atlas(max(edits, _RESERVED)) if rewrites is None else rewrites
     rewrites = reserved[:edits]
     known = _known(loaded, _facts_of_the_atlas(seed) if watched is None else watched, reserved, untouched)
-    config, _ = resolve(loaded, [each.fact for each in rewrites], None, layer, seed)
+    config, _ = rome.resolve(loaded, {} if layer is None else {"layer": layer})
     moment = source.of(loaded, cast("int", config.layer))
     with show.going_on("editing", "edits") as tell:
         found = edit_in_sequence(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,6 @@ from errata.base.errors import ConfigError, ResultFileError
 from errata.base.fingerprint import tensor_digest
 from errata.base.journal import read_journal
 from errata.base.versions import library_versions
-from errata.editors.rome import RomeConfig
 from errata.models.fingerprint import weights_digest
 from errata.models.model import Model
 from errata.statistics.second_moment import SecondMoment
@@ -32,14 +32,9 @@ def standing(model: Model) -> dict[str, Any]:
     }
 
 
-def header(model: Model, config: RomeConfig, seed: int, **more: Any) -> dict[str, Any]:
+def header(model: Model, config: Mapping[str, Any], seed: int, **more: Any) -> dict[str, Any]:
     """All that the numbers of a run depend on, JSON-able; `more` is what is particular to it."""
-    return {**standing(model), "config": config.model_dump(mode="json"), "seed": seed, **more}
-
-
-def changed(config: RomeConfig, **settings: Any) -> RomeConfig:
-    """The settings with some others, checked again."""
-    return RomeConfig(**{**config.model_dump(), **settings})
+    return {**standing(model), "config": dict(config), "seed": seed, **more}
 
 
 def digest(values: Any) -> str:

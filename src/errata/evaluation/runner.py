@@ -104,7 +104,7 @@ def evaluate(
     kind = _checked(records)
     for name, editor in editors.items():
         if not allow_seen:
-            require_unseen(name, editor.seen, records)
+            require_unseen(name, editor.trained_on, records)
     text = written_out(records)
     settings = {
         **standing(model),

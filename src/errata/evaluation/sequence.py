@@ -27,8 +27,8 @@ from errata.base.facts import Fact, Rewrite, as_plain
 from errata.base.interrupt import deferred_interrupt
 from errata.base.journal import Journal, read_journal
 from errata.base.reading import of_type, taking_apart
+from errata.editors.editor import Editor
 from errata.editors.rome import RomeConfig, rome
-from errata.editors.rome.prepare import settled
 from errata.edits.edit import Edit
 from errata.evaluation.run import begun_with, broken, digest, header, moment_digest, require_no_more
 from errata.models.model import Model
@@ -186,14 +186,15 @@ def edit_in_sequence(
             f"there are {len(rewrites)} rewrites and {len(untouched)} untouched facts, measured every {every} edits: "
             "give at least one of each"
         )
-    config = settled(model, [each.fact for each in rewrites], config, layer, seed)
+    facts = [each.fact for each in rewrites]
+    editor = rome.bind(model, config, layer=layer, seed=seed, second_moment=second_moment, facts=facts)
     wanted = [Fact(each.subject, each.prompt, each.new_object, each.separator) for each in rewrites]
     recalled(model, [*wanted, *untouched])  # what cannot be scored is told before any work
     begun = begun_with(path, KIND, FORMAT, "rewrites")
     begun = begun if isinstance(begun, int) and 0 < begun < len(rewrites) else len(rewrites)
     settings = header(
         model,
-        config,
+        {**editor.config, "same_subject": "joint" if editor.together else "apart"},
         seed,
         second_moment=moment_digest(second_moment),
         every=every,
@@ -231,7 +232,7 @@ def edit_in_sequence(
             if number > begun:  # the header does not know it
                 line["rewrite"] = digest(as_plain(rewrites[number - 1]))
             if number:
-                made = _put_on(model, rewrites[number - 1], config, second_moment, seed, on_model)
+                made = _put_on(model, rewrites[number - 1], editor, on_model)
                 if isinstance(made, Edit):
                     made.save(_edit_path(path, number))
                     line["edit"] = made.id
@@ -252,9 +253,7 @@ def edit_in_sequence(
 def _put_on(
     model: Model,
     rewrite: Rewrite,
-    config: RomeConfig,
-    second_moment: SecondMoment,
-    seed: int,
+    editor: Editor,
     on_model: contextlib.ExitStack,
 ) -> Edit | ErrataError:
     """An edit that is on the model now, until the stack is closed; or why there is none.
@@ -262,7 +261,7 @@ def _put_on(
     Raises:
         ConfigError: if the settings allow of none.
     """
-    (made,) = rome(model, [rewrite], config, second_moment=second_moment, seed=seed, errors="keep")
+    (made,) = (editor.together or editor.make)(model, [rewrite])
     if isinstance(made, ConfigError):  # no other rewrite would do better
         raise made
     if isinstance(made, Edit):

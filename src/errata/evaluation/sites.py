@@ -25,16 +25,16 @@ from typing_extensions import NotRequired, TypedDict
 
 from errata.base.arguments import checked
 from errata.base.autocast import without_autocast
+from errata.base.config import changed
 from errata.base.errors import ConfigError, EditMismatch, ErrataError, FactError, ResultFileError
 from errata.base.facts import as_plain
 from errata.base.interrupt import deferred_interrupt
 from errata.base.journal import Journal, read_journal
 from errata.base.reading import of_type, taking_apart
 from errata.benchmarks.records import Record
-from errata.editors.rome import RomeConfig, rome
-from errata.editors.rome.prepare import settled
+from errata.editors.rome import RomeConfig, contexts, rome
 from errata.edits.edit import Edit
-from errata.evaluation.run import begun_with, broken, changed, digest, header, moment_digest, require_no_more
+from errata.evaluation.run import begun_with, broken, digest, header, moment_digest, require_no_more
 from errata.metrics.counterfact import RecordScores, score_record, summarise
 from errata.metrics.summary import Estimate
 from errata.models.model import Model
@@ -198,12 +198,15 @@ def sweep_sites(
     tokens = _checked(tokens, get_args(Role), "token")
     cases = _checked(None, [record.case_id for record in records], "case")
     # Each site is edited at its own layer and nowhere else, as in the paper's Figure 5.
-    config = changed(settled(model, [], config, layers[0], seed, alone=True), attention_sink="ignore")
+    given = {} if config is None else config.model_dump(exclude_unset=True)
+    config, _ = rome.resolve(model, {**given, "layer": layers[0], "attention_sink": "ignore"})
+    config = changed(config, prefixes=contexts.prefixes(model, config.prefixes, seed), same_subject="apart")
     begun = begun_with(path, KIND, FORMAT, "cases")
     begun = len(begun) if isinstance(begun, list) and begun == cases[: len(begun)] else len(cases)
     settings = header(
         model,
-        changed(config, layer=None, fact_token="subject_last"),  # each site has its own
+        # each site has its own layer and token
+        changed(config, layer=None, fact_token="subject_last", max_drift=None).model_dump(mode="json"),
         seed,
         layers=layers,
         tokens=tokens,
@@ -258,7 +261,7 @@ def sweep_sites(
             for token, group in left:
                 site = changed(config, layer=layer, fact_token=token)
                 rewrites = [record.rewrite for record in group]
-                edits = rome(model, rewrites, site, second_moment=moment, seed=seed, errors="keep")
+                edits = rome.bind(model, site, second_moment=moment, seed=seed).make(model, rewrites)
                 keep((layer, None, None), second_moment=numbers)  # now that it has proved to fit
                 for record, edit in zip(group, edits, strict=True):
                     if (layer, token, record.case_id) not in lines:

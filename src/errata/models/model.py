@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from errata.models.decoder import Batch, Decoder, Stream
@@ -17,9 +18,10 @@ __all__ = ["Batch", "Model", "Stream"]
 class Model(Decoder):
     """A decoder that can write text, and to which edits are applied. Made by `load_pretrained`.
 
-    Its attributes are those of `Decoder`, and one more.
+    Its attributes are those of `Decoder`, and two more.
 
     Attributes:
+        own_corpus: opens the corpus that belongs to the model, for its second moments; None if there is none.
         applied: the stack of edits that are on the weights now; `errata.edits` alone touches it.
     """
 
@@ -31,6 +33,7 @@ class Model(Decoder):
         anatomy: Anatomy | None = None,
     ):
         super().__init__(hf, tokenizer, name, anatomy)
+        self.own_corpus: Callable[[], Any] | None = None
         self.applied: list[Any] = []
 
     def complete(

@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from typing_extensions import NotRequired, TypedDict
 
 from errata.base import cache
-from errata.base.errors import ConfigError, ResultFileError, StaleStatistics
+from errata.base.errors import ConfigError, OutputError, ResultFileError, StaleStatistics
 from errata.base.files import require_writable
 from errata.base.reading import format_of, load_json, of_type, taking_apart
 from errata.base.tensor_files import KEY, opened, read_tensors, write_tensors
@@ -201,6 +201,26 @@ def collect_cached(
             found[layer] = moment
         unfinished.unlink(missing_ok=True)
     return {layer: found[layer] for layer in wanted}
+
+
+def known_second_moment(model: Model, layer: int, progress: Progress | None = None) -> SecondMoment | None:
+    """C of a layer's keys that needs no corpus to be named: of the model's own corpus, or else the cached one of most
+    tokens, whatever its corpus; None if there is neither.
+    """
+    if model.own_corpus is not None:
+        corpus = model.own_corpus()
+        try:
+            return collect_cached(model, [layer], corpus, progress=progress)[layer]
+        except OutputError:  # the cache cannot be written to
+            return collect(model, [layer], corpus, progress=progress)[layer]
+    wanted: Mapping[str, Any] | None = None
+    for one in sorted(stored(), key=lambda one: -one.count):
+        if one.problem or one.fingerprints[0].get("layer") != layer:
+            continue
+        wanted = wanted or model_fingerprints(model, [layer])[layer]
+        if not different(one.fingerprints[0], wanted, partly=True):
+            return load(one.path)
+    return None
 
 
 def _stored(path: Path) -> Stored:

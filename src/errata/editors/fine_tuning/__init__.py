@@ -6,6 +6,6 @@
 """
 
 from errata.editors.fine_tuning.config import FineTuningConfig
-from errata.editors.fine_tuning.editor import fine_tune
+from errata.editors.fine_tuning.editor import attention, ft, ft_l
 
-__all__ = ["FineTuningConfig", "fine_tune"]
+__all__ = ["FineTuningConfig", "attention", "ft", "ft_l"]

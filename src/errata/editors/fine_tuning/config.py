@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Literal
 
 from pydantic import Field
 
-from errata.base.config import Config
-from errata.base.errors import ConfigError
-from errata.editors.published import Published, Shape, shape_of
-
-if TYPE_CHECKING:
-    from errata.models.model import Model
+from errata.editors.config import EditorConfig
+from errata.editors.published import Published, Shape
 
 Method = Literal["ft", "ft-l", "attention"]
 
@@ -33,7 +29,12 @@ PUBLISHED: dict[Method, dict[Shape, Published]] = {
 }
 
 
-class FineTuningConfig(Config):
+ATTENTION = {"part": "attention", "learning_rate": 1e-3}
+# The published code's training: every target token predicted from the prompt's end, biases too.
+REFERENCE = {"loss": "reference", "bias": True, "stop_below": 1e-2}
+
+
+class FineTuningConfig(EditorConfig):
     """Settings of `fine_tune`, all checked, none to be changed afterwards.
 
     "The paper" is Meng et al., 2022, appendices E.1 and I; "the code" is what its authors published.
@@ -65,61 +66,9 @@ class FineTuningConfig(Config):
     bias: bool = False
     weight_decay: float = Field(0.0, ge=0)
 
-    @classmethod
-    def ft(cls, model: Model, **changes: Any) -> FineTuningConfig:
-        """FT: one MLP's down-projection, without a bound.
-
-        Raises:
-            ConfigError: if a setting does not do, or no layer is named and none is known for the model.
-        """
-        return cls._known("ft", model, changes)
-
-    @classmethod
-    def ft_l(cls, model: Model, **changes: Any) -> FineTuningConfig:
-        """FT+L: the same with a bound on every entry of the change.
-
-        Raises:
-            ConfigError: as `ft`; and if there is no bound.
-        """
-        return cls._known("ft-l", model, changes)
-
-    @classmethod
-    def attention(cls, model: Model, **changes: Any) -> FineTuningConfig:
-        """The attention edit: FT+L of what makes queries, keys and values.
-
-        Raises:
-            ConfigError: as `ft_l`.
-        """
-        return cls._known("attention", model, changes, {"part": "attention", "learning_rate": 1e-3})
-
-    @classmethod
-    def reference(cls, **changes: Any) -> FineTuningConfig:
-        """The published code's way of training: all of the target after the prompt alone, biases too."""
-        return cls(**{"loss": "reference", "bias": True, "stop_below": 1e-2, **changes})
-
     @property
     def method(self) -> Method:
         """Which of the three these settings are."""
         if self.part == "attention":
             return "attention"
         return "ft" if self.epsilon is None else "ft-l"
-
-    @classmethod
-    def _known(
-        cls, method: Method, model: Model, changes: dict[str, Any], own: dict[str, Any] | None = None
-    ) -> FineTuningConfig:
-        """The defaults; over them `own`, what was published, what the model's config hints, and the changes."""
-        published = PUBLISHED[method].get(shape_of(model))
-        hints = model.hints.get(method, {})
-        if not isinstance(hints, dict):
-            raise ConfigError(f"the config of {model.name} hints {hints!r} for {method!r}: it is an object of settings")
-        config = cls(**{**(own or {}), **(published.settings if published else {}), **hints, **changes})
-        needed = {"layer": f"0 to {model.n_layers - 1}"}
-        if method != "ft":
-            needed["epsilon"] = "such as 5e-4, by which no entry of the weight is moved further"
-        for name, what in needed.items():
-            if getattr(config, name) is None:
-                raise ConfigError(
-                    f"{method!r} needs a setting {name!r}, and none is known for {model.name}: say {what}"
-                )
-        return config

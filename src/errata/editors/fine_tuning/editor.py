@@ -1,21 +1,22 @@
-"""`fine_tune`: from rewrites to edits. The model is the same, byte for byte, afterwards."""
+"""Fine-tuning: from rewrites to edits. The model is the same, byte for byte, afterwards."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Literal, overload
+from functools import partial
 
-import torch
 from torch import Tensor
 
 from errata.base import budgets
 from errata.base.errors import ConfigError, ErrataError, FactError
 from errata.base.facts import Rewrite
 from errata.base.fingerprint import tensor_digest
-from errata.editors.fine_tuning.config import FineTuningConfig
-from errata.editors.fine_tuning.optimise import Found, Progress, Step, optimise
+from errata.editors.editor import Editor, Progress, Step
+from errata.editors.fine_tuning.config import ATTENTION, PUBLISHED, REFERENCE, FineTuningConfig
+from errata.editors.fine_tuning.optimise import Found, optimise
 from errata.editors.fine_tuning.trained import full_name, trained
+from errata.editors.method import Method, Preset, Setup, as_json
 from errata.editors.texts import Text, text_of
 from errata.edits.delta import Dense
 from errata.edits.edit import Edit
@@ -26,81 +27,40 @@ from errata.models.weights import matrix
 _MOST = 32
 
 
-@overload
-def fine_tune(model: Model, rewrites: Rewrite, config: FineTuningConfig | None = None, **settings: Any) -> Edit: ...
-
-
-@overload
-def fine_tune(
-    model: Model,
-    rewrites: Sequence[Rewrite],
-    config: FineTuningConfig | None = None,
-    *,
-    errors: Literal["raise"] = "raise",
-    **settings: Any,
-) -> list[Edit]: ...
-
-
-@overload
-def fine_tune(
-    model: Model,
-    rewrites: Sequence[Rewrite],
-    config: FineTuningConfig | None = None,
-    *,
-    errors: Literal["keep"],
-    **settings: Any,
-) -> list[Edit | ErrataError]: ...
-
-
-# A caller in inference mode gets gradients all the same.
-@torch.inference_mode(False)  # type: ignore[misc]  # the other settings are spelt out here alone
-def fine_tune(
-    model: Model,
-    rewrites: Rewrite | Sequence[Rewrite],
-    config: FineTuningConfig | None = None,
-    *,
-    seed: int = 0,
-    errors: Literal["raise", "keep"] = "raise",
-    progress: Progress | None = None,
-) -> Edit | list[Edit] | list[Edit | ErrataError]:
-    """The change of one layer's weights that training on the rewrite comes to; or of many rewrites.
-
-    Many rewrites are trained independently, each as if it were alone, and computed together.
-
-    Args:
-        model: left as it is, byte for byte, on errors and interrupts too.
-        rewrites: a fact and its new object, or a sequence of such.
-        config: settings; None: `FineTuningConfig.ft(model)`.
-        seed: kept in the edit; nothing here is random.
-        errors: "raise" the first; or "keep" each in the place of the edit that could not be made.
-        progress: called after every evaluation of a loss, with a `Step`.
-
-    Returns:
-        An edit for a rewrite, or a list for a sequence; its deltas are dense, of a bias one column. Its `notes` hold
-        the losses, how often the weights were changed (`updates`), what ended it (`stopped`: "loss" or "steps") and the
-        largest entry of the change by magnitude (`largest_change`). Where the loss is below `stop_below` at once, the
-        fact is there already, and the edit changes nothing: `updates` is 0.
+def make_editor(method: str, model: Model, config: FineTuningConfig, setup: Setup) -> Editor:
+    """FT, FT+L or the attention edit for one model.
 
     Raises:
-        UnsupportedModel: if accelerate has offloaded a weight that is to change.
-        ConfigError: if no layer is named or it is not there.
-        FactError: if a text is too long for the model.
-        Diverged: if training meets a loss that is no finite number.
+        ConfigError: if the settings are those of another of the three methods.
+        UnsupportedModel: if what is to be trained is not there, or offloaded.
     """
-    if errors not in ("raise", "keep"):
-        raise ConfigError(f"errors is {errors!r}: it is 'raise' or 'keep'")
-    one = not isinstance(rewrites, (list, tuple))
-    wanted: list[Rewrite] = [rewrites] if one else list(rewrites)  # type: ignore[arg-type,list-item]
-    for rewrite in wanted:
-        if not isinstance(rewrite, Rewrite):
-            raise FactError(
-                f"fine_tune takes a Rewrite or a list of them, not a {type(rewrite).__name__}: write "
-                "fact.rewrite('Paris')"
-            )
-    config = settled(model, config)
+    if config.method != method:
+        raise ConfigError(f"these settings make {config.method!r}, not {method!r}: call errata.{_names[config.method]}")
+    trained(model, config)  # raises if it is not there
+    make = partial(_make, config=config, seed=setup.seed)
+    return Editor(method, as_json(config), make)
+
+
+def _make(
+    model: Model,
+    rewrites: Sequence[Rewrite],
+    *,
+    progress: Progress | None = None,
+    config: FineTuningConfig,
+    seed: int,
+) -> list[Edit | ErrataError]:
+    """The change of one layer's weights that training on each rewrite comes to, independently, computed together.
+
+    An edit's deltas are dense, of a bias one column. Its `notes` hold the losses, how often the weights were changed
+    (`updates`), what ended it (`stopped`: "loss" or "steps") and the largest entry of the change by magnitude
+    (`largest_change`). Where the loss is below `stop_below` at once, the fact is there already, and the edit changes
+    nothing: `updates` is 0.
+    """
+    layer = config.layer
+    assert layer is not None  # required
     found: dict[int, Edit | ErrataError] = {}
     texts: dict[int, Text] = {}
-    for number, rewrite in enumerate(wanted):
+    for number, rewrite in enumerate(rewrites):
         try:
             texts[number] = text_of(
                 model,
@@ -110,47 +70,24 @@ def fine_tune(
                 forced=config.loss == "teacher_forcing",
             )
         except FactError as error:
-            if errors == "raise":
-                raise
             found[number] = error
     names = trained(model, config)
-    weights = {name: full_name(model, config.layer, name) for name in names}  # type: ignore[arg-type]  # settled
+    weights = {name: full_name(model, layer, name) for name in names}
     fingerprints = {full: tensor_digest(model.weight(full)) for full in weights.values()}
     for share in _batches(model, list(fingerprints), list(texts)):
 
         def tell(step: Step, share: Sequence[int] = share) -> None:
             if progress is not None:
-                progress(dataclasses.replace(step, fact=share[step.fact], facts=len(wanted)))
+                progress(dataclasses.replace(step, fact=share[step.fact], facts=len(rewrites)))
 
         made = optimise(model, names, [texts[number] for number in share], config, tell)
         for number, each in zip(share, made, strict=True):
-            if isinstance(each, ErrataError):
-                if errors == "raise":
-                    raise each
-                found[number] = each
-            else:
-                found[number] = _edit(model, wanted[number], each, weights, config, fingerprints, seed)
-    edits = [found[number] for number in range(len(wanted))]
-    return edits[0] if one else edits  # type: ignore[return-value]
-
-
-def settled(model: Model, config: FineTuningConfig | None) -> FineTuningConfig:
-    """The settings, or the model's own, with a layer that it has.
-
-    Raises:
-        ConfigError: if no layer is named and none is known, or it is not there.
-    """
-    if config is None:
-        config = FineTuningConfig.ft(model)
-    if not isinstance(config, FineTuningConfig):
-        raise ConfigError(f"config is a {type(config).__name__}: write FineTuningConfig(layer=1, ...)")
-    if config.layer is None:
-        raise ConfigError(
-            f"no layer to train is named: say FineTuningConfig(layer=..., ...), 0 to {model.n_layers - 1} for "
-            f"{model.name}, or take what is known for it, by FineTuningConfig.ft(model)"
-        )
-    model.path(("state", config.layer))  # raises for a layer that is not there
-    return config
+            found[number] = (
+                each
+                if isinstance(each, ErrataError)
+                else _edit(model, rewrites[number], each, weights, config, fingerprints, seed)
+            )
+    return [found[number] for number in range(len(rewrites))]
 
 
 def _edit(
@@ -193,3 +130,45 @@ def _batches(model: Model, names: Sequence[str], facts: Sequence[int]) -> Iterat
     per_fact = sum(6 * model.weight(name).numel() * 4 for name in names)
     most = min(_MOST, budgets.fitting(model.devices, per_fact, part=2))
     yield from ([facts[i] for i in group] for group in budgets.groups([1] * len(facts), most))
+
+
+_names = {"ft": "ft", "ft-l": "ft_l", "attention": "attention"}
+_LAYER = {"layer": "{layers}"}
+_EPSILON = {"epsilon": "such as 5e-4, the largest change of any entry of the weight"}
+_PRESETS = {
+    "reference": Preset(
+        "the published code's training: every target token from the prompt's end, biases too", REFERENCE
+    )
+}
+
+ft = Method(
+    name="ft",
+    summary="Fine-tuning of one MLP's down-projection",
+    source="the baseline of Meng et al., 2022, appendix E.1",
+    config=FineTuningConfig,
+    make_editor=partial(make_editor, "ft"),
+    presets=_PRESETS,
+    published=PUBLISHED["ft"],
+    required=_LAYER,
+)
+ft_l = Method(
+    name="ft-l",
+    summary="Fine-tuning of one MLP's down-projection, no entry of which is moved by more than ε",
+    source="Zhu et al., 2020: Modifying Memories in Transformer Models",
+    config=FineTuningConfig,
+    make_editor=partial(make_editor, "ft-l"),
+    presets=_PRESETS,
+    published=PUBLISHED["ft-l"],
+    required={**_LAYER, **_EPSILON},
+)
+attention = Method(
+    name="attention",
+    summary="Fine-tuning, within the same bound, of what makes queries, keys and values in one layer",
+    source="AttnEdit of Meng et al., 2022, appendix I",
+    config=FineTuningConfig,
+    make_editor=partial(make_editor, "attention"),
+    presets=_PRESETS,
+    published=PUBLISHED["attention"],
+    defaults=ATTENTION,
+    required={**_LAYER, **_EPSILON},
+)

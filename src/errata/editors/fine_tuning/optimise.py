@@ -9,39 +9,20 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from errata.base.errors import Diverged, ErrataError
+from errata.editors.editor import Progress, Step
 from errata.editors.fine_tuning.config import FineTuningConfig
 from errata.editors.fine_tuning.trained import full_name, with_weights
 from errata.editors.texts import Text, kept, predictions, recorded
 from errata.models.frozen import frozen
 from errata.models.model import Model
 from errata.passes.suffixes import SuffixBatch
-
-
-@dataclass(frozen=True)
-class Step:
-    """One evaluation of the loss of one fact.
-
-    Attributes:
-        index, steps: this is step `index`, from 0, of at most `steps`.
-        loss: mean over the target's tokens of −log P, in nats.
-        fact, facts: this is fact number `fact`, from 0, of so many that are edited in one call.
-    """
-
-    index: int
-    steps: int
-    loss: float
-    fact: int = 0
-    facts: int = 1
-
-
-Progress = Callable[[Step], None]
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,6 @@
 """
 
 from errata.editors.knowledge_neurons.config import KnowledgeNeuronsConfig
-from errata.editors.knowledge_neurons.editor import knowledge_neurons
+from errata.editors.knowledge_neurons.editor import kn
 
-__all__ = ["KnowledgeNeuronsConfig", "knowledge_neurons"]
+__all__ = ["KnowledgeNeuronsConfig", "kn"]

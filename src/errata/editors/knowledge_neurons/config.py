@@ -6,10 +6,22 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from errata.base.config import Config
+from errata.editors.config import EditorConfig
+
+# The published code: neurons before the nonlinearity, all of them; all tokens of the new object, once.
+REFERENCE: dict[str, Any] = {
+    "points": "ends",
+    "at": "before",
+    "max_neurons": None,
+    "erased": "prediction",
+    "write": 1.0,
+    "written": "all",
+    "attributed": "prompt",
+    "leading_space": False,
+}
 
 
-class KnowledgeNeuronsConfig(Config):
+class KnowledgeNeuronsConfig(EditorConfig):
     """Settings of `knowledge_neurons`, all checked, none to be changed afterwards.
 
     "The code" is the library that the paper's baseline runs, with its settings.
@@ -55,14 +67,4 @@ class KnowledgeNeuronsConfig(Config):
     @classmethod
     def reference(cls, **changes: Any) -> KnowledgeNeuronsConfig:
         """The published code's way: neurons before the nonlinearity, all of them; the new object's tokens once."""
-        own: dict[str, Any] = {
-            "points": "ends",
-            "at": "before",
-            "max_neurons": None,
-            "erased": "prediction",
-            "write": 1.0,
-            "written": "all",
-            "attributed": "prompt",
-            "leading_space": False,
-        }
-        return cls(**{**own, **changes})
+        return cls(**{**REFERENCE, **changes})

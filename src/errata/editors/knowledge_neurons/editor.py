@@ -1,20 +1,23 @@
-"""`knowledge_neurons`: from rewrites to edits. The model is the same, byte for byte, afterwards."""
+"""Knowledge Neurons: from rewrites to edits. The model is the same, byte for byte, afterwards."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
-from typing import Any, Literal, overload
+from functools import partial
 
 import torch
 from torch import Tensor
 
+from errata.base.config import changed
 from errata.base.errors import ConfigError, ErrataError, FactError, UnsupportedModel
 from errata.base.facts import Rewrite
 from errata.base.fingerprint import tensor_digest
-from errata.editors.knowledge_neurons.attribution import attributions
-from errata.editors.knowledge_neurons.config import KnowledgeNeuronsConfig
+from errata.editors.editor import Editor, Progress, Step
+from errata.editors.knowledge_neurons.attribution import attributions, require_neurons
+from errata.editors.knowledge_neurons.config import REFERENCE, KnowledgeNeuronsConfig
 from errata.editors.knowledge_neurons.neurons import Neuron, refined
+from errata.editors.method import Method, Preset, Setup, as_json
 from errata.editors.prefixes import sampled
 from errata.edits.delta import RankOne
 from errata.edits.edit import Edit
@@ -28,115 +31,13 @@ from errata.passes.reading import read
 _LENGTHS = (4, 9)
 
 
-@overload
-def knowledge_neurons(
-    model: Model, rewrites: Rewrite, config: KnowledgeNeuronsConfig | None = None, **settings: Any
-) -> Edit: ...
-
-
-@overload
-def knowledge_neurons(
-    model: Model,
-    rewrites: Sequence[Rewrite],
-    config: KnowledgeNeuronsConfig | None = None,
-    *,
-    errors: Literal["raise"] = "raise",
-    **settings: Any,
-) -> list[Edit]: ...
-
-
-@overload
-def knowledge_neurons(
-    model: Model,
-    rewrites: Sequence[Rewrite],
-    config: KnowledgeNeuronsConfig | None = None,
-    *,
-    errors: Literal["keep"],
-    **settings: Any,
-) -> list[Edit | ErrataError]: ...
-
-
-def knowledge_neurons(  # type: ignore[misc]  # the other settings are spelt out here alone
-    model: Model,
-    rewrites: Rewrite | Sequence[Rewrite],
-    config: KnowledgeNeuronsConfig | None = None,
-    *,
-    seed: int = 0,
-    errors: Literal["raise", "keep"] = "raise",
-    progress: Callable[[int, int], None] | None = None,
-) -> Edit | list[Edit] | list[Edit | ErrataError]:
-    """The neurons that express a fact, moved from its old object to the new one.
-
-    From the down-projection's column of each neuron `erase` times the embedding of the old object's token is
-    subtracted, and `write` times that of the new object's added: of the first token in which they differ, unless
-    `written` says otherwise. The neurons are those to which the
-    old object, or without one what the model says, is attributed.
-
-    Args:
-        model: left as it is, byte for byte, on errors and interrupts too.
-        rewrites: a fact and its new object, or a sequence of such, each as if it were alone.
-        config: settings; None: the defaults, with what the model's own config hints under "kn".
-        seed: of sampled prefixes.
-        errors: "raise" the first; or "keep" each in the place of the edit that could not be made.
-        progress: called with (done, of) after every rewrite.
-
-    Returns:
-        An edit for a rewrite, or a list for a sequence; its deltas are of rank one, one a layer. Its `notes` hold the
-        `neurons` with their attributions, and the objects' tokens, `erased` and `written`.
+def make_editor(model: Model, config: KnowledgeNeuronsConfig, setup: Setup) -> Editor:
+    """Knowledge Neurons for one model, with prefixes sampled once from the model as it is now.
 
     Raises:
-        ConfigError: if neurons are to be taken before a nonlinearity that this model does not have.
-        UnsupportedModel: if embeddings are not as wide as what the down-projection writes, or a weight is not at hand.
-        FactError: if a text is too long for the model, no neuron is found, or the objects do not differ.
-    """
-    if errors not in ("raise", "keep"):
-        raise ConfigError(f"errors is {errors!r}: it is 'raise' or 'keep'")
-    one = not isinstance(rewrites, (list, tuple))
-    wanted: list[Rewrite] = [rewrites] if one else list(rewrites)  # type: ignore[arg-type,list-item]
-    for rewrite in wanted:
-        if not isinstance(rewrite, Rewrite):
-            raise FactError(
-                f"knowledge_neurons takes a Rewrite or a list of them, not a {type(rewrite).__name__}: write "
-                "fact.rewrite('Paris')"
-            )
-    config = settled(model, config, seed)
-    fingerprints: dict[str, str] = {}
-    found: list[Edit | ErrataError] = []
-    for number, rewrite in enumerate(wanted):
-        try:
-            found.append(_edit(model, rewrite, config, seed, fingerprints))
-        except FactError as error:
-            if errors == "raise":
-                raise
-            found.append(error)
-        if progress is not None:
-            progress(number + 1, len(wanted))
-    return found[0] if one else found  # type: ignore[return-value]
-
-
-def known_settings(model: Model) -> KnowledgeNeuronsConfig:
-    """The defaults, with what the model's own config hints under "kn".
-
-    Raises:
-        ConfigError: if that does not do.
-    """
-    hints = model.hints.get("kn", {})
-    if not isinstance(hints, dict):
-        raise ConfigError(f"the config of {model.name} hints {hints!r} for 'kn': it is an object of settings")
-    return KnowledgeNeuronsConfig(**hints)
-
-
-def settled(model: Model, config: KnowledgeNeuronsConfig | None, seed: int) -> KnowledgeNeuronsConfig:
-    """The settings, with prefixes sampled once from the model as it is now.
-
-    Raises:
-        ConfigError: if it is no such config, or the tokenizer has no token to start sampling from.
+        ConfigError: if the tokenizer has no token to start sampling from, or there is no nonlinearity to read before.
         UnsupportedModel: if embeddings are not as wide as what the down-projection writes.
     """
-    if config is None:
-        config = known_settings(model)
-    if not isinstance(config, KnowledgeNeuronsConfig):
-        raise ConfigError(f"config is a {type(config).__name__}: write KnowledgeNeuronsConfig(steps=20, ...)")
     width = _embeddings(model).shape[-1]
     if width != model.d_model:
         raise UnsupportedModel(
@@ -145,17 +46,45 @@ def settled(model: Model, config: KnowledgeNeuronsConfig | None, seed: int) -> K
         )
     if isinstance(config.prefixes, int):
         lengths = [_LENGTHS[i % len(_LENGTHS)] for i in range(config.prefixes)]
-        texts = ("", *sampled(model, lengths, seed, "knowledge neurons"))
-        config = KnowledgeNeuronsConfig(**{**config.model_dump(), "prefixes": texts})
+        config = changed(config, prefixes=("", *sampled(model, lengths, setup.seed, "knowledge neurons")))
     if not config.prefixes:
         raise ConfigError('prefixes is empty: give "" for the prompt by itself')
-    return config
+    require_neurons(model, config)
+    return Editor("kn", {**as_json(config), "seed": setup.seed}, partial(_make, config=config, seed=setup.seed))
+
+
+def _make(
+    model: Model,
+    rewrites: Sequence[Rewrite],
+    *,
+    progress: Progress | None = None,
+    config: KnowledgeNeuronsConfig,
+    seed: int,
+) -> list[Edit | ErrataError]:
+    """The neurons that express each fact, moved from its old object to the new one.
+
+    From the down-projection's column of each neuron `erase` times the embedding of the old object's token is
+    subtracted, and `write` times that of the new object's added: of the first token in which they differ, unless
+    `written` says otherwise. The neurons are those to which the old object, or without one the model's prediction, is
+    attributed. An edit's deltas are of rank one, one a layer. Its `notes` hold the `neurons` with their attributions,
+    and the objects' tokens, `erased` and `written`.
+    """
+    fingerprints: dict[str, str] = {}
+    found: list[Edit | ErrataError] = []
+    for number, rewrite in enumerate(rewrites):
+        try:
+            found.append(_edit(model, rewrite, config, seed, fingerprints))
+        except FactError as error:
+            found.append(error)
+        if progress is not None:
+            progress(Step(0, 1, None, number, len(rewrites)))
+    return found
 
 
 def _edit(
     model: Model, rewrite: Rewrite, config: KnowledgeNeuronsConfig, seed: int, fingerprints: dict[str, str]
 ) -> Edit:
-    assert not isinstance(config.prefixes, int)  # settled
+    assert not isinstance(config.prefixes, int)  # make_editor
     said = _prediction(model, rewrite.text)
     old = _object_ids(model, rewrite, rewrite.fact.object, config) if rewrite.fact.object else [said]
     new = _object_ids(model, rewrite, rewrite.new_object, config)
@@ -230,3 +159,17 @@ def _chosen(model: Model, layer: int, neurons: Sequence[Neuron]) -> Tensor:
     read_ = torch.zeros(model.d_mlp)
     read_[[neuron.index for neuron in neurons if neuron.layer == layer]] = 1
     return read_
+
+
+_CODE = "the published code's way: before the nonlinearity, objects without a space"
+
+kn = Method(
+    name="kn",
+    summary="Knowledge Neurons: the few that express the fact are made to write the new object's embedding",
+    source="Dai et al., 2022: Knowledge Neurons in Pretrained Transformers",
+    config=KnowledgeNeuronsConfig,
+    make_editor=make_editor,
+    presets={
+        "reference": Preset("the published code's way: before the nonlinearity, objects without a space", REFERENCE)
+    },
+)

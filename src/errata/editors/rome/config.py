@@ -6,15 +6,49 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator
 
-from errata.base.config import Config
 from errata.base.errors import FactError
 from errata.base.facts import Fact
+from errata.editors.config import EditorConfig
+from errata.editors.published import Published, Shape
 from errata.models.tokens import Role
 
 Preset = Literal["paper", "reference", "none"]
 
+_HPARAMS = "hyperparameters of the published code (kmeng01/rome, hparams/ROME)"
+_MEMIT = "hyperparameters of MEMIT (kmeng01/memit, hparams/MEMIT/EleutherAI_gpt-neox-20b.json)"
+PUBLISHED: dict[Shape, Published] = {
+    ("gpt2", 24, 1024): Published("GPT-2 Medium", {"layer": 8, "clamp": 3.0}, _HPARAMS),
+    ("gpt2", 36, 1280): Published("GPT-2 Large", {"layer": 12}, _HPARAMS),
+    ("gpt2", 48, 1600): Published("GPT-2 XL", {"layer": 17}, _HPARAMS),
+    ("gptj", 28, 4096): Published("GPT-J 6B", {"layer": 5}, _HPARAMS),
+    ("gpt_neox", 44, 6144): Published("GPT-NeoX 20B", {"layer": 15}, _MEMIT),
+}
 
-class RomeConfig(Config):
+# One value in place of all contexts' own, the paper's factors, one key everywhere, no clamp.
+PAPER: dict[str, Any] = {
+    "prefixes": "paper",
+    "key": "consistent",
+    "key_context": "subject",
+    "value_form": "z",
+    "kl_factor": 1e2,
+    "kl_reduction": "mean",
+    "kl_at": "end",
+    "weight_decay": 1.5e-3,
+    "decay": "adam",
+    "clamp": None,
+    "attention_sink": "ignore",
+    "same_subject": "apart",
+}
+# The published code's prefixes, one δ for all contexts, the bare prompt's key for the scale.
+REFERENCE: dict[str, Any] = {
+    "prefixes": "reference",
+    "key": "reference",
+    "attention_sink": "ignore",
+    "same_subject": "apart",
+}
+
+
+class RomeConfig(EditorConfig):
     """Settings of `rome`, all checked, none to be changed afterwards.
 
     Attributes:
@@ -55,9 +89,6 @@ class RomeConfig(Config):
             are on the model: "joint", one value for all of them, or "apart", each as if it were alone.
         joint_steps: `steps` where one value serves several requests; None: twice as many. The clamp is √n times as wide
             for n of them.
-        max_drift: an edit is disabling, and refused unless forced, if it moves what the model says of texts of its own
-            by more than this: Kullback-Leibler divergence in nats per token, mean over probe texts. None: no probing.
-        probes: texts on which drift is measured; None: sampled from the model.
     """
 
     layer: Annotated[int, Field(ge=0)] | Literal["auto"] | None = None
@@ -80,46 +111,22 @@ class RomeConfig(Config):
     attention_sink: Literal["split", "ignore"] = "split"
     same_subject: Literal["joint", "apart"] = "joint"
     joint_steps: int | None = Field(None, ge=1)
-    max_drift: float | None = Field(1.0, gt=0)
-    probes: tuple[str, ...] | None = None
 
     @classmethod
     def paper(cls, **changes: Any) -> RomeConfig:
-        """The paper's own method: one value in place of all, its factors, one key everywhere, no clamp."""
-        own: dict[str, Any] = {
-            "prefixes": "paper",
-            "key": "consistent",
-            "key_context": "subject",
-            "value_form": "z",
-            "kl_factor": 1e2,
-            "kl_reduction": "mean",
-            "kl_at": "end",
-            "weight_decay": 1.5e-3,
-            "decay": "adam",
-            "clamp": None,
-            "attention_sink": "ignore",
-            "same_subject": "apart",
-        }
-        return cls(**{**own, **changes})
+        """The paper's own method (`PAPER`), with changes."""
+        return cls(**{**PAPER, **changes})
 
     @classmethod
     def reference(cls, **changes: Any) -> RomeConfig:
-        """The published code's method: its prefixes, one δ for all contexts, the bare prompt's key for the scale."""
-        own = {"prefixes": "reference", "key": "reference", "attention_sink": "ignore", "same_subject": "apart"}
-        return cls(**{**own, **changes})
+        """The published code's method (`REFERENCE`), with changes."""
+        return cls(**{**REFERENCE, **changes})
 
     @field_validator("prefixes")
     @classmethod
     def _at_least_one(cls, value: Preset | tuple[str, ...]) -> Preset | tuple[str, ...]:
         if value == ():
             raise ValueError('give at least one prefix; "none" or ("",) is the bare prompt')
-        return value
-
-    @field_validator("probes")
-    @classmethod
-    def _some_text(cls, value: tuple[str, ...] | None) -> tuple[str, ...] | None:
-        if value is not None and not all(text.strip() for text in value or ("",)):
-            raise ValueError("give at least one probe text, and no empty one; max_drift=None does without probing")
         return value
 
     @field_validator("kl_prompt")

@@ -1,34 +1,30 @@
-"""`rome`: from rewrites to edits. The model is the same, byte for byte, afterwards."""
+"""ROME: from rewrites to edits. The model is the same, byte for byte, afterwards."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, overload
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from errata.base import budgets
-from errata.base.arguments import checked
-from errata.base.autocast import without_autocast
+from errata.base.config import changed
 from errata.base.errors import ConfigError, ErrataError, FactError, StaleStatistics
 from errata.base.facts import Rewrite
 from errata.base.fingerprint import tensor_digest
+from errata.editors.editor import Editor, Progress
+from errata.editors.method import Method, Moments, Preset, Setup, as_json
 from errata.editors.rome import contexts, first_token, insert, value
-from errata.editors.rome.config import RomeConfig
-from errata.editors.rome.examine import Examiner
+from errata.editors.rome.config import PAPER, PUBLISHED, REFERENCE, RomeConfig
+from errata.editors.rome.exactness import exactness
 from errata.editors.rome.key import Keys, record_texts
-from errata.editors.rome.layer import resolve
-from errata.editors.rome.site import Site
 from errata.editors.rome.texts import Text, texts_of
 from errata.edits.delta import RankOne
 from errata.edits.edit import Edit
-from errata.edits.ledger import ContradictoryEdits
 from errata.models.model import Model
 from errata.models.weights import down_weight_name
 from errata.passes.reading import read
@@ -41,112 +37,65 @@ _MOST = 64
 _BEFORE = ("In the end. ", "The reason is simple. ")
 _LATER = 16
 
-# C of the edited layer; or one for each layer; or what makes it once the layer is known.
-SecondMoments = SecondMoment | Mapping[int, SecondMoment] | Callable[[int], SecondMoment]
 _Made = Edit | ErrataError
 
 
-@overload
-def rome(model: Model, rewrites: Rewrite, config: RomeConfig | None = None, **settings: Any) -> Edit: ...
-
-
-@overload
-def rome(
-    model: Model,
-    rewrites: Sequence[Rewrite],
-    config: RomeConfig | None = None,
-    *,
-    errors: Literal["raise"] = "raise",
-    **settings: Any,
-) -> list[Edit]: ...
-
-
-@overload
-def rome(
-    model: Model,
-    rewrites: Sequence[Rewrite],
-    config: RomeConfig | None = None,
-    *,
-    errors: Literal["keep"],
-    **settings: Any,
-) -> list[Edit | ErrataError]: ...
-
-
-# A caller in inference mode gets gradients all the same.
-@checked(model="Model", config="RomeConfig", second_moment="SecondMoment|callable|dict")  # type: ignore[misc]
-@without_autocast  # the other settings are spelt out here alone
-@torch.inference_mode(False)
-def rome(
-    model: Model,
-    rewrites: Rewrite | Sequence[Rewrite],
-    config: RomeConfig | None = None,
-    *,
-    layer: int | Literal["auto"] | Site | None = None,
-    second_moment: SecondMoments | None = None,
-    seed: int = 0,
-    sequential: bool = False,
-    force: bool = False,
-    errors: Literal["raise", "keep"] = "raise",
-    progress: value.Progress | None = None,
-) -> Edit | list[Edit] | list[Edit | ErrataError]:
-    """The rank-one edit of one MLP down-projection that makes the model say the rewrite's new object; or of many.
-
-    Many rewrites are edited independently, each as if it were alone, and computed together. Those of one subject share
-    one edit, for at one token they have nearly one key and so need one value; rewrites of that subject that are on the
-    model already are kept by it too (`RomeConfig.same_subject`).
-
-    Args:
-        model: left as it is, byte for byte, on errors and interrupts too.
-        rewrites: a fact and its new object, or a sequence of such.
-        config: settings; None: the defaults, with what the model's own hints or a preset for it say otherwise.
-        layer: the layer to edit, from 0; "auto"; or what `early_site` found. It goes before the config's, which goes
-            before hint and preset.
-        second_moment: C, of the keys of that layer; or by layer, as `statistics.collect(model, layers, texts)` gives
-            it; or a function that is called with the layer once it is known.
-        seed: of the sampled prefixes and probe texts.
-        sequential: make each edit for the model with the earlier ones on it, rather than for the model as it is.
-        force: make disabling edits too.
-        errors: "raise" the first; or "keep" each in the place of the edit that could not be made.
-        progress: called after every evaluation of a loss, with a `value.Step`.
-
-    Returns:
-        An edit for a rewrite, or a list for a sequence, in which rewrites of one subject have the same edit. Its
-        `notes` hold the terms of the loss at every step, the prefixes, how the layer came to be chosen, how exactly
-        Ŵk* = v* holds in the weight's own dtype (`residual`, `rounding`), and its `health`; `parts`, where it writes at
-        two layers.
+def make_editor(model: Model, config: RomeConfig, setup: Setup) -> Editor:
+    """ROME for one model.
 
     Raises:
-        UnsupportedModel: if accelerate has offloaded the weight that is to change.
-        ConfigError: if no layer is named or it is not there, it has no later layer to act through, or no second
-            moment is given.
+        ConfigError: if the loss layer is out of range, or there is no second moment for the layer.
         StaleStatistics: if the second moment is of another layer or size.
-        FactError: if a text is too long for the model, or has no token in the wanted role.
-        Diverged: if the optimisation meets a loss that is no finite number.
-        DisablingEdit: if the edit would move what the model says of everything; see `RomeConfig.max_drift`.
+        UnsupportedModel: if the weight to change is offloaded.
     """
-    if errors not in ("raise", "keep"):
-        raise ConfigError(f"errors is {errors!r}: it is 'raise' or 'keep'")
-    one = not isinstance(rewrites, (list, tuple))
-    wanted: list[Rewrite] = [rewrites] if one else list(rewrites)  # type: ignore[arg-type,list-item]
-    for rewrite in wanted:
-        if not isinstance(rewrite, Rewrite):
-            raise FactError(
-                f"rome takes a Rewrite or a list of them, not a {type(rewrite).__name__}: write fact.rewrite('Paris')"
-            )
-    if not wanted:
-        return []
-    config, chosen_by = resolve(model, [each.fact for each in wanted], config, layer, seed)
-    moment = functools.cache(functools.partial(second_moment_of, model, second_moment, config))
-    if not callable(second_moment):  # what must first be collected waits until there is a rewrite that can be made
-        moment()
-    ordinary = functools.partial(_ordinary_at_first_layer, second_moment)
-    work = _Work(model, config, moment, ordinary, chosen_by, seed, force, len(wanted), progress)
-    found = _in_sequence(work, wanted, errors == "raise") if sequential else _all_at_once(work, wanted)
-    if errors == "raise":
-        for edit in found:
-            if isinstance(edit, ErrataError):
-                raise edit
-    return found[0] if one else found  # type: ignore[return-value]
+    layer = config.layer
+    assert isinstance(layer, int)  # Method.resolve
+    model.weight(down_weight_name(model, layer))  # raises, before anything is computed, if it is not at hand
+    if config.loss_layer is not None and not layer <= config.loss_layer < model.n_layers:
+        raise ConfigError(
+            f"loss_layer={config.loss_layer} is out of range: it must be from {layer}, the edited layer, to "
+            f"{model.n_layers - 1}, the last"
+        )
+    moment: Moment = functools.cache(functools.partial(second_moment_of, model, setup.second_moment, layer))
+    ordinary: Callable[[], SecondMoment | None] = functools.partial(_ordinary_at_first_layer, setup.second_moment)
+    alone = changed(config, same_subject="apart")
+    told = {**as_json(alone), "seed": setup.seed}
+    if setup.sample_now:
+        config = changed(config, prefixes=contexts.prefixes(model, config.prefixes, setup.seed))
+        alone = changed(config, same_subject="apart")
+        now = moment()
+        moment, ordinary = functools.partial(_given, now), functools.partial(_ordinary_of, now)
+        told = {**as_json(alone), "seed": setup.seed, "second_moment": tensor_digest(now.matrix)}
+        if setup.layer_by not in ("named", ""):
+            told["layer_by"] = setup.layer_by
+    make = functools.partial(
+        _make, config=alone, second_moment=moment, ordinary=ordinary, layer_by=setup.layer_by, seed=setup.seed
+    )
+    together = functools.partial(make, config=config) if config.same_subject == "joint" else None
+    return Editor("rome", told, make, together)
+
+
+Moment = Callable[[], SecondMoment]
+
+
+def _given(moment: SecondMoment) -> SecondMoment:
+    return moment
+
+
+def _make(
+    model: Model,
+    rewrites: Sequence[Rewrite],
+    *,
+    progress: Progress | None = None,
+    config: RomeConfig,
+    second_moment: Moment,
+    ordinary: Callable[[], SecondMoment | None],
+    layer_by: str,
+    seed: int,
+) -> list[Edit | ErrataError]:
+    """Edits for the model as it stands; rewrites of one subject share one edit if `same_subject` says so."""
+    work = _Work(model, config, second_moment, ordinary, layer_by, seed, len(rewrites), progress)
+    return _all_at_once(work, rewrites)
 
 
 @dataclass(frozen=True, eq=False)
@@ -157,11 +106,10 @@ class _Work:
     config: RomeConfig
     second_moment: Callable[[], SecondMoment]
     ordinary: Callable[[], SecondMoment | None]
-    chosen_by: str
+    layer_by: str
     seed: int
-    force: bool
     facts: int
-    progress: value.Progress | None
+    progress: Progress | None
 
     @property
     def layer(self) -> int:
@@ -197,23 +145,6 @@ class _Request:
     def all(self) -> tuple[Rewrite, ...]:
         """The rewrites that its value serves."""
         return (*self.kept, *self.rewrites)
-
-
-def _in_sequence(work: _Work, rewrites: Sequence[Rewrite], stop: bool) -> list[_Made]:
-    """Each edit made with the ones before it on the model."""
-    found: list[_Made] = []
-    with ExitStack() as stack:
-        stack.enter_context(warnings.catch_warnings())  # that a later edit takes an earlier one back is its purpose
-        warnings.simplefilter("ignore", ContradictoryEdits)
-        for number, rewrite in enumerate(rewrites):
-            (made,) = _together(work, [_Request((number,), (rewrite,), _on_model(work, [rewrite]))])
-            found.append(made)
-            if isinstance(made, Edit):
-                if made not in found[:-1]:  # else both change nothing: the fact was there
-                    stack.enter_context(made.applied(work.model))
-            elif stop:
-                break
-    return found
 
 
 def _all_at_once(work: _Work, rewrites: Sequence[Rewrite]) -> list[_Made]:
@@ -295,15 +226,9 @@ def _together(work: _Work, requests: Sequence[_Request]) -> list[_Made]:
         made = _parts(work, layer, [requests[place] for place in chosen], [plans[place] for place in chosen])
         for place, part in zip(chosen, made, strict=True):
             parts[place].append(part)
-    if any(not isinstance(part, ErrataError) for made in parts.values() for part in made):
-        examiner = Examiner.of(model, config, work.seed)
-        digests: dict[str, str] = {}
-        for place, made in parts.items():
-            found[place] = _edit(work, requests[place], made, prefixes or (), examiner, digests)
-    else:
-        found.update(
-            {place: next(part for part in made if isinstance(part, ErrataError)) for place, made in parts.items()}
-        )
+    digests: dict[str, str] = {}
+    for place, made in parts.items():
+        found[place] = _edit(work, requests[place], made, prefixes or (), digests)
     return [found[place] for place in range(len(requests))]
 
 
@@ -364,7 +289,7 @@ def _parts(work: _Work, layer: int, requests: Sequence[_Request], plans: Sequenc
     """Key, value and change of requests at one layer, computed together."""
     model, config, texts = work.model, work.config, [plan.texts[layer] for plan in plans]
     if layer != work.layer:  # what the lowest block writes is heard through all others: a longer way
-        config = RomeConfig(**{**config.model_dump(), "steps": 2 * config.steps})
+        config = changed(config, steps=2 * config.steps)
     loss_layer = value.loss_layer_of(model, layer, [text for some in texts for text in some], config)
     recorded = record_texts(model, layer, [text for some in texts for text in some], loss_layer)
     owners = [place for place, some in enumerate(texts) for _ in some]
@@ -437,10 +362,9 @@ def _edit(
     request: _Request,
     parts: Sequence[_Part | ErrataError],
     prefixes: Sequence[str],
-    examiner: Examiner,
     digests: dict[str, str],
 ) -> _Made:
-    """The edit of its parts, examined; or why there is none."""
+    """The edit of its parts; or why there is none."""
     made: list[_Part] = []
     try:
         for part in parts:
@@ -451,12 +375,10 @@ def _edit(
             weight = part.change.weight
             digests.setdefault(weight, tensor_digest(work.model.weight(weight)))
         main, *others = made
-        notes: dict[str, Any] = {"layer": work.chosen_by, "prefixes": prefixes, **main.notes}
+        notes: dict[str, Any] = {"layer": work.layer_by, "prefixes": prefixes, **main.notes}
         if others or main.layer != work.layer:
             notes["parts"] = [{"layer": part.layer, **part.notes} for part in made]
-        notes |= examiner.examine(
-            [(part.change, part.anchor, part.delta) for part in made], request.rewrites, work.force
-        )
+        notes |= exactness(work.model, [(part.change, part.anchor, part.delta) for part in made])
         return Edit.of(
             work.model,
             [part.change for part in made],
@@ -485,37 +407,54 @@ def _later_keys(work: _Work, rewrite: Rewrite, prefixes: Sequence[str]) -> Tenso
     return keys[torch.arange(len(batch), device=keys.device), batch.last]
 
 
-def _ordinary_at_first_layer(given: SecondMoments | None) -> SecondMoment | None:
-    """C of ordinary text at block 0 of what was given; None if that is of the edited layer alone."""
-    layer = first_token.LAYER
-    found = given(layer) if callable(given) else given.get(layer) if isinstance(given, Mapping) else given
-    return found if found is not None and found.layer in (None, layer) else None
+def _ordinary_at_first_layer(moments: Moments) -> SecondMoment | None:
+    """C of ordinary text at block 0; None if there is none."""
+    return _ordinary_of(moments(first_token.LAYER))
 
 
-def second_moment_of(model: Model, given: SecondMoments | None, config: RomeConfig) -> SecondMoment:
-    """The second moment for a config's layer of what was given.
+def _ordinary_of(moment: SecondMoment | None) -> SecondMoment | None:
+    """C of a layer, if it can stand for block 0."""
+    return moment if moment is not None and moment.layer in (None, first_token.LAYER) else None
+
+
+def second_moment_of(model: Model, moments: Moments, layer: int) -> SecondMoment:
+    """C of a layer's keys.
 
     Raises:
         ConfigError: if there is none.
         StaleStatistics: if it is of another layer or size.
     """
-    layer = config.layer
-    assert isinstance(layer, int)  # resolve
-    model.weight(down_weight_name(model, layer))  # raises, before anything is computed, if it is not at hand
-    second_moment = given(layer) if callable(given) else given.get(layer) if isinstance(given, Mapping) else given
-    if second_moment is None:
+    moment = moments(layer)
+    if moment is None:
         raise ConfigError(
-            f"ROME needs the second moment of the keys of layer {layer}: collect it with "
+            f"ROME needs the second moment of the keys of layer {layer}: collect it with errata stats or with "
             f"errata.second_moments(model, [{layer}], texts)[{layer}], or do without what it protects, by "
             f"SecondMoment.identity({model.d_mlp})"
         )
-    if second_moment.layer not in (None, layer):
+    if moment.layer not in (None, layer):
         raise StaleStatistics(
-            f"the second moment is of layer {second_moment.layer}, the edit of layer {layer}: collect it for that layer"
+            f"the second moment is of layer {moment.layer}, the edit of layer {layer}: collect it for that layer"
         )
-    if second_moment.size != model.d_mlp:
+    if moment.size != model.d_mlp:
         raise StaleStatistics(
-            f"the second moment has size {second_moment.size}, the keys of {model.name} have {model.d_mlp}: "
+            f"the second moment has size {moment.size}, the keys of {model.name} have {model.d_mlp}: "
             "it was collected on another model. Collect it on this one"
         )
-    return second_moment
+    return moment
+
+
+rome = Method(
+    name="rome",
+    summary="Rank-One Model Editing: one MLP's down-projection is given a new value for the subject's key",
+    source="Meng et al., 2022: Locating and Editing Factual Associations in GPT",
+    config=RomeConfig,
+    make_editor=make_editor,
+    presets={
+        "paper": Preset("all settings as in the paper", PAPER),
+        "reference": Preset("all settings as in its published code", REFERENCE),
+    },
+    published=PUBLISHED,
+    required={"layer": '{layers}, or layer="auto" to have a quick trace of the fact choose it'},
+    uses_second_moment=True,
+    layer_auto=True,
+)

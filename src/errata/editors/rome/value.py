@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -25,6 +25,7 @@ from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from errata.base.errors import ConfigError, Diverged, ErrataError
+from errata.editors.editor import Progress, Step
 from errata.editors.rome.config import RomeConfig
 from errata.editors.rome.key import Recorded
 from errata.editors.rome.texts import Text
@@ -33,31 +34,24 @@ from errata.models.model import Model
 from errata.passes.suffixes import SuffixBatch
 
 
-@dataclass(frozen=True)
-class Step:
+@dataclass(frozen=True, kw_only=True)
+class RomeStep(Step):
     """One evaluation of the loss of one fact.
 
     Attributes:
-        index, steps: this is step `index`, from 0, of at most `steps`.
         loss: nll + kl + decay.
         nll: mean negative log-probability of the target, per token, in nats.
         kl: divergence on the KL prompt, times its factor.
         decay: the weight decay term.
         probability: mean over contexts of exp(−nll of the context).
         delta: δ `[d_model]` with which this was evaluated.
-        fact, facts: this is fact number `fact`, from 0, of so many that are edited in one call.
     """
 
-    index: int
-    steps: int
-    loss: float
     nll: float
     kl: float
     decay: float
     probability: float
     delta: Tensor
-    fact: int = 0
-    facts: int = 1
 
     @property
     def numbers(self) -> dict[str, float]:
@@ -65,15 +59,12 @@ class Step:
         return {name: getattr(self, name) for name in ("loss", "nll", "kl", "decay", "probability")}
 
 
-Progress = Callable[[Step], None]
-
-
 @dataclass(frozen=True)
 class Found:
     """δ `[d_model]` of one fact, in float32 at least, and every step on the way."""
 
     delta: Tensor
-    steps: tuple[Step, ...]
+    steps: tuple[RomeStep, ...]
 
 
 def optimise(
@@ -103,7 +94,7 @@ def optimise(
     limits = [config.steps if n == 1 else config.joint_steps or 2 * config.steps for n in served]
     compute = torch.promote_types(model.dtype, torch.float32)
     v0 = v0.detach().to(model.device, compute, copy=True)
-    steps: list[list[Step]] = [[] for _ in v0]
+    steps: list[list[RomeStep]] = [[] for _ in v0]
     failed: dict[int, ErrataError]
     running = set(range(len(v0)))
     with torch.enable_grad(), frozen(model), _quick_attention(model):
@@ -124,8 +115,17 @@ def optimise(
                     failed[fact] = _diverged(loss, index, layer)
                     running.discard(fact)
                     continue
-                step = Step(
-                    index, limits[fact], loss, nll, kl, decay, probability, deltas[fact].detach().clone(), fact, len(v0)
+                step = RomeStep(
+                    index,
+                    limits[fact],
+                    loss,
+                    fact,
+                    len(v0),
+                    nll=nll,
+                    kl=kl,
+                    decay=decay,
+                    probability=probability,
+                    delta=deltas[fact].detach().clone(),
                 )
                 steps[fact].append(step)
                 if progress is not None:
@@ -217,7 +217,7 @@ class _Objective:
         return found
 
     def __call__(self, deltas: Tensor, facts: set[int], differentiate: bool) -> tuple[Tensor, Tensor]:
-        """Terms `[facts, 5]` (loss, nll, kl, decay, probability; see `Step`) and ∂loss/∂δ `[facts, d_model]`.
+        """Terms `[facts, 5]` (loss, nll, kl, decay, probability; see `RomeStep`) and ∂loss/∂δ `[facts, d_model]`.
 
         Facts that are not asked for have numbers that mean nothing.
         """

@@ -1,7 +1,7 @@
-"""`layer="auto"`: the layer in the middle of the MLP's early site, found by a quick trace of the fact.
+"""`layer="auto"`: choose the layer in the middle of the MLP's early site, by a quick trace of the facts.
 
-Causal tracing finds the outputs of early MLPs at the subject's last token to matter most (section 2 of the paper), and
-ROME edits in the middle of those layers.
+Causal tracing finds that the outputs of early MLPs at the subject's last token matter most (section 2 of the paper),
+and ROME edits in the middle of those layers.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ class WeakSite(UserWarning):
 
 
 @dataclass(frozen=True)
-class Site:
-    """Where to edit, and why.
+class LayerChoice:
+    """The layer to edit, and the effects by which it was chosen.
 
     Attributes:
         layer: the layer.
@@ -58,14 +58,14 @@ class Site:
         )
 
 
-def early_site(
+def choose_layer(
     model: Model,
     facts: Sequence[Fact],
     samples: int = 5,
     seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
-) -> Site:
-    """Trace facts and place an edit: the centre of the layers whose effect is at least half of the largest.
+) -> LayerChoice:
+    """Trace facts and choose the layer at the centre of those whose effect is at least half of the largest.
 
     The last layer is never chosen: nothing above it could carry what it writes to later tokens.
 
@@ -105,16 +105,16 @@ def early_site(
             "Say the layer, or trace facts that it knows"
         )
     mean = np.mean(effects, axis=0)
-    site = Site(_centre(mean[:-1]), tuple(map(float, mean)), len(effects))
-    if site.weak:
+    choice = LayerChoice(_centre(mean[:-1]), tuple(map(float, mean)), len(effects))
+    if choice.weak:
         warnings.warn(
-            f"weak evidence for layer {site.layer}: restoring the MLP outputs around it brings back only "
-            f"{100 * site.effects[site.layer]:.1f} points of the answer's probability, so another layer may be better. "
-            "Trace facts that the model knows, or compare edits at several layers",
+            f"weak evidence for layer {choice.layer}: restoring the MLP outputs around it brings back only "
+            f"{100 * choice.effects[choice.layer]:.1f} points of the answer's probability, so another layer may be "
+            "better. Trace facts that the model knows, or compare edits at several layers",
             WeakSite,
             stacklevel=2,
         )
-    return site
+    return choice
 
 
 def _centre(effects: np.ndarray) -> int:

@@ -1,0 +1,36 @@
+"""Settings that every editor has."""
+
+from __future__ import annotations
+
+from pydantic import Field, field_validator
+
+from errata.base.config import Config
+from errata.editors.side_effects import Bound
+from errata.metrics.health import ESSENCE, MAX_DRIFT
+
+
+class EditorConfig(Config):
+    """Base of the settings of an editor.
+
+    Attributes:
+        max_drift: an edit is refused as disabling if it moves predictions on unrelated texts further than this, in nats
+            per token (see `errata.metrics.health`); None: side effects are not measured, and nothing is refused.
+        probes: those texts; None: samples of the model's own.
+    """
+
+    max_drift: float | None = Field(MAX_DRIFT, gt=0)
+    probes: tuple[str, ...] | None = None
+
+    @field_validator("probes")
+    @classmethod
+    def _some_text(cls, value: tuple[str, ...] | None) -> tuple[str, ...] | None:
+        if value is not None and not all(text.strip() for text in value or ("",)):
+            raise ValueError("give at least one probe text, and no empty one; max_drift=None does without probing")
+        return value
+
+    @property
+    def bound(self) -> Bound | None:
+        """How side effects are measured; None: they are not."""
+        if self.max_drift is None:
+            return None
+        return Bound(self.max_drift, self.probes, getattr(self, "kl_prompt", ESSENCE))
