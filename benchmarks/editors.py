@@ -15,16 +15,17 @@ they know.
 from __future__ import annotations
 
 import tempfile
+from functools import partial
 from pathlib import Path
 
 import torch
 from common import fact_of, gpt2, main, row, timed
 
+import errata
 from errata.base.facts import Fact, Rewrite
-from errata.editors.fine_tuning import FineTuningConfig, fine_tune
 from errata.editors.hypernetworks.files import Trained, new_network
 from errata.editors.hypernetworks.objective import Place
-from errata.editors.knowledge_neurons import KnowledgeNeuronsConfig, knowledge_neurons
+from errata.editors.knowledge_neurons import KnowledgeNeuronsConfig
 from errata.editors.knowledge_neurons.attribution import attributions
 from errata.editors.registry import method_of
 from errata.models.fingerprint import weights_digest
@@ -71,13 +72,19 @@ def fine_tuning() -> list[dict]:
     model = gpt2(12, 768)
     rows = []
     for name, layer, bound in (("FT", 1, None), ("FT+L", 0, EPSILON)):
-        config = FineTuningConfig(layer=layer, learning_rate=LEARNING_RATE, steps=STEPS, epsilon=bound, stop_below=0.0)
-        fine_tune(model, rewrite_of(1), FineTuningConfig(layer=layer, steps=1))  # warm
+        settings = {
+            "layer": layer,
+            "learning_rate": LEARNING_RATE,
+            "max_drift": None,
+            **({"epsilon": bound} if bound else {}),
+        }
+        fine_tune = partial(errata.ft_l if bound else errata.ft, **settings, stop_below=0.0)
+        fine_tune(model, rewrite_of(1), steps=1)  # warm
         plain_fine_tuning(model, rewrite_of(1), layer, bound, True, steps=1)
         wanted, plain = timed(plain_fine_tuning, model, rewrite_of(0), layer, bound, False)
         _, everywhere = timed(plain_fine_tuning, model, rewrite_of(0), layer, bound, True)
-        found, ours = timed(fine_tune, model, rewrite_of(0), config)
-        _, together = timed(fine_tune, model, [rewrite_of(i, 6 + i % 5, 3) for i in range(16)], config)
+        found, ours = timed(fine_tune, model, rewrite_of(0), steps=STEPS)
+        _, together = timed(fine_tune, model, [rewrite_of(i, 6 + i % 5, 3) for i in range(16)], steps=STEPS)
         off = float((found.deltas[0].matrix() - wanted).norm() / wanted.norm())
         shape = f"12 x 768, layer {layer}, 8 tokens, {STEPS} steps, 1 thread, float32"
         rows.append(row(f"{name}, one edit ({shape})", plain, ours, relative_difference=off))
@@ -119,12 +126,12 @@ def knowledge() -> list[dict]:
     config = KnowledgeNeuronsConfig(steps=20)
     asked = Fact(rewrite_of(0).subject, rewrite_of(0).fact.prompt, "w7")
     rewrite = asked.rewrite("w1000")
-    knowledge_neurons(model, rewrite, KnowledgeNeuronsConfig(steps=2))  # warm
+    errata.kn(model, rewrite, KnowledgeNeuronsConfig(steps=2, max_drift=None))  # warm
     plain_attributions(model, rewrite, 2)
     wanted, plain = timed(plain_attributions, model, rewrite, config.steps)
     ids = model.tokenizer(rewrite.text)["input_ids"]
     found = attributions(model, ids, model.tokenizer("w7")["input_ids"][0], config)
-    _, ours = timed(knowledge_neurons, model, rewrite, config)
+    _, ours = timed(errata.kn, model, rewrite, config)
     off = float((found - wanted).norm() / wanted.norm())
     shape = "12 x 768, 8 tokens, 20 points, 1 thread, float32"
     return [row(f"KN, one edit; plain: its attributions alone ({shape})", plain, ours, relative_difference=off)]
@@ -156,7 +163,7 @@ def trained() -> list[dict]:
             file = Path(folder) / f"{method}.safetensors"
             network = new_network(method, place.shapes(model), model.d_model, {})
             Trained(network.eval(), model.name, weights_digest(model.hf), {}).save(file)
-            editor = method_of(method).prepare(model, {"trained": str(file)}, None, 0)
+            editor = method_of(method).bind(model, trained=str(file))
             editor.make(model, rewrites[:1])  # warm
             _, one = timed(editor.make, model, rewrites[:1])
             _, many = timed(editor.make, model, rewrites[1:])

@@ -25,11 +25,10 @@ from common import VOCABULARY, gpt2, main, row, timed
 from transformers import GenerationConfig
 
 import errata
-from errata.api import atlas_second_moment
 from errata.atlas import records as atlas_records
 from errata.base.facts import Fact
 from errata.benchmarks.records import Record
-from errata.editors.registry import method_of
+from errata.editors.rome import rome
 from errata.edits.delta import RankOne
 from errata.edits.edit import Edit
 from errata.evaluation import measure
@@ -197,7 +196,7 @@ def atlas() -> list[dict]:
     """ROME on 500 of the atlas's records, edits included, no texts: a row of Table 2. Workers' start is included."""
     torch.set_num_threads(2)
     model = errata.load_model("atlas")
-    editor = method_of("rome").prepare(model, {}, partial(atlas_second_moment, model), 0)
+    editor = rome.bind(model)
     found = []
     for work, health, workers in (
         ("atlas: ROME row, 500 records, 2 threads", False, 0),
@@ -221,7 +220,7 @@ def xl() -> list[dict]:
     if on_gpu:
         model.hf.to("cuda")
     settings = {"layer": 17, "prefixes": "paper", "stop_below": 0.0, "kl_prompt": "{} w1 w2"}
-    editor = method_of("rome").prepare(model, settings, SecondMoment.identity(model.d_mlp), 0)
+    editor = rome.bind(model, second_moment=SecondMoment.identity(model.d_mlp), **settings)
     with tempfile.TemporaryDirectory() as folder:
         _, seconds = timed(evaluate, model, records(count), {"rome": editor}, folder, Measures())
     memory = torch.cuda.max_memory_allocated() / 1e9 if on_gpu else float("nan")

@@ -79,7 +79,7 @@ def main() -> None:
         model = errata.load_model("atlas", dtype="bfloat16" if name == "bfloat16" else "float32")
         unedited = unedited or summarise([score_record(model, record) for record in some])
         config = errata.RomeConfig(
-            key="reference" if name == "reference" else "consistent", prefixes=prefixes(model, "paper", 0)
+            key="reference" if name == "reference" else "consistent", prefixes=prefixes(model, "paper", 0), steps=20
         )
         begin = time.perf_counter()
         if name in ("batched", "bfloat16"):

@@ -120,7 +120,7 @@ def work(model, folder) -> dict[str, np.ndarray]:
     edit = errata.rome(model, REWRITE, config, second_moment=moment)
     found["edit"] = numbers(edit.deltas[0].write)
     for name, settings in {"ft": {"layer": 1, "steps": 2}, "kn": {}}.items():
-        other = errata.editor(model, name, **settings).edit(model, REWRITE)
+        other = errata.editor(model, name, max_drift=None, **settings)(REWRITE)
         found[name] = np.concatenate([numbers(t) for delta in other.deltas for t in delta.tensors().values()])
     trace = errata.trace(model, FACT, samples=2)
     found["trace"] = numbers(trace.restored["state"])

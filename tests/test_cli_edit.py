@@ -74,7 +74,7 @@ def test_verdicts(before, after, health, words):
 def test_a_loss_that_was_still_falling_asks_for_more_steps(errata, tmp_path):
     done = errata("edit", *FACT, "--to", "Italian", "--editor", "rome:layer=4,steps=4", "--out", "d.safetensors")
     assert "The edit is weak" in done.stdout
-    assert "still falling after 4 steps: allow more, in --editor steps=8" in done.stderr
+    assert "still falling after 4 steps: allow more, --editor rome:layer=4,steps=8" in done.stderr
     made = Edit.load(tmp_path / "d.safetensors")
     assert _still_falling(made, {"layer": 4}).endswith("--editor rome:layer=4,steps=8")
     steps = [{**step, "loss": 1.0} for step in made.notes["steps"]]
@@ -155,20 +155,12 @@ def test_strict_stops_at_the_first_bad_line(errata, tmp_path):
     refused(errata("edit", "--requests", "r.csv", "--strict"), "line 3")
 
 
-def test_a_disabling_edit_is_refused_unless_forced(errata, monkeypatch):
-    from errata.editors.rome.config import RomeConfig
-
-    field = RomeConfig.model_fields["max_drift"]
-    monkeypatch.setattr(field, "default", 1e-9)
-    RomeConfig.model_rebuild(force=True)
-    try:
-        refused(errata("edit", *FACT, "--to", "Italian"), "would disable the model")
-        done = errata("edit", *FACT, "--to", "Italian", "--force")
-        assert done.returncode == 0
-        assert "a disabling edit" in " ".join(done.stdout.split())
-    finally:
-        monkeypatch.undo()
-        RomeConfig.model_rebuild(force=True)
+def test_a_disabling_edit_is_refused_unless_forced(errata):
+    command = ("edit", *FACT, "--to", "Italian", "--editor", "rome:max_drift=1e-9")
+    refused(errata(*command), "would disable the model")
+    done = errata(*command, "--force")
+    assert done.returncode == 0
+    assert "a disabling edit" in " ".join(done.stdout.split())
 
 
 @pytest.mark.filterwarnings("ignore:weak evidence for layer")  # its weights are random
@@ -255,6 +247,18 @@ def test_a_table_by_another_editor(errata, tmp_path):
     assert {Edit.load(path).method for path in (tmp_path / "edits").iterdir()} == {"ft-l"}
 
 
+def test_options_serve_every_editor_that_has_the_setting(errata, tmp_path):
+    (tmp_path / "r.csv").write_text(TABLE)
+    command = ("edit", "--requests", "r.csv", "--editor", "ft:steps=6", "--layer", 3, "--preset", "reference", "--json")
+    alone, in_turn = errata(*command), errata(*command, "--sequential")
+    for done in (alone, in_turn):
+        assert done.returncode == 1, done.stderr  # one of the table's lines is bad
+        assert (json.loads(done.stdout)["layer"], json.loads(done.stdout)["chosen"]) == (3, "named")
+    ids = [[each["id"] for each in json.loads(done.stdout)["edits"]] for done in (alone, in_turn)]
+    assert ids[0][0] == ids[1][0]
+    assert ids[0][1] != ids[1][1]
+
+
 def test_one_that_disables_the_model_is_made_only_by_force(errata, tmp_path):
     command = ["edit", *FACT, "--to", "Italian", "--editor", "kn:write=500,erase=500", "--out", "d.safetensors"]
     refused(errata(*command), "by kn would disable the model")
@@ -267,11 +271,13 @@ def test_one_that_disables_the_model_is_made_only_by_force(errata, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--editor", "ft", "--layer", "3"], "--layer is of ROME as it is without --editor"),
-        (["--editor", "ft", "--preset", "paper"], "--preset is of ROME"),
+        (["--editor", "kn", "--layer", "3"], "has no setting 'layer'"),
+        (["--editor", "ft", "--key", "reference"], "has no setting 'key'"),
+        (["--editor", "ft", "--preset", "paper"], "ft has no preset 'paper': choose from 'reference'"),
+        (["--editor", "ft:layer=3", "--layer", "3"], "layer is given twice"),
         (["--editor", "ftt"], "did you mean 'ft'?"),
         (["--editor", "ft:epsilon"], "is no setting"),
-        (["--editor", "mend"], "is an editor that is trained"),
+        (["--editor", "mend"], "mend needs the setting 'trained'"),
         (["--editor", "mend:trained=none"], "none"),
     ],
 )

@@ -13,7 +13,7 @@ from errata import editor
 from errata.api import load_model
 from errata.atlas.records import records
 from errata.base.errors import ConfigError
-from errata.editors.rome.site import early_site
+from errata.editors.layer_choice import choose_layer
 from errata.edits.edit import Edit
 from errata.evaluation import executors, runner
 from errata.evaluation.results import Run
@@ -96,7 +96,7 @@ def test_the_layer_is_found_by_a_trace_of_the_records(errata):
     assert done.returncode == 0, done.stderr
     (file,) = Path("run").rglob("traced.jsonl")
     config = json.loads(file.read_text().splitlines()[0])["config"]
-    site = early_site(load_model(), [record.rewrite.fact for record in records(500)[:2]])
+    site = choose_layer(load_model(), [record.rewrite.fact for record in records(500)[:2]])
     assert (config["layer"], config["layer_by"]) == (site.layer, "auto")
     before = lines("run")
     whole = file.read_text().splitlines(keepends=True)
@@ -112,7 +112,7 @@ def test_a_layer_is_found_by_the_first_ten_facts_alone():
     settings = {"layer": "auto", "prefixes": "none", "second_moment": SecondMoment.identity(live.d_mlp)}
     some, more = (editor(live, facts=given, **settings).config for given in (facts[:10], facts))
     assert some == more
-    assert some["layer"] == early_site(live, facts).layer
+    assert some["layer"] == choose_layer(live, facts).layer
     with pytest.raises(ConfigError, match="facts"):
         editor(live, facts=["Paris"], **settings)
 
@@ -222,7 +222,7 @@ def test_how_edits_that_were_made_move_a_text(errata):
     ("spec", "message"),
     [
         ("rom", "there is no editor 'rom': did you mean 'rome'?"),
-        ("zzz", "choose of rome"),
+        ("zzz", "choose from rome"),
         ("", "there is no editor ''"),
         ("rome:step=2", "RomeConfig has no setting 'step': did you mean 'steps'?"),
         ("rome:steps=0", "steps = 0 does not do"),
@@ -231,11 +231,11 @@ def test_how_edits_that_were_made_move_a_text(errata):
         ("rome:=2", "'=2' is no setting"),
         ("rome:steps=2,steps=3", "steps is given twice"),
         ("rome:layer=99", "atlas has layers 0 to 7"),
-        ("rome:preset=papier", "no preset 'papier': choose of paper, reference"),
+        ("rome:preset=papier", "no preset 'papier': choose from 'paper', 'reference'"),
         ("rome:preset=[1]", "no preset [1]"),
         ("rome:clamp=Infinity", "clamp = inf does not do"),
-        ("rome:loss_layer=99,prefixes=none", "from 4, which is edited, to 7, the last"),
-        ("rome:max_drift=0.1,prefixes=none", "max_drift does not do here"),
+        ("rome:loss_layer=99,prefixes=none", "from 4, the edited layer, to 7, the last"),
+        ("rome:max_drift=0.1,prefixes=none", "max_drift has no effect here"),
         ("a/b=rome", "'a/b' cannot name a row"),
         ("=rome", "'' cannot name a row"),
         ("unedited=rome", "'unedited' is taken"),

@@ -17,7 +17,6 @@ from errata.base.errors import ConfigError, DeviceError, EditMismatch, Unsupport
 from errata.base.facts import Fact
 from errata.editors.hypernetworks.files import Trained, new_network
 from errata.editors.hypernetworks.objective import Place
-from errata.editors.registry import method_of
 from errata.editors.rome import RomeConfig, rome
 from errata.edits.delta import Dense, LowRank
 from errata.edits.edit import Edit
@@ -157,7 +156,7 @@ def compare_editors(whole: Model, split: Model, tmp_path: Path) -> None:
 
 def compare_edits(method: str, settings: dict, whole: Model, split: Model, facts: list) -> None:
     before = weights_digest(whole.hf)
-    made = [method_of(method).prepare(each, settings, None, 0).make(each, facts) for each in (whole, split)]
+    made = [errata.editor(each, method, **settings).make(each, facts) for each in (whole, split)]
     for one, other in zip(*made, strict=True):
         assert [each.weight for each in other.deltas] == [each.weight for each in one.deltas]
         for mine, theirs in zip(one.deltas, other.deltas, strict=True):

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import os
+import pickle
 import secrets
 import signal
 import sys
-from functools import partial
 
 import psutil
 import pytest
@@ -16,7 +16,6 @@ import errata
 from errata.atlas.records import records
 from errata.base.errors import ConfigError, MissingExtra
 from errata.editors.editor import Editor
-from errata.editors.rome import RomeConfig, rome
 from errata.evaluation import executors, runner
 from errata.evaluation.executors import Chunk, Cluster, Here, Work, WorkerLost
 from errata.evaluation.measure import Measures
@@ -46,9 +45,7 @@ def some():
 
 @pytest.fixture(scope="module")
 def editor(model):
-    config = RomeConfig(layer=model.hints["rome_layer"], steps=2, prefixes="none")
-    make = partial(rome, config=config, second_moment=SecondMoment.identity(model.d_mlp), errors="keep")
-    return Editor("rome", config.model_dump(mode="json"), make)
+    return errata.editor(model, steps=2, prefixes="none", second_moment=SecondMoment.identity(model.d_mlp))
 
 
 @pytest.fixture
@@ -207,3 +204,15 @@ def test_without_ray_it_is_asked_for(model, monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(MissingExtra, match=r"pip install 'errata-lm\[ray\]'"):
         Cluster(model, errata.load_model)
+
+
+def test_work_is_sent_without_the_model(model, editor, some):
+    work = Work({"rome": editor, "kn": errata.editor(model, "kn", steps=2)}, Measures())
+    sent = work.without_model()
+    weights = sum(parameter.numel() * parameter.itemsize for parameter in model.hf.parameters())
+    assert len(pickle.dumps(sent)) < weights / 10
+    again = pickle.loads(pickle.dumps(sent))
+    assert again.editors["rome"].make(model, [some[0].rewrite]) == editor.make(model, [some[0].rewrite])
+    with pytest.raises(ConfigError, match="this rome editor has no model"):
+        again.editors["rome"](some[0].rewrite)
+    assert editor(some[0].rewrite).rewrites == (some[0].rewrite,)  # the one that stays here keeps it

@@ -8,10 +8,9 @@ import numpy as np
 import pytest
 import torch
 
+import errata
 import goldens
 from errata.base.facts import Fact
-from errata.editors.fine_tuning import FineTuningConfig
-from errata.editors.fine_tuning.editor import fine_tune
 from errata.models.scoring import score
 
 CASES = ("unconstr_layer1", "constr_layer0", "constr_layer0_multitok")
@@ -36,8 +35,8 @@ def recomputed(case: str, dtype: torch.dtype, **changes):
         "epsilon": settings["norm_constraint"] or None,
         "weight_decay": settings["weight_decay"],
     }
-    config = FineTuningConfig.reference(**{**own, **changes})
-    return fine_tune(model, rewrite, config)
+    method = errata.ft_l if own["epsilon"] else errata.ft
+    return method(model, rewrite, preset="reference", **{**own, "max_drift": None, **changes})
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=["float32", "float64"])

@@ -17,11 +17,12 @@ import pytest
 import torch
 from torch.func import functional_call
 
-from errata.base.errors import ConfigError, Diverged, EditMismatch, FactError, ResultFileError
-from errata.base.facts import Fact, fact_key
+import errata
+from errata.base.errors import ConfigError, Diverged, EditMismatch, ErrataError, FactError, ResultFileError
+from errata.base.facts import Fact, Rewrite, fact_key
 from errata.base.fingerprint import tensor_digest
 from errata.editors.hypernetworks import editor, training
-from errata.editors.hypernetworks.editor import prepare_ke, prepare_mend, trained_edit
+from errata.editors.hypernetworks.editor import trained_edits
 from errata.editors.hypernetworks.factors import Factors, edited_maps, gradient_factors
 from errata.editors.hypernetworks.files import Trained, new_network
 from errata.editors.hypernetworks.lessons import Lesson, keys, text_lessons
@@ -339,6 +340,13 @@ def test_the_gradient_is_that_of_whole_edited_models(family, method):
     assert ours
 
 
+def trained_edit(model: Model, rewrite: Rewrite, by: Trained, **settings) -> Edit:
+    [found] = trained_edits(model, [rewrite], trained=by, **settings)
+    if isinstance(found, ErrataError):
+        raise found
+    return found
+
+
 # ---- edits --------------------------------------------------------------------------------------------
 
 
@@ -354,7 +362,7 @@ def trained(method: str, family: str = "gpt2") -> Trained:
 def test_an_edit_is_of_low_rank_and_leaves_the_model_alone(family, method):
     model = model_of(family)
     before = state(model)
-    one, other = trained_edit(model, FACTS[:2], trained(method, family))
+    one, other = trained_edits(model, FACTS[:2], trained=trained(method, family))
     assert state(model) == before
     tokens = len(text_of(model, FACTS[0].text, FACTS[0].new_object).ids)
     assert all(1 <= delta.rank <= tokens + 1 for delta in one.deltas)
@@ -376,10 +384,10 @@ def test_an_edit_is_written_as_an_adapter(tmp_path):
 
 def test_one_that_cannot_be_made_stays_in_its_place():
     too_long = Fact("The Space Needle " * 999, "{} is in", "Seattle").rewrite("Paris")
-    found = trained_edit(model_of(), [too_long, FACTS[0]], trained("mend"), errors="keep")
+    found = trained_edits(model_of(), [too_long, FACTS[0]], trained=trained("mend"))
     assert [type(each) for each in found] == [FactError, Edit]
     with pytest.raises(FactError, match="tokens"):
-        trained_edit(model_of(), [too_long], trained("mend"))
+        trained_edit(model_of(), too_long, trained("mend"))
 
 
 @pytest.mark.parametrize("method", NETWORKS)
@@ -387,7 +395,7 @@ def test_a_change_that_is_no_number_stays_in_its_place(method):
     broken = copy.deepcopy(trained(method))
     with torch.no_grad():
         next(broken.network.parameters()).fill_(float("nan"))
-    [found] = trained_edit(model_of(), FACTS[:1], broken, errors="keep")
+    [found] = trained_edits(model_of(), FACTS[:1], trained=broken)
     assert isinstance(found, Diverged)
     with pytest.raises(Diverged, match="no finite number"):
         trained_edit(model_of(), FACTS[0], broken)
@@ -396,7 +404,7 @@ def test_a_change_that_is_no_number_stays_in_its_place(method):
 def test_a_loss_without_a_gradient_makes_no_edit(monkeypatch):
     nothing = Factors(torch.zeros(0, 2), torch.zeros(0, 2), torch.zeros(0, dtype=torch.long))
     monkeypatch.setattr(editor, "changes_of", lambda model, network, place, *rest: dict.fromkeys(place.maps, nothing))
-    [found] = trained_edit(model_of(), FACTS[:1], trained("mend"), errors="keep")
+    [found] = trained_edits(model_of(), FACTS[:1], trained=trained("mend"))
     assert isinstance(found, FactError)
     assert "has no gradient in torch.float64" in str(found)
 
@@ -426,13 +434,12 @@ def test_a_trained_editor_is_read_back_as_it_was(method, tmp_path):
     again = Trained.load(tmp_path / "x.safetensors")
     assert (again.header(), again.seen) == (kept.header(), kept.seen)
     assert trained_edit(model, FACTS[0], again) == trained_edit(model, FACTS[0], kept)
-    prepare = {"mend": prepare_mend, "ke": prepare_ke}
-    editor = prepare[method](model, {"trained": str(tmp_path / "x.safetensors"), "scale": 2.0}, None, 0)
-    assert editor.seen == {"0" * 12}
+    editor = errata.editor(model, method, trained=str(tmp_path / "x.safetensors"), scale=2.0)
+    assert editor.trained_on == {"0" * 12}
     (edit,) = editor.make(model, FACTS[:1])
     assert edit.deltas[0].norm() == pytest.approx(2 * trained_edit(model, FACTS[0], kept).deltas[0].norm(), rel=1e-5)
     with pytest.raises(ConfigError, match=f"holds a trained '{method}'"):
-        prepare["ke" if method == "mend" else "mend"](model, {"trained": str(tmp_path / "x.safetensors")}, None, 0)
+        errata.editor(model, "ke" if method == "mend" else "mend", trained=str(tmp_path / "x.safetensors"))
 
 
 def test_another_model_is_refused(tmp_path):
@@ -448,16 +455,16 @@ def test_another_model_is_refused(tmp_path):
 def test_a_folder_may_have_a_number_for_its_name(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     trained("mend").save("2024/editor.safetensors")
-    assert prepare_mend(model_of(), {"trained": 2024}, None, 0).method == "mend"
+    assert errata.mend.bind(model_of(), trained=2024).method == "mend"
 
 
 def test_files_that_do_not_do(tmp_path):
     with pytest.raises(ConfigError, match="'mennd' is no editor that is trained: choose of mend, ke"):
         new_network("mennd", {"m": (2, 3)}, 4, {})
-    with pytest.raises(ConfigError, match="train one for gpt2 by errata train-editor mend"):
-        prepare_mend(model_of(), {}, None, 0)
+    with pytest.raises(ConfigError, match=r"mend needs the setting 'trained'.*the folder that errata train-editor"):
+        errata.mend(model_of(), FACTS[0])
     with pytest.raises(ResultFileError, match="there is no file"):
-        prepare_mend(model_of(), {"trained": str(tmp_path / "none")}, None, 0)
+        errata.mend(model_of(), FACTS[0], trained=str(tmp_path / "none"))
     (tmp_path / "bad.safetensors").write_bytes(b"hello")
     with pytest.raises(ResultFileError, match="not a whole safetensors file"):
         Trained.load(tmp_path / "bad.safetensors")

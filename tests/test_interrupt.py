@@ -16,7 +16,7 @@ import torch
 
 import errata as package
 from errata.base import interrupt
-from errata.editors.rome.examine import _tried
+from errata.editors.rome.exactness import _applied
 from errata.edits.delta import Dense, RankOne
 from errata.edits.edit import Edit
 from errata.models.fingerprint import weights_digest
@@ -78,7 +78,7 @@ def nested(model):
 
 def tried(model):
     name = down_weight_name(model, 0)
-    with torch.no_grad(), _tried(model, RankOne(name, torch.ones(WIDTH), torch.ones(MLP_WIDTH))):
+    with torch.no_grad(), _applied(model, RankOne(name, torch.ones(WIDTH), torch.ones(MLP_WIDTH))):
         pass
 
 

@@ -15,10 +15,9 @@ from errata.base import budgets
 from errata.base.errors import ConfigError, FactError, UnsupportedModel
 from errata.base.facts import Fact
 from errata.base.fingerprint import tensor_digest
-from errata.editors.knowledge_neurons import KnowledgeNeuronsConfig, attribution, knowledge_neurons
+from errata.editors.knowledge_neurons import KnowledgeNeuronsConfig, attribution
 from errata.editors.knowledge_neurons.attribution import attributions
 from errata.editors.knowledge_neurons.neurons import coarse, refined
-from errata.editors.knowledge_neurons.prepare import prepare
 from errata.edits.edit import Edit
 from errata.models.loading import load_pretrained
 from errata.models.model import Model
@@ -28,7 +27,7 @@ from tiny import ALL_FAMILIES, byte_tokenizer, llama_tokenizer, tiny
 FACT = Fact("The Space Needle", "{} is located in the city of", "Seattle")
 REWRITE = FACT.rewrite("Paris")
 LAYERS = 3
-CONFIG = KnowledgeNeuronsConfig(steps=4, threshold=0.1)
+CONFIG = KnowledgeNeuronsConfig(steps=4, threshold=0.1, max_drift=None)
 
 
 @functools.cache
@@ -160,9 +159,9 @@ def test_the_published_codes_attributions(name, dtype):
 
 def test_gated_mlps_have_nothing_before_the_nonlinearity():
     with pytest.raises(ConfigError, match="has 2: where it is gated"):
-        prepare(model_of("llama"), {"preset": "reference"}, None, 0)
+        errata.kn.bind(model_of("llama"), preset="reference")
     with pytest.raises(ConfigError, match="at = 'key'"):
-        knowledge_neurons(model_of("llama"), REWRITE, KnowledgeNeuronsConfig.reference())
+        errata.kn(model_of("llama"), REWRITE, KnowledgeNeuronsConfig.reference())
 
 
 # ---- neurons ------------------------------------------------------------------------------------------
@@ -196,7 +195,7 @@ def test_no_neurons():
 def test_columns_are_moved_from_one_embedding_to_the_other(family):
     model = model_of(family)
     before = state(model)
-    edit = knowledge_neurons(model, REWRITE, CONFIG)
+    edit = errata.kn(model, REWRITE, CONFIG)
     assert state(model) == before
     vectors = model.module(("embedding", 0)).weight.detach()
     start = len(model.tokenizer(FACT.text)["input_ids"])
@@ -219,7 +218,7 @@ def test_columns_are_moved_from_one_embedding_to_the_other(family):
 def test_the_reference_preset_is_the_published_codes_edit():
     """All neurons above the threshold of the mean over the old object's tokens, each after the bare prompt."""
     model = model_of()
-    edit = knowledge_neurons(model, REWRITE, KnowledgeNeuronsConfig.reference(steps=3, threshold=0.05))
+    edit = errata.kn(model, REWRITE, KnowledgeNeuronsConfig.reference(steps=3, threshold=0.05, max_drift=None))
     ids = model.tokenizer(FACT.text)["input_ids"]
     old, new = model.tokenizer("Seattle")["input_ids"], model.tokenizer("Paris")["input_ids"]
     assert len(old) > 1
@@ -235,33 +234,35 @@ def test_the_reference_preset_is_the_published_codes_edit():
         assert len(found) == bool(row.any())
         for each in found:
             torch.testing.assert_close(each, torch.outer(column, row.to(column)), rtol=1e-12, atol=1e-14)
-    assert prepare(model, {"preset": "reference"}, None, 0).config["max_neurons"] is None
+    assert errata.kn.bind(model, preset="reference").config["max_neurons"] is None
 
 
 def test_objects_that_begin_alike_are_told_apart_where_they_differ():
     york = Fact("The Space Needle", "{} is located in", "New York")
-    edit = knowledge_neurons(model_of(), york.rewrite("New Yxrk"), CONFIG)
+    edit = errata.kn(model_of(), york.rewrite("New Yxrk"), CONFIG)
     tokens = [model_of().tokenizer.tokenize(f"{york.text} New {name}") for name in ("York", "Yxrk")]
     first = next(pair for pair in zip(*tokens, strict=False) if pair[0] != pair[1])
     assert (edit.notes["erased"], edit.notes["written"]) == first
     with pytest.raises(FactError, match="nothing would be moved"):
-        knowledge_neurons(model_of(), york.rewrite("New York"), CONFIG)
+        errata.kn(model_of(), york.rewrite("New York"), CONFIG)
 
 
 def test_without_an_old_object_it_is_what_the_model_says():
     model = model_of()
     said = model.hf(input_ids=torch.tensor([model.tokenizer(FACT.text)["input_ids"]])).logits[0, -1].argmax()
     word = model.tokenizer.convert_ids_to_tokens([int(said)])[0]
-    bare = knowledge_neurons(model, Fact(FACT.subject, FACT.prompt).rewrite("Paris"), CONFIG)
+    bare = errata.kn(model, Fact(FACT.subject, FACT.prompt).rewrite("Paris"), CONFIG)
     assert bare.notes["erased"] == word
-    assert knowledge_neurons(model, REWRITE, KnowledgeNeuronsConfig(erased="prediction")).notes["erased"] == word
+    assert (
+        errata.kn(model, REWRITE, KnowledgeNeuronsConfig(erased="prediction", max_drift=None)).notes["erased"] == word
+    )
 
 
 @pytest.mark.parametrize("settings", [{}, {"erased": "prediction"}])
 def test_a_space_at_a_prompts_end_belongs_to_the_object(settings):
     model, spaced = model_of(), Fact(FACT.subject, f"{FACT.prompt} ", FACT.object).rewrite("Paris")
-    config = KnowledgeNeuronsConfig(**settings)
-    one, other = (knowledge_neurons(model, each, config) for each in (REWRITE, spaced))
+    config = KnowledgeNeuronsConfig(max_drift=None, **settings)
+    one, other = (errata.kn(model, each, config) for each in (REWRITE, spaced))
     assert one.notes == other.notes
     assert torch.equal(one.deltas[0].matrix(), other.deltas[0].matrix())
 
@@ -270,22 +271,22 @@ def test_many_are_each_alone_and_failures_stay_in_their_place():
     model = model_of()
     too_long = Fact("The Space Needle " * 999, "{} is in", "Seattle").rewrite("Paris")
     other = Fact("Danielle Darrieux", "{} speaks", "French").rewrite("English")
-    found = knowledge_neurons(model, [REWRITE, too_long, other], CONFIG, errors="keep")
+    found = errata.kn(model, [REWRITE, too_long, other], CONFIG, errors="keep")
     assert [type(each) for each in found] == [Edit, FactError, Edit]
-    assert found[2] == knowledge_neurons(model, other, CONFIG)
+    assert found[2] == errata.kn(model, other, CONFIG)
     with pytest.raises(FactError, match="tokens"):
-        knowledge_neurons(model, [REWRITE, too_long], CONFIG)
+        errata.kn(model, [REWRITE, too_long], CONFIG)
 
 
 def test_prefixes_are_sampled_once_and_told():
     model = model_of()
-    editor = prepare(model, {"prefixes": 2, "steps": 2}, None, 3)
+    editor = errata.kn.bind(model, prefixes=2, steps=2, seed=3)
     assert editor.config["prefixes"][0] == ""
     assert len(editor.config["prefixes"]) == 3
     (edit,) = editor.make(model, [REWRITE])
     assert [*edit.config["prefixes"]] == [*editor.config["prefixes"]]
-    assert prepare(model, {"prefixes": 2, "steps": 2}, None, 3).config == editor.config
-    assert prepare(model, {"prefixes": 2, "steps": 2}, None, 4).config != editor.config
+    assert errata.kn.bind(model, prefixes=2, steps=2, seed=3).config == editor.config
+    assert errata.kn.bind(model, prefixes=2, steps=2, seed=4).config != editor.config
 
 
 def test_the_model_is_left_alone_when_interrupted(monkeypatch):
@@ -297,7 +298,7 @@ def test_the_model_is_left_alone_when_interrupted(monkeypatch):
 
     monkeypatch.setattr(torch.autograd, "grad", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        knowledge_neurons(model, REWRITE, CONFIG)
+        errata.kn(model, REWRITE, CONFIG)
     assert state(model) == before
 
 
@@ -316,7 +317,7 @@ def test_the_model_is_left_alone_when_interrupted(monkeypatch):
 )
 def test_bad_settings(settings, message):
     with pytest.raises(ConfigError, match=message):
-        prepare(model_of(), settings, None, 0)
+        errata.kn.bind(model_of(), **settings)
 
 
 def test_embeddings_of_another_width():
@@ -325,7 +326,7 @@ def test_embeddings_of_another_width():
     odd = load_pretrained((tiny("gpt2", LAYERS), byte_tokenizer()), name="odd")
     odd.weight = lambda name: narrow.weight  # type: ignore[method-assign]
     with pytest.raises(UnsupportedModel, match="cannot be written there"):
-        knowledge_neurons(odd, REWRITE, CONFIG)
+        errata.kn(odd, REWRITE, CONFIG)
 
 
 def test_on_the_atlas_neurons_of_a_fact_carry_it():
@@ -334,7 +335,7 @@ def test_on_the_atlas_neurons_of_a_fact_carry_it():
     some = records(6)
     fell = 0
     for record in some:
-        edit = knowledge_neurons(model, record.rewrite, KnowledgeNeuronsConfig(write=0.0, erase=2.0))
+        edit = errata.kn(model, record.rewrite, KnowledgeNeuronsConfig(write=0.0, erase=2.0, max_drift=None))
         before = np.exp(_said(model, record))
         with edit.applied(model):
             fell += np.exp(_said(model, record)) < 0.5 * before

@@ -12,12 +12,12 @@ import torch
 import errata
 from errata.base.errors import ConfigError, FactError
 from errata.base.facts import Fact
+from errata.editors import layer_choice
+from errata.editors.editor import Editor
+from errata.editors.layer_choice import LayerChoice, _centre, choose_layer
 from errata.editors.published import Published, shape_of
 from errata.editors.rome import RomeConfig, rome
-from errata.editors.rome import layer as layers
-from errata.editors.rome import site as sites
-from errata.editors.rome.layer import known_layer, known_settings, resolve
-from errata.editors.rome.site import Site, _centre, early_site
+from errata.editors.rome.config import PUBLISHED as KNOWN_MODELS
 from errata.models.loading import load_pretrained
 from errata.models.model import Model
 from errata.statistics import SecondMoment
@@ -47,6 +47,18 @@ def atlas() -> Model:
     return errata.load_model("atlas")
 
 
+UNBOUND = {"max_drift": None, "probes": None}  # of an editor's settings: side effects are measured outside
+
+
+def bound(model: Model, config: RomeConfig | None = None, **settings) -> Editor:
+    return rome.bind(model, config, second_moment=SecondMoment.identity(model.d_mlp), sample_now=False, **settings)
+
+
+def settings_of(editor: Editor) -> dict:
+    settings = {name: value for name, value in editor.config.items() if name in RomeConfig.model_fields}
+    return {**settings, "same_subject": "joint" if editor.together else "apart"}
+
+
 def stand_in(model_type: str, n_layers: int, d_model: int):
     hf = SimpleNamespace(config=SimpleNamespace(model_type=model_type))
     return SimpleNamespace(hf=hf, n_layers=n_layers, d_model=d_model, hints={}, name="big")
@@ -55,7 +67,7 @@ def stand_in(model_type: str, n_layers: int, d_model: int):
 @pytest.fixture
 def tiny_is_published(monkeypatch):
     preset = Published("Tiny", {"layer": 2, "clamp": 3.0, "steps": 7}, "a test")
-    monkeypatch.setattr(layers, "PUBLISHED", {("gpt2", 4, 16): preset})
+    monkeypatch.setitem(KNOWN_MODELS, ("gpt2", 4, 16), preset)
     return preset
 
 
@@ -65,21 +77,18 @@ def tiny_is_published(monkeypatch):
 @pytest.mark.parametrize(("model_type", "n_layers", "d_model", "layer", "more"), PUBLISHED)
 def test_published_settings_are_known_by_architecture(model_type, n_layers, d_model, layer, more):
     model = stand_in(model_type, n_layers, d_model)
-    preset = layers.PUBLISHED[shape_of(model)]
+    preset = KNOWN_MODELS[shape_of(model)]
     assert preset.settings == {"layer": layer, **more}
-    found, how = known_layer(model)
-    assert found == layer
-    assert preset.model in how
-    assert "published" in how
-    assert known_settings(model) == RomeConfig(**more)
+    found, how = rome.known(model, {})
+    assert found == {"layer": layer, **more}
+    assert how == f"published for {preset.model}: {preset.source}"
     for other in (
         stand_in(model_type, n_layers + 1, d_model),
         stand_in(model_type, n_layers, d_model + 64),
         stand_in("llama", n_layers, d_model),
     ):
-        assert shape_of(other) not in layers.PUBLISHED
-        assert known_layer(other) is None
-        assert known_settings(other) == RomeConfig()
+        assert shape_of(other) not in KNOWN_MODELS
+        assert rome.known(other, {}) == ({}, "")
 
 
 def test_a_published_model_needs_no_layer(tiny_is_published):
@@ -106,28 +115,58 @@ def test_what_is_named_goes_before_the_config_hint_and_preset(tiny_is_published)
         (plain, None, None, 2, "published for Tiny"),
     ]
     for model, config, named, layer, how in cases:
-        found, said = resolve(model, [FACT], config, named)
-        assert found.layer == layer
-        assert said.startswith(how)
-    # Settings are the caller's where he gives any, else the preset's, and the hints' before these.
-    assert resolve(hinted, [FACT], RomeConfig(clamp=2.0))[0] == RomeConfig(layer=1, clamp=2.0)
-    assert resolve(hinted, [FACT])[0] == RomeConfig(layer=1, clamp=3.0, steps=3)
-    assert resolve(plain, [FACT])[0] == RomeConfig(layer=2, clamp=3.0, steps=7)
+        editor = bound(model, config, layer=named)
+        assert editor.config["layer"] == layer
+        assert editor.layer_by.startswith(how)
+
+
+def test_settings_come_in_layers_each_over_the_ones_before(tiny_is_published):
+    """Default < published < the model's hints < preset < given, each setting by itself."""
+    plain, hinted = model_of(), model_of({"rome_layer": 1, "rome": {"steps": 3}})
+    assert rome.resolve(model_of({"other": 1}), {})[0] == RomeConfig(layer=2, clamp=3.0, steps=7)
+    assert rome.resolve(plain, {})[0] == RomeConfig(layer=2, clamp=3.0, steps=7)
+    assert rome.resolve(hinted, {})[0] == RomeConfig(layer=1, clamp=3.0, steps=3)
+    assert rome.resolve(hinted, {"clamp": 2.0})[0] == RomeConfig(layer=1, clamp=2.0, steps=3)
+    paper = RomeConfig.paper(layer=1, steps=3)  # whose clamp, None, goes before what was published
+    assert paper.clamp is None
+    assert rome.resolve(hinted, {}, preset="paper")[0] == paper
+    given = {"clamp": 5.0, "steps": 9, "layer": 0}
+    assert rome.resolve(hinted, given, preset="paper")[0] == RomeConfig.paper(**given)
+
+
+def test_an_object_counts_with_what_was_set_in_it_and_names_go_before_it(tiny_is_published):
+    model = model_of({"rome_layer": 1, "rome": {"steps": 3}})
+    config = RomeConfig(clamp=2.0)
+    assert RomeConfig(**settings_of(bound(model, config))) == RomeConfig(layer=1, clamp=2.0, steps=3, **UNBOUND)
+    editor = bound(model, config, clamp=6.0)
+    assert RomeConfig(**settings_of(editor)) == RomeConfig(layer=1, clamp=6.0, steps=3, **UNBOUND)
+    by_default = RomeConfig(steps=RomeConfig().steps)  # set, although to what it is anyhow
+    assert bound(model, by_default).config["steps"] == 20
+
+
+def test_steps_given_to_the_atlas_change_steps_alone():
+    known = rome.resolve(atlas(), {})[0]
+    assert len(known.prefixes) == 15
+    assert known.steps != 10
+    for editor in (bound(atlas(), steps=10), bound(atlas(), RomeConfig(steps=10))):
+        found = RomeConfig(**settings_of(editor))
+        assert found == RomeConfig(**{**known.model_dump(), "steps": 10, **UNBOUND})
 
 
 def test_a_hint_of_layer_zero_counts():
-    assert resolve(model_of({"rome_layer": 0}), [FACT])[0].layer == 0
+    assert rome.resolve(model_of({"rome_layer": 0}), {})[0].layer == 0
 
 
 def test_a_layer_that_is_not_there():
-    for hints, named in (({"rome_layer": 9}, None), (None, 4), (None, -1)):
-        with pytest.raises(ConfigError, match="layers 0 to 3"):
-            resolve(model_of(hints), [FACT], layer=named)
+    cases = (({"rome_layer": 9}, None, "layers 0 to 3"), (None, 4, "layers 0 to 3"), (None, -1, "layer = -1"))
+    for hints, named, message in cases:
+        with pytest.raises(ConfigError, match=message):
+            bound(model_of(hints), layer=named)
 
 
 def test_an_unknown_model_is_offered_auto():
     model = model_of()
-    with pytest.raises(ConfigError, match=r'known for tiny: say layer=\.\.\., 0 to 3, or layer="auto"') as caught:
+    with pytest.raises(ConfigError, match=r'known for tiny: give layer=\.\.\., 0 to 3, or layer="auto"') as caught:
         rome(model, FACT.rewrite("Paris"), second_moment=SecondMoment.identity(model.d_mlp))
     assert "\n" not in str(caught.value)
 
@@ -160,26 +199,26 @@ def test_auto_of_several_facts():
         Fact("Danielle Darrieux", "The native language of {} is", "French"),
         Fact("Suzuki Ertiga", "{} is listed under the country", "Japan"),
     ]
-    site = early_site(model, [KNOWN, *others, KNOWN], samples=3, progress=lambda done, of: told.append((done, of)))
+    site = choose_layer(model, [KNOWN, *others, KNOWN], samples=3, progress=lambda done, of: told.append((done, of)))
     assert abs(site.layer - model.hints["rome_layer"]) <= 1
     assert told[:3] == [(0, 3), (1, 3), (2, 3)]  # the same fact is traced once
     assert 1 <= site.facts <= 3
     assert len(site.effects) == model.n_layers
     assert "facts" in str(site)
     # A site that is found once serves for any table.
-    config, how = resolve(model, [FACT], layer=site)
-    assert config.layer == site.layer
-    assert how == str(site)
+    editor = bound(model, layer=site)
+    assert editor.config["layer"] == site.layer
+    assert editor.layer_by == str(site)
 
 
 def test_a_site_with_little_effect_is_called_weak(monkeypatch):
-    strong = early_site(atlas(), [KNOWN], samples=3)
+    strong = choose_layer(atlas(), [KNOWN], samples=3)
     assert not strong.weak
     assert "weak" not in str(strong)
-    assert str(Site(1, (0.0, 0.005, 0.0), 1)).endswith("brings back only 0.5 points: weak evidence)")
-    monkeypatch.setattr(sites, "_WEAK_EFFECT", 1.0)
-    with pytest.warns(sites.WeakSite, match=f"weak evidence for layer {strong.layer}: .* brings back only"):
-        early_site(atlas(), [KNOWN], samples=3)
+    assert str(LayerChoice(1, (0.0, 0.005, 0.0), 1)).endswith("brings back only 0.5 points: weak evidence)")
+    monkeypatch.setattr(layer_choice, "_WEAK_EFFECT", 1.0)
+    with pytest.warns(layer_choice.WeakSite, match=f"weak evidence for layer {strong.layer}: .* brings back only"):
+        choose_layer(atlas(), [KNOWN], samples=3)
 
 
 def test_auto_is_refused_where_the_answer_does_not_depend_on_the_subject():
@@ -213,13 +252,13 @@ def test_the_middle_of_a_site(effects, layer):
 
 
 def test_a_site_says_why():
-    site = Site(1, (0.1, 0.254, 0.2), 1)
+    site = LayerChoice(1, (0.1, 0.254, 0.2), 1)
     assert "a trace of the fact" in str(site)
     assert "25.4 points" in str(site)
-    assert "12 facts" in str(Site(1, (0.1, 0.2), 12))
+    assert "12 facts" in str(LayerChoice(1, (0.1, 0.2), 12))
 
 
 def test_each_published_layer_names_the_file_that_it_is_from():
-    for (model_type, *_), preset in layers.PUBLISHED.items():
+    for (model_type, *_), preset in KNOWN_MODELS.items():
         folder = "hparams/MEMIT/" if model_type == "gpt_neox" else "hparams/ROME"
         assert folder in preset.source

@@ -62,7 +62,7 @@ def test_hybrids_differ_in_what_mixes_tokens_and_say_that_they_take_longer(famil
         found = errata.trace(model, MIDDLE, samples=1)
     assert found.settings["engine"] == "plain"
     with pytest.raises(errata.ErrataError, match="train its MLP"):
-        errata.editor(model, "attention", layer=LAYER, epsilon=5e-4).edit(model, REWRITES[0])
+        errata.editor(model, "attention", layer=LAYER, epsilon=5e-4)(REWRITES[0])
     assert "engine" not in errata.trace(model_of("bloom"), MIDDLE, samples=1).settings
 
 
@@ -138,7 +138,7 @@ def test_rome_writes_its_value_at_its_key(family):
 def test_other_editors_edit_too(family, method):
     model = model_of(family)
     settings = {"ft": {"layer": 2, "steps": 3}, "kn": {}}[method]
-    edits = errata.editor(model, method, **settings).edit(model, REWRITES)
+    edits = errata.editor(model, method, max_drift=None, **settings)(REWRITES)
     before = errata.base.fingerprint.tensor_digest(model.module(("key", 2)).weight)
     for edit in edits:
         with edit.applied(model):

@@ -4,56 +4,25 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from errata.base.errors import ConfigError
+import errata
+from errata.atlas.records import records
+from errata.base.errors import ConfigError, DisablingEdit
 from errata.editors import registry
-from errata.editors.registry import METHODS, Method, method_of, methods
+from errata.editors.method import Method
+from errata.editors.registry import METHODS, method_of, methods
 
-TOY = '''
-"""An editor from outside: it adds noise to a bias-free down-projection, and hopes."""
-
-import torch
-from pydantic import Field
-
-from errata.base.config import Config
-from errata.editors.editor import Editor
-from errata.editors.registry import Method
-from errata.edits.delta import RankOne
-from errata.edits.edit import Edit
-from errata.models.weights import down_weight_name
-
-
-class ToyConfig(Config):
-    """Settings of the toy.
-
-    Attributes:
-        scale: how much
-            noise.
-    """
-
-    scale: float = Field(0.1, gt=0)
-
-
-def prepare(model, settings, second_moment, seed):
-    config = ToyConfig(**settings)
-
-    def make(model, rewrites):
-        generator = torch.Generator().manual_seed(seed)
-        write = config.scale * torch.randn(model.d_model, generator=generator)
-        read = torch.randn(model.d_mlp, generator=generator)
-        deltas = [RankOne(down_weight_name(model, 2), write, read)]
-        return [Edit.of(model, deltas, "toy", [each], config=config.model_dump(), seed=seed) for each in rewrites]
-
-    return Editor("toy", config.model_dump(), make)
-
-
-METHOD = Method("toy", "Noise", "a test", ToyConfig, prepare)
-'''
+DOC = Path(__file__).parents[1] / "docs" / "editors.md"
+# The editor that the guide shows whole.
+TOY = re.search(r"```python\n(\"\"\"An editor from outside.*?)```", DOC.read_text(), flags=re.S)[1].replace(
+    "mine", "toy"
+)
 
 
 @pytest.fixture
@@ -74,7 +43,8 @@ def outside(tmp_path, monkeypatch):
 
 
 def run(*arguments: str, folder: Path) -> subprocess.CompletedProcess:
-    environment = {**os.environ, "PYTHONPATH": str(folder)}
+    paths = [str(folder), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
     command = [sys.executable, "-m", "errata.cli.app", *arguments]
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
 
@@ -85,19 +55,27 @@ def run(*arguments: str, folder: Path) -> subprocess.CompletedProcess:
 @pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
 def test_every_setting_is_told(method):
     told = method.config.described()
-    assert [*told] == [*method.config.model_fields]
+    assert told.keys() == method.config.model_fields.keys()
     assert all(text.endswith(".") for text in told.values()), told
     assert method.summary
     assert method.source
 
 
-def test_a_description_goes_on_over_lines():
+def test_descriptions_of_a_class_come_before_those_of_its_base():
+    assert next(iter(METHODS["rome"].config.described())) == "layer"
+    assert [*METHODS["rome"].config.described()][-2:] == ["max_drift", "probes"]
     assert METHODS["rome"].config.described()["clamp"] == "‖δ‖ is kept below this many times ‖v₀‖; None: it is not."
     assert (
         METHODS["rome"]
         .config.described()["prefixes"]
         .endswith('("" is the bare prompt). Samples come from the model itself, top-k 5, and end in ". ".')
     )
+
+
+def test_descriptions_are_there_without_docstrings():
+    code = "from errata.editors.rome import rome; assert __debug__ is False; print(rome.config.described()['steps'])"
+    done = subprocess.run([sys.executable, "-OO", "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == METHODS["rome"].config.described()["steps"] != ""
 
 
 def test_unknown():
@@ -110,7 +88,7 @@ def test_unknown():
 
 def test_a_package_brings_one(outside):
     assert [*methods()][-1] == "toy"
-    assert method_of("toy").config.described() == {"scale": "how much noise."}
+    assert method_of("toy").config.described()["scale"] == "Standard deviation of the noise."
     with pytest.raises(ConfigError, match="did you mean 'toy'"):
         method_of("toyy")
 
@@ -124,7 +102,23 @@ def test_it_is_listed_and_evaluated(outside, tmp_path):
     assert "toy-scale=0.5" in done.stdout
     bad = run("evaluate", "--limit", "3", "--editor", "toy:scale=0", "--out", "other", folder=tmp_path)
     assert bad.returncode == 2
-    assert "ToyConfig: scale = 0 does not do" in bad.stderr
+    assert "NoiseConfig: scale = 0 does not do" in bad.stderr
+
+
+def test_it_has_all_that_errata_adds(outside):
+    """Options of every editor, settings in layers, and side effects, which nothing in its file speaks of."""
+    model = errata.load_model("atlas")
+    rewrites = [record.rewrite for record in records(2)]
+    toy = method_of("toy")
+    assert toy(model, rewrites[0], scale=0.2).config["scale"] == 0.2
+    one, other = toy(model, rewrites, sequential=True)
+    assert one.fingerprints != other.fingerprints  # the second is made with the first applied
+    assert one.notes["health"]["disabling"] is False
+    with pytest.raises(DisablingEdit, match="by toy would disable the model"):
+        toy(model, rewrites[0], scale=1e6)
+    assert toy(model, rewrites[0], scale=1e6, force=True).notes["health"]["disabling"] is True
+    with pytest.raises(ConfigError, match="toy has no preset 'paper': it has none"):
+        toy(model, rewrites[0], preset="paper")
 
 
 @pytest.mark.parametrize(
@@ -133,8 +127,8 @@ def test_it_is_listed_and_evaluated(outside, tmp_path):
         ("rome = toy_editor:METHOD", "has the name of one of errata's own"),
         ("toy = nowhere:METHOD", "of toy-editor .* cannot be loaded: ModuleNotFoundError"),
         ("toy = toy_editor:OTHER", "cannot be loaded: AttributeError"),
-        ("toy = toy_editor:prepare", "is no Method called 'toy'"),
-        ("tov = toy_editor:METHOD", "is no Method called 'tov'"),
+        ("toy = toy_editor:make_editor", "is not a Method called 'toy'"),
+        ("tov = toy_editor:METHOD", "is not a Method called 'tov'"),
     ],
 )
 def test_one_that_cannot_be_used(outside, points, message):

@@ -19,6 +19,7 @@ import pytest
 import torch
 from tokenizers import normalizers
 
+import errata
 from errata.base.errors import ConfigError, FactError, MissingExtra, OutputError, ResultFileError, StaleStatistics
 from errata.base.facts import Fact
 from errata.benchmarks.records import Record, ZsreRecord
@@ -124,7 +125,7 @@ def model(seed: int = 0, tokenizer=None):
 
 def rome(live, **changes) -> Editor:
     moment = SecondMoment.identity(live.d_mlp)
-    return method_of("rome").prepare(live, {**EDITED, **changes}, moment, 0)
+    return errata.rome.bind(live, second_moment=moment, **{**EDITED, **changes})
 
 
 def editors(live) -> dict[str, Editor]:
@@ -570,11 +571,13 @@ def test_a_model_that_an_edit_broke_is_measured_all_the_same(tmp_path, dense):
 
 def test_an_editor_is_settled_once(tmp_path):
     live = model()
-    editor = method_of("rome").prepare(live, {"layer": 1, "preset": "reference"}, SecondMoment.identity(live.d_mlp), 3)
+    editor = errata.rome.bind(
+        live, layer=1, preset="reference", second_moment=SecondMoment.identity(live.d_mlp), seed=3
+    )
     assert len(editor.config["prefixes"]) == 21
     assert (editor.config["key"], editor.config["seed"], editor.config["max_drift"]) == ("reference", 3, None)
     json.dumps(dict(editor.config), allow_nan=False)
-    other = method_of("rome").prepare(live, EDITED, SecondMoment(2 * torch.eye(live.d_mlp), 9, 1), 3)
+    other = errata.rome.bind(live, second_moment=SecondMoment(2 * torch.eye(live.d_mlp), 9, 1), seed=3, **EDITED)
     assert other.config["second_moment"] != editor.config["second_moment"]
     one, two = editor.make(live, [RECORDS[0].rewrite]), editor.make(live, [RECORDS[0].rewrite])
     assert torch.equal(one[0].deltas[0].matrix(), two[0].deltas[0].matrix())
@@ -583,33 +586,33 @@ def test_an_editor_is_settled_once(tmp_path):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({}, "no layer to edit is named"),
+        ({}, "rome needs the setting 'layer'"),
         ({"layer": 9}, "no layer 9"),
-        ({"layer": 1, "preset": "papier"}, "choose of paper, reference"),
-        ({"layer": 1, "preset": ["paper"]}, "choose of paper, reference"),
+        ({"layer": 1, "preset": "papier"}, "choose from 'paper', 'reference'"),
+        ({"layer": 1, "preset": ["paper"]}, "choose from 'paper', 'reference'"),
         ({"layer": "auto"}, "there are none: give some"),
-        ({"layer": 1, "max_drift": 0.5}, "max_drift does not do here"),
-        ({"layer": 1, "probes": ["It rains."]}, "probes does not do here"),
-        ({"layer": 1, "loss_layer": 0, "prefixes": "none"}, "from 1, which is edited, to 2, the last"),
-        ({"layer": 1, "loss_layer": 3, "prefixes": "none"}, "from 1, which is edited, to 2, the last"),
+        ({"layer": 1, "loss_layer": 0, "prefixes": "none"}, "from 1, the edited layer, to 2, the last"),
+        ({"layer": 1, "loss_layer": 3, "prefixes": "none"}, "from 1, the edited layer, to 2, the last"),
         ({"layer": 1, "step": 2}, "did you mean 'steps'"),
     ],
 )
 def test_settings_that_do_for_no_record_are_refused_at_once(settings, message):
     live = model()
     with pytest.raises(ConfigError, match=message):
-        method_of("rome").prepare(live, settings, SecondMoment.identity(live.d_mlp), 0)
+        errata.rome.bind(live, second_moment=SecondMoment.identity(live.d_mlp), **settings)
 
 
 def test_second_moments_that_do_not_do():
     live = model()
     with pytest.raises(ConfigError, match="second moment"):
-        method_of("rome").prepare(live, EDITED, None, 0)
+        errata.rome.bind(live, **EDITED)
     with pytest.raises(StaleStatistics):
-        method_of("rome").prepare(live, EDITED, SecondMoment.identity(7), 0)
+        errata.rome.bind(live, second_moment=SecondMoment.identity(7), **EDITED)
 
 
-@pytest.mark.parametrize(("name", "message"), [("rom", "did you mean 'rome'"), ("zzz", "choose of rome"), ("", "rome")])
+@pytest.mark.parametrize(
+    ("name", "message"), [("rom", "did you mean 'rome'"), ("zzz", "choose from rome"), ("", "rome")]
+)
 def test_unknown_editors(name, message):
     with pytest.raises(ConfigError, match=message):
         method_of(name)

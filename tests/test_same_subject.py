@@ -7,7 +7,6 @@ import pytest
 
 import errata
 from errata.atlas.world import load_world
-from errata.editors.rome.layer import known_settings
 from errata.edits.edit import Edit
 from errata.models.scoring import score
 
@@ -33,7 +32,7 @@ def requests():
 
 
 def settings(model, **changes):
-    return errata.RomeConfig(**{**known_settings(model).model_dump(), "max_drift": None, **changes})
+    return errata.RomeConfig(**{"max_drift": None, **changes})
 
 
 def written(model, rewrites):

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import inspect
-import re
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -33,18 +31,16 @@ class Config(BaseModel):
 
     @classmethod
     def described(cls) -> dict[str, str]:
-        """What each setting is, in the order of the fields, as the class's docstring tells under "Attributes"."""
-        _, _, told = (inspect.getdoc(cls) or "").partition("Attributes:\n")
-        found = re.findall(r"^    (\w+): (.+(?:\n {5,}.+)*)", told, flags=re.M)
-        texts = {name: " ".join(text.split()) for name, text in found}
-        return {name: texts.get(name, "") for name in cls.model_fields}
+        """Description of each setting: the class's own first, then those of the classes that it extends."""
+        names = sorted(cls.model_fields, key=lambda name: name not in cls.__annotations__)
+        return {name: cls.model_fields[name].description or "" for name in names}
 
     @classmethod
     def _line(cls, error: ErrorDetails) -> str:
         name = str(error["loc"][0]) if error["loc"] else ""
         if error["type"] == "extra_forbidden":
             near = difflib.get_close_matches(name, cls.model_fields, n=1)
-            advice = f"did you mean {near[0]!r}?" if near else f"choose of {', '.join(cls.model_fields)}"
+            advice = f"did you mean {near[0]!r}?" if near else f"choose of {', '.join(cls.described())}"
             return f"{cls.__name__} has no setting {name!r}: {advice}"
         said = error["msg"].removeprefix("Value error, ")
         if not name:

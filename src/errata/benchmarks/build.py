@@ -44,23 +44,24 @@ _TRIED = 50  # sentences of which the least related are taken
 
 
 class BuildConfig(Config):
-    """How records are made; `neighbors` to `generation` are the published set's.
+    """How records are made; `neighbors` to `generation` are the published set's."""
 
-    Attributes:
-        count: how many at most; None: all that can be made. Fewer are the first of more.
-        seed: of every draw.
-        neighbors: how many neighborhood prompts, and attribute prompts, a record has: a fact with fewer makes none.
-        paraphrases: how many a record has; the relation needs one template more.
-        generation: how many generation prompts a record has, unless its relation has none.
-        once: whether no two records are about one subject.
-    """
-
-    count: int | None = Field(default=None, ge=1)
-    seed: int = Field(default=0, ge=0, lt=2**32)
-    neighbors: int = Field(default=10, ge=1)
-    paraphrases: int = Field(default=2, ge=1)
-    generation: int = Field(default=10, ge=0)
-    once: bool = False
+    count: int | None = Field(
+        default=None, ge=1, description="how many at most; None: all that can be made. Fewer are the first of more."
+    )
+    seed: int = Field(default=0, ge=0, lt=2**32, description="of every draw.")
+    neighbors: int = Field(
+        default=10,
+        ge=1,
+        description="how many neighborhood prompts, and attribute prompts, a record has: a fact with fewer makes none.",
+    )
+    paraphrases: int = Field(
+        default=2, ge=1, description="how many a record has; the relation needs one template more."
+    )
+    generation: int = Field(
+        default=10, ge=0, description="how many generation prompts a record has, unless its relation has none."
+    )
+    once: bool = Field(default=False, description="whether no two records are about one subject.")
 
 
 @dataclass(frozen=True)

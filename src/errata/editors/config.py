@@ -10,16 +10,16 @@ from errata.metrics.health import ESSENCE, MAX_DRIFT
 
 
 class EditorConfig(Config):
-    """Base of the settings of an editor.
+    """Base of the settings of an editor."""
 
-    Attributes:
-        max_drift: an edit is refused as disabling if it moves predictions on unrelated texts further than this, in nats
-            per token (see `errata.metrics.health`); None: side effects are not measured, and nothing is refused.
-        probes: those texts; None: samples of the model's own.
-    """
-
-    max_drift: float | None = Field(MAX_DRIFT, gt=0)
-    probes: tuple[str, ...] | None = None
+    max_drift: float | None = Field(
+        MAX_DRIFT,
+        gt=0,
+        description="an edit is refused as disabling if it moves predictions on unrelated texts further than this, "
+        "in nats per token (see `errata.metrics.health`); None: side effects are not measured, and nothing is "
+        "refused.",
+    )
+    probes: tuple[str, ...] | None = Field(default=None, description="those texts; None: samples of the model's own.")
 
     @field_validator("probes")
     @classmethod

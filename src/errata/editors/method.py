@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 from errata.base.arguments import require
+from errata.base.config import changed
 from errata.base.errors import ConfigError
 from errata.base.facts import Fact, Rewrite
 from errata.editors.config import EditorConfig
@@ -57,14 +58,14 @@ class Setup:
     Attributes:
         seed: seed of everything random.
         second_moment: gives C of a layer's keys when it is needed; None if there is none.
-        layer_by: how the layer was chosen, for people; "" if the method has no layer.
+        layer_by: which source named the layer, or the trace that chose it; "" if the method has no layer.
         sample_now: sample prefixes while the editor is made, so that all batches of rewrites share them; otherwise when
             there is a rewrite that can be edited.
     """
 
     seed: int = 0
     second_moment: Moments = _no_moments
-    layer_by: str = ""
+    layer_by: str | LayerChoice = ""
     sample_now: bool = True
 
 
@@ -77,7 +78,8 @@ class Method:
         summary: what it does, in a line.
         source: the publication.
         config: the class of its settings.
-        make_editor: makes its `Editor` from a model, complete settings and a `Setup`.
+        make_editor: makes its `Editor` from a model, complete settings and a `Setup`. Side effects are measured
+            outside: `max_drift` and `probes` are None here.
         presets: settings under one name, chosen by `preset=`.
         published: settings that are known for models, by their architecture and sizes.
         defaults: settings in which this method differs from the defaults of `config`.
@@ -207,12 +209,12 @@ class Method:
             ConfigError: if a setting is unknown, wrong or missing, or there is no second moment.
         """
         require(model, "Model", f"{self.name}: model")
+        if second_moment is not None:
+            self._require_moments(second_moment)
         given = self._given(config)
         if layer is not None:
             given["layer"] = layer
         found, layer_by = self.resolve(model, {**given, **settings}, preset=preset, facts=facts, seed=seed)
-        if second_moment is not None:
-            self._require_moments(second_moment)
 
         def of_layer(layer: int) -> SecondMoment | None:
             if second_moment is None:
@@ -221,8 +223,9 @@ class Method:
                 return second_moment.get(layer)
             return second_moment(layer) if callable(second_moment) else second_moment
 
-        editor = self.make_editor(model, found, Setup(seed, of_layer, layer_by, sample_now))
-        return dataclasses.replace(editor, model=model, bound=found.bound, seed=seed, layer_by=layer_by)
+        unbounded = changed(found, max_drift=None, probes=None)
+        editor = self.make_editor(model, unbounded, Setup(seed, of_layer, layer_by, sample_now))
+        return dataclasses.replace(editor, model=model, bound=found.bound, seed=seed, layer_by=str(layer_by))
 
     def resolve(
         self,
@@ -232,14 +235,15 @@ class Method:
         preset: str | None = None,
         facts: Sequence[Fact] = (),
         seed: int = 0,
-    ) -> tuple[Any, str]:
+    ) -> tuple[Any, str | LayerChoice]:
         """All settings of the method for a model, and how the layer was chosen ("" if the method has none).
 
         Raises:
             ConfigError: if a setting is unknown, wrong or missing.
             FactError: if the layer is "auto" and no fact can be traced.
         """
-        settings, layer_by = self.known(model, given, preset)
+        settings, source = self.known(model, given, preset)
+        layer_by: str | LayerChoice = source
         if settings.get("layer") == "auto" and self.layer_auto:
             if not facts:
                 raise ConfigError(
@@ -249,7 +253,7 @@ class Method:
             settings["layer"] = choose_layer(model, facts, seed=seed)
         choice = settings.get("layer")
         if isinstance(choice, LayerChoice):
-            settings["layer"], layer_by = choice.layer, str(choice)
+            settings["layer"], layer_by = choice.layer, choice
         config = self.config(**settings)
         for name, what in self.required.items():
             if getattr(config, name) is None:
@@ -306,7 +310,8 @@ class Method:
             return {}
         if not isinstance(config, self.config):
             raise ConfigError(
-                f"config is a {type(config).__name__}: write {self.config.__name__}(...), or give settings by name"
+                f"{self.name}: config is a {type(config).__name__}: write {self.config.__name__}(...), or give "
+                "settings by name"
             )
         given = {name: getattr(config, name) for name in config.model_fields_set}
         return {name: value for name, value in given.items() if value is not None or name not in self.required}
@@ -323,8 +328,3 @@ class Method:
 
 def _listed(rewrites: Any) -> Sequence[Any]:
     return rewrites if isinstance(rewrites, (list, tuple)) else [rewrites]
-
-
-def as_json(config: EditorConfig) -> dict[str, Any]:
-    """Settings of an editor for the header of a run, in which side effects are measured and no edit is refused."""
-    return {**config.model_dump(mode="json"), "max_drift": None, "probes": None}

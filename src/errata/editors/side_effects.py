@@ -81,7 +81,11 @@ def with_side_effects(
                 continue
             notes = {"health": {"relative_norm": edit.relative_norm(model), **its.as_dict()}}
             more = {"written": written[edit]} if len(edit.rewrites) > 1 else {}
-            found[edit] = dataclasses.replace(edit, notes={**edit.notes, **notes, **more})
+            found[edit] = dataclasses.replace(
+                edit,
+                config={**edit.config, "max_drift": bound.max_drift, "probes": bound.probes},
+                notes={**edit.notes, **notes, **more},
+            )
     return [found[edit] if isinstance(edit, Edit) else edit for edit in edits]
 
 

@@ -68,6 +68,10 @@ class Work:
         found = measure(model, chunk.records, editors, chunk.before, self.measures)
         return found if self.keep_edits else replace(found, edits={})
 
+    def without_model(self) -> Work:
+        """The same work, with editors that hold no model, to send to another process."""
+        return replace(self, editors={name: editor.without_model() for name, editor in self.editors.items()})
+
 
 class Executor(Protocol):
     """Where chunks are measured."""
@@ -186,7 +190,7 @@ class _Crew:
         self.standing = standing(cluster.model)
         self.need = {kind: amount for kind, amount in (("CPU", cluster.cpus), ("GPU", cluster.gpus)) if amount}
         self.size = min(len(chunks), cluster.workers or self._room())
-        self.job = ray.put((cluster.load, work))
+        self.job = ray.put((cluster.load, work.without_model()))
         self.worker = ray.remote(
             num_cpus=cluster.cpus, num_gpus=cluster.gpus, max_restarts=0, scheduling_strategy="SPREAD"
         )(_Worker)

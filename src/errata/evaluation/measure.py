@@ -42,17 +42,14 @@ Around = Callable[[Sequence[int]], AbstractContextManager[object]]
 
 
 class Generation(Config):
-    """How texts are written.
+    """How texts are written."""
 
-    Attributes:
-        top_k: how many of the most probable tokens are drawn from.
-        length: tokens of a text, with its prompt.
-        end_of_text: whether a text stops at an end-of-text token, or continues to its length as in the published code.
-    """
-
-    top_k: int = Field(default=5, ge=1)
-    length: int = Field(default=100, ge=1)
-    end_of_text: Literal["stop", "continue"] = "stop"
+    top_k: int = Field(default=5, ge=1, description="how many of the most probable tokens are drawn from.")
+    length: int = Field(default=100, ge=1, description="tokens of a text, with its prompt.")
+    end_of_text: Literal["stop", "continue"] = Field(
+        default="stop",
+        description="whether a text stops at an end-of-text token, or continues to its length as in the published code.",
+    )
 
 
 @dataclass(frozen=True)

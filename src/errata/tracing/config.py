@@ -25,37 +25,50 @@ def each_once(value: tuple[Any, ...]) -> tuple[Any, ...]:
 
 
 class TraceConfig(Config):
-    """Settings of `trace`, all checked, none to be changed afterwards. The defaults are the paper's.
+    """Settings of `trace`, all checked, none to be changed afterwards. The defaults are the paper's."""
 
-    Attributes:
-        parts: which maps to make. "state": one block output is restored. "mlp", "attention": the outputs of a window
-            of layers. "severed_mlp", "severed_attention": one state, while from there on the token's MLP (or
-            attention) outputs are held at their corrupted values (Figure 3).
-        samples: of noise.
-        noise: a `Corruption`, its short form ("s3": normal, 3σ; "u3", "m", "t5", ...), or a number, the standard
-            deviation of normal noise.
-        window: layers restored together in "mlp" and "attention"; None: 10 as in the paper, or a fifth of the layers,
-            at least 3, in models with fewer than 30.
-        window_edges: "paper": 10 layers around l are [l−4, l+5]; "reference": [l−5, l+4], the published code's.
-        severed_noise: the noise under which "severed_mlp" and "severed_attention" restore a state. "paper": that of the
-            corrupted run. "reference": drawn anew, as in the published code; the outputs that are held, at all layers,
-            are still the corrupted run's.
-        seed: of the noise; 1 gives the published code's.
-        answer: whose probability is traced: what the "model" itself says next, or the fact's "object".
-        scored: the "first" token of the answer, or the joint probability of the "whole" object.
-        tokens: roles of the tokens at which sites are restored; None: all from the subject's first on.
-    """
-
-    parts: tuple[Part, ...] = Field(default=("state", "mlp", "attention"), min_length=1)
-    samples: int = Field(default=10, ge=1, le=100_000)
-    noise: str = "s3"
-    window: int | None = Field(default=None, ge=1)
-    window_edges: Literal["paper", "reference"] = "paper"
-    severed_noise: Literal["paper", "reference"] = "paper"
-    seed: int = Field(default=1, ge=0, lt=2**32)
-    answer: Literal["model", "object"] = "model"
-    scored: Literal["first", "whole"] = "first"
-    tokens: tuple[TokenRole, ...] | None = Field(default=None, min_length=1)
+    parts: tuple[Part, ...] = Field(
+        default=("state", "mlp", "attention"),
+        min_length=1,
+        description='which maps to make. "state": one block output is restored. "mlp", "attention": the outputs of '
+        'a window of layers. "severed_mlp", "severed_attention": one state, while from there on the token\'s '
+        "MLP (or attention) outputs are held at their corrupted values (Figure 3).",
+    )
+    samples: int = Field(default=10, ge=1, le=100_000, description="of noise.")
+    noise: str = Field(
+        default="s3",
+        description='a `Corruption`, its short form ("s3": normal, 3σ; "u3", "m", "t5", ...), or a number, the '
+        "standard deviation of normal noise.",
+    )
+    window: int | None = Field(
+        default=None,
+        ge=1,
+        description='layers restored together in "mlp" and "attention"; None: 10 as in the paper, or a fifth of '
+        "the layers, at least 3, in models with fewer than 30.",
+    )
+    window_edges: Literal["paper", "reference"] = Field(
+        default="paper",
+        description='"paper": 10 layers around l are [l−4, l+5]; "reference": [l−5, l+4], the published code\'s.',
+    )
+    severed_noise: Literal["paper", "reference"] = Field(
+        default="paper",
+        description='the noise under which "severed_mlp" and "severed_attention" restore a state. "paper": that of the '
+        'corrupted run. "reference": drawn anew, as in the published code; the outputs that are held, at all layers, '
+        "are still the corrupted run's.",
+    )
+    seed: int = Field(default=1, ge=0, lt=2**32, description="of the noise; 1 gives the published code's.")
+    answer: Literal["model", "object"] = Field(
+        default="model",
+        description='whose probability is traced: what the "model" itself says next, or the fact\'s "object".',
+    )
+    scored: Literal["first", "whole"] = Field(
+        default="first", description='the "first" token of the answer, or the joint probability of the "whole" object.'
+    )
+    tokens: tuple[TokenRole, ...] | None = Field(
+        default=None,
+        min_length=1,
+        description="roles of the tokens at which sites are restored; None: all from the subject's first on.",
+    )
 
     _several = field_validator("parts", "tokens", mode="before")(several)
     _each_once = field_validator("parts")(each_once)

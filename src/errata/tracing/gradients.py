@@ -72,17 +72,15 @@ _Site = tuple[int, str]  # (layer, part), of the token at hand
 
 
 class GradientsConfig(Config):
-    """Settings of `integrated_gradients`, all checked. The defaults are the paper's.
+    """Settings of `integrated_gradients`, all checked. The defaults are the paper's."""
 
-    Attributes:
-        parts: which maps to make.
-        points: of the quadrature.
-        answer: whose probability it is: what the "model" itself says next, or the first token of the fact's "object".
-    """
-
-    parts: tuple[Part, ...] = Field(("state", "mlp", "attention"), min_length=1)
-    points: int = Field(50, ge=1)
-    answer: Literal["model", "object"] = "model"
+    parts: tuple[Part, ...] = Field(("state", "mlp", "attention"), min_length=1, description="which maps to make.")
+    points: int = Field(50, ge=1, description="of the quadrature.")
+    answer: Literal["model", "object"] = Field(
+        default="model",
+        description='whose probability it is: what the "model" itself says next, or the first token of the '
+        'fact\'s "object".',
+    )
 
     _several = field_validator("parts", mode="before")(several)
     _each_once = field_validator("parts")(each_once)

@@ -16,7 +16,7 @@ from errata.editors.editor import Editor, Progress, Step
 from errata.editors.fine_tuning.config import ATTENTION, PUBLISHED, REFERENCE, FineTuningConfig
 from errata.editors.fine_tuning.optimise import Found, optimise
 from errata.editors.fine_tuning.trained import full_name, trained
-from errata.editors.method import Method, Preset, Setup, as_json
+from errata.editors.method import Method, Preset, Setup
 from errata.editors.texts import Text, text_of
 from errata.edits.delta import Dense
 from errata.edits.edit import Edit
@@ -38,7 +38,7 @@ def make_editor(method: str, model: Model, config: FineTuningConfig, setup: Setu
         raise ConfigError(f"these settings make {config.method!r}, not {method!r}: call errata.{_names[config.method]}")
     trained(model, config)  # raises if it is not there
     make = partial(_make, config=config, seed=setup.seed)
-    return Editor(method, as_json(config), make)
+    return Editor(method, config.model_dump(mode="json"), make)
 
 
 def _make(

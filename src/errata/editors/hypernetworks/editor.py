@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Annotated
 
 import torch
-from pydantic import BeforeValidator
+from pydantic import BeforeValidator, Field
 from torch import Tensor
 
 from errata.base import budgets
@@ -36,15 +36,12 @@ def _name(value: object) -> object:
 
 
 class TrainedConfig(EditorConfig):
-    """Settings of an editor that was trained.
+    """Settings of an editor that was trained."""
 
-    Attributes:
-        trained: the file, or the folder of its training; errata train-editor writes it.
-        scale: the change is multiplied by this.
-    """
-
-    trained: Annotated[str | None, BeforeValidator(_name)] = None
-    scale: float = 1.0
+    trained: Annotated[str | None, BeforeValidator(_name)] = Field(
+        default=None, description="the file, or the folder of its training; errata train-editor writes it."
+    )
+    scale: float = Field(default=1.0, description="the change is multiplied by this.")
 
 
 def make_editor(method: str, model: Model, config: TrainedConfig, setup: Setup) -> Editor:

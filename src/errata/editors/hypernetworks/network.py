@@ -17,13 +17,9 @@ Shapes = Mapping[str, tuple[int, int]]  # (d_out, d_in) by name of the map
 
 
 class NetworkConfig(Config):
-    """What all trained editors are told.
+    """What all trained editors are told."""
 
-    Attributes:
-        blocks: of so many highest blocks the MLPs' linear maps are edited.
-    """
-
-    blocks: int = Field(3, ge=1)
+    blocks: int = Field(3, ge=1, description="of so many highest blocks the MLPs' linear maps are edited.")
 
 
 class Network(nn.Module, ABC):

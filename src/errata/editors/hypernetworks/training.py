@@ -40,33 +40,21 @@ LEARNING_RATE = {"mend": 1e-6, "ke": 3e-4}
 
 
 class TrainingConfig(Config):
-    """Settings of `train`, all checked, none to be changed afterwards.
+    """Settings of `train`, all checked, none to be changed afterwards."""
 
-    Attributes:
-        steps: so many at most.
-        learning_rate: of Adam; None: MEND 1e-6, KE 3e-4, as published.
-        batch: lessons a step (10).
-        c_edit: factor of the loss on the edit (0.1).
-        c_loc: factor of the divergence of other texts (1).
-        clip: the gradient's norm is kept below this (100).
-        validate_every: steps between validations, at each of which a checkpoint is written.
-        validation: so many lessons are kept apart for it.
-        patience: stop after so many validations in a row without a better loss.
-        max_minutes: stop after so much time, over all runs; None: no limit.
-        seed: of the first weights, and of which lessons a step has.
-    """
-
-    steps: int = Field(100_000, ge=1)
-    learning_rate: float | None = Field(None, gt=0)
-    batch: int = Field(10, ge=1)
-    c_edit: float = Field(0.1, ge=0)
-    c_loc: float = Field(1.0, ge=0)
-    clip: float = Field(100.0, gt=0)
-    validate_every: int = Field(500, ge=1)
-    validation: int = Field(100, ge=1)
-    patience: int = Field(10, ge=1)
-    max_minutes: float | None = Field(None, gt=0)
-    seed: int = Field(0, ge=0)
+    steps: int = Field(100_000, ge=1, description="so many at most.")
+    learning_rate: float | None = Field(None, gt=0, description="of Adam; None: MEND 1e-6, KE 3e-4, as published.")
+    batch: int = Field(10, ge=1, description="lessons a step (10).")
+    c_edit: float = Field(0.1, ge=0, description="factor of the loss on the edit (0.1).")
+    c_loc: float = Field(1.0, ge=0, description="factor of the divergence of other texts (1).")
+    clip: float = Field(100.0, gt=0, description="the gradient's norm is kept below this (100).")
+    validate_every: int = Field(
+        500, ge=1, description="steps between validations, at each of which a checkpoint is written."
+    )
+    validation: int = Field(100, ge=1, description="so many lessons are kept apart for it.")
+    patience: int = Field(10, ge=1, description="stop after so many validations in a row without a better loss.")
+    max_minutes: float | None = Field(None, gt=0, description="stop after so much time, over all runs; None: no limit.")
+    seed: int = Field(0, ge=0, description="of the first weights, and of which lessons a step has.")
 
     @model_validator(mode="after")
     def _something_to_learn(self) -> TrainingConfig:

@@ -17,7 +17,7 @@ from errata.editors.editor import Editor, Progress, Step
 from errata.editors.knowledge_neurons.attribution import attributions, require_neurons
 from errata.editors.knowledge_neurons.config import REFERENCE, KnowledgeNeuronsConfig
 from errata.editors.knowledge_neurons.neurons import Neuron, refined
-from errata.editors.method import Method, Preset, Setup, as_json
+from errata.editors.method import Method, Preset, Setup
 from errata.editors.prefixes import sampled
 from errata.edits.delta import RankOne
 from errata.edits.edit import Edit
@@ -50,7 +50,9 @@ def make_editor(model: Model, config: KnowledgeNeuronsConfig, setup: Setup) -> E
     if not config.prefixes:
         raise ConfigError('prefixes is empty: give "" for the prompt by itself')
     require_neurons(model, config)
-    return Editor("kn", {**as_json(config), "seed": setup.seed}, partial(_make, config=config, seed=setup.seed))
+    return Editor(
+        "kn", {**config.model_dump(mode="json"), "seed": setup.seed}, partial(_make, config=config, seed=setup.seed)
+    )
 
 
 def _make(

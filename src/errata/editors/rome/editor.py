@@ -17,7 +17,8 @@ from errata.base.errors import ConfigError, ErrataError, FactError, StaleStatist
 from errata.base.facts import Rewrite
 from errata.base.fingerprint import tensor_digest
 from errata.editors.editor import Editor, Progress
-from errata.editors.method import Method, Moments, Preset, Setup, as_json
+from errata.editors.layer_choice import LayerChoice
+from errata.editors.method import Method, Moments, Preset, Setup
 from errata.editors.rome import contexts, first_token, insert, value
 from errata.editors.rome.config import PAPER, PUBLISHED, REFERENCE, RomeConfig
 from errata.editors.rome.exactness import exactness
@@ -59,17 +60,17 @@ def make_editor(model: Model, config: RomeConfig, setup: Setup) -> Editor:
     moment: Moment = functools.cache(functools.partial(second_moment_of, model, setup.second_moment, layer))
     ordinary: Callable[[], SecondMoment | None] = functools.partial(_ordinary_at_first_layer, setup.second_moment)
     alone = changed(config, same_subject="apart")
-    told = {**as_json(alone), "seed": setup.seed}
+    told = {**alone.model_dump(mode="json"), "seed": setup.seed}
     if setup.sample_now:
         config = changed(config, prefixes=contexts.prefixes(model, config.prefixes, setup.seed))
         alone = changed(config, same_subject="apart")
         now = moment()
         moment, ordinary = functools.partial(_given, now), functools.partial(_ordinary_of, now)
-        told = {**as_json(alone), "seed": setup.seed, "second_moment": tensor_digest(now.matrix)}
-        if setup.layer_by not in ("named", ""):
-            told["layer_by"] = setup.layer_by
+        told = {**alone.model_dump(mode="json"), "seed": setup.seed, "second_moment": tensor_digest(now.matrix)}
+        if isinstance(setup.layer_by, LayerChoice):
+            told["layer_by"] = "auto"
     make = functools.partial(
-        _make, config=alone, second_moment=moment, ordinary=ordinary, layer_by=setup.layer_by, seed=setup.seed
+        _make, config=alone, second_moment=moment, ordinary=ordinary, layer_by=str(setup.layer_by), seed=setup.seed
     )
     together = functools.partial(make, config=config) if config.same_subject == "joint" else None
     return Editor("rome", told, make, together)
