@@ -20,6 +20,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -106,11 +107,11 @@ def _lay_out_row(
     interchange: bool,
     rng: random.Random,
     name_weight: float,
-) -> tuple[list, ...]:
+) -> tuple[list[Any], ...]:
     """Lists, one entry a physical token: id, position, target, weight, mention, copy, is-last."""
     starts = {m.first: (number, m) for number, m in enumerate(mentions)}
     named = {i for m in mentions for i in range(m.first, m.last + 1)}
-    columns: tuple[list, ...] = ([], [], [], [], [], [], [])
+    columns: tuple[list[Any], ...] = ([], [], [], [], [], [], [])
 
     def put(token: int, position: int, copy: int, mention: int = -1, last: bool = False) -> None:
         following = position + 1

@@ -10,7 +10,7 @@ import typer
 from errata.cli import options
 
 if TYPE_CHECKING:
-    from errata.editors.registry import Method
+    from errata.editors.method import Method
 
 
 def editors(

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from errata.base.errors import ConfigError
 
 
-class FrozenDict(dict):
+class FrozenDict(dict[str, Any]):
     """A dict that cannot be changed, of settings or notes. Its lists are tuples, its dicts frozen too."""
 
     def _refuse(self, *args: Any, **kwargs: Any) -> Any:
@@ -18,7 +18,7 @@ class FrozenDict(dict):
     if not TYPE_CHECKING:
         __setitem__ = __delitem__ = __ior__ = update = pop = popitem = clear = setdefault = _refuse
 
-    def __reduce__(self) -> tuple:
+    def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (dict(self),)  # pickled and copied as a whole: items cannot be set one by one
 
 

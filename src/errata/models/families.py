@@ -450,15 +450,15 @@ def _recorded(modules: dict[str, nn.Module], device: torch.device) -> Iterator[d
     calls: dict[str, _Call] = {}
     inputs: dict[str, Tensor | None] = {}
 
-    def before(name: str) -> Callable:
-        def note(module: nn.Module, args: tuple, kwargs: dict) -> None:
+    def before(name: str) -> Callable[..., Any]:
+        def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             tensor = next((x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)), None)
             inputs[name] = None if tensor is None else tensor.to(device, copy=True)
 
         return note
 
-    def after(name: str) -> Callable:
-        def note(module: nn.Module, args: tuple, output: Any) -> None:
+    def after(name: str) -> Callable[..., Any]:
+        def note(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
             tensor = output[0] if isinstance(output, tuple) and output else output
             tensor = tensor.to(device, copy=True) if isinstance(tensor, Tensor) else None
             if name in calls:
@@ -514,7 +514,9 @@ def _probe_ids(embedding: nn.Module) -> Tensor:
 def _mixes_tokens(hf: PreTrainedModel, path: str, block: str, ids: Tensor) -> bool:
     """Whether a module's output at the last token depends on its input at earlier ones."""
 
-    def disturb(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    def disturb(
+        module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         return tuple(map(_with_other_past, args)), {k: _with_other_past(v) for k, v in kwargs.items()}
 
     plain = _run_until(hf, path, block, ids)
@@ -534,7 +536,7 @@ def _with_other_past(value: Any) -> Any:
 def _reaches(hf: PreTrainedModel, source: str, target: str, block: str, ids: Tensor) -> bool:
     """Whether a change of one module's output changes another module's output in the same block."""
 
-    def shift(module: nn.Module, args: tuple, output: Any) -> Any:
+    def shift(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         tensor = _tensor(output[0] if isinstance(output, tuple) else output)
         changed = tensor + torch.linspace(-1, 1, tensor.shape[-1], device=tensor.device, dtype=tensor.dtype)
         return (changed, *output[1:]) if isinstance(output, tuple) else changed
@@ -547,7 +549,7 @@ def _reaches(hf: PreTrainedModel, source: str, target: str, block: str, ids: Ten
 def _run_until(hf: PreTrainedModel, path: str, block: str, ids: Tensor) -> Tensor:
     """The output of a module inside `block`; the forward pass stops with the block."""
 
-    def stop(module: nn.Module, args: tuple, output: Any) -> NoReturn:
+    def stop(module: nn.Module, args: tuple[Any, ...], output: Any) -> NoReturn:
         raise _Stop
 
     with (

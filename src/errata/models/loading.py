@@ -155,7 +155,7 @@ def _dtype(dtype: str | torch.dtype) -> torch.dtype | None:
     return wanted
 
 
-def _live(source: tuple) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
+def _live(source: tuple[Any, ...]) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     if len(source) != 2:

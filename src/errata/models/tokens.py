@@ -131,12 +131,12 @@ def check_length(span: Span, max_length: int) -> None:
         )
 
 
-def encode(tokenizer: PreTrainedTokenizerBase, text: str, **options: Any) -> dict[str, list]:
+def encode(tokenizer: PreTrainedTokenizerBase, text: str, **options: Any) -> dict[str, list[Any]]:
     """Token ids of one text, with the tokenizer's own special tokens; `options` are passed to the tokenizer.
 
     A text that begins with the start token written out, as chat templates produce it, gets no second one.
     """
-    encoded: dict[str, list] = dict(tokenizer(text, verbose=False, **options))
+    encoded: dict[str, list[Any]] = dict(tokenizer(text, verbose=False, **options))
     ids = encoded["input_ids"]
     if len(ids) > 1 and ids[0] == ids[1]:
         start = str(tokenizer.convert_ids_to_tokens(ids[0]))

@@ -35,7 +35,7 @@ def hooked(model: Model, patches: Mapping[Stream, Patch]) -> Iterator[None]:
     rows: list[int] = [1]  # batch size of the pass under way
     with contextlib.ExitStack() as stack:
         # Some blocks (OPT) flatten [b, t, d] to [b * t, d] around their MLP: the batch size undoes it.
-        def note(module: nn.Module, args: tuple, output: Any) -> None:
+        def note(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
             rows[0] = _tensor_of(output).shape[0]
 
         stack.callback(model.module(("embedding", 0)).register_forward_hook(note).remove)
@@ -70,11 +70,11 @@ def _register(model: Model, stream: Stream, patch: Patch, rows: list[int], begin
         new = new.to(tensor.device)
         return (torch.cat([whole[:, :begin], new], 1) if begin else new).reshape(tensor.shape)
 
-    def before(module: nn.Module, args: tuple) -> tuple | None:
+    def before(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         new = patched(args[0])
         return None if new is None else (new, *args[1:])
 
-    def after(module: nn.Module, args: tuple, output: Any) -> Any:
+    def after(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         new = patched(_tensor_of(output))
         if new is None:
             return None

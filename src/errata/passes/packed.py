@@ -174,7 +174,7 @@ def _entering(model: Model, texts: Sequence[Sequence[int]]) -> Tensor:
     """Hidden states that enter the first block, `[texts, tokens, d_model]`."""
     found: list[Tensor] = []
 
-    def note(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+    def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         first = next(iter(inspect.signature(module.forward).parameters))
         found.append((args[0] if args else kwargs[first]).to(model.device, copy=True))
         raise _Entered

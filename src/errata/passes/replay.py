@@ -237,7 +237,7 @@ def _record(
     states: dict[int, Tensor] = {}
     kept: dict[Stream, Tensor] = {}
 
-    def enter(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+    def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         names = list(inspect.signature(module.forward).parameters)
         arguments = {**dict(zip(names, args, strict=False)), **kwargs}
         state = arguments.pop(names[0])

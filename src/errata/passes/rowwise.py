@@ -124,7 +124,7 @@ def rowwise(model: Model, changes: RowChanges) -> Iterator[None]:
 
 
 def _adding(adder: Callable[[Tensor], Tensor]) -> Any:
-    def add(module: nn.Module, args: tuple, output: Tensor) -> Tensor:
+    def add(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
         added = adder(args[0])
         return (output.to(added.dtype) + added).to(output.dtype)
 

@@ -42,7 +42,7 @@ def tapped(model: Model, maps: Sequence[str]) -> Iterator[dict[str, Tap]]:
     found: dict[str, Tap] = {}
 
     def tap(name: str) -> Any:
-        def note(module: nn.Module, args: tuple, output: Tensor) -> Tensor | None:
+        def note(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
             added = torch.zeros_like(output, requires_grad=torch.is_grad_enabled())
             found[name] = Tap(args[0].detach(), output.detach(), added)
             return output + added if torch.is_grad_enabled() else None

@@ -307,7 +307,7 @@ def _parts(work: _Work, layer: int, requests: Sequence[_Request], plans: Sequenc
     anchors = keys if config.key == "consistent" else bare
     reads, read_notes = _reads(work, layer, plans, keys, anchors)
 
-    def tell(step: value.Step) -> None:
+    def tell(step: value.RomeStep) -> None:
         if work.progress is not None:
             work.progress(dataclasses.replace(step, fact=requests[step.fact].numbers[0], facts=work.facts))
 
