@@ -199,14 +199,15 @@ def sweep_sites(
     cases = _checked(None, [record.case_id for record in records], "case")
     # Each site is edited at its own layer and nowhere else, as in the paper's Figure 5.
     given = {} if config is None else config.model_dump(exclude_unset=True)
-    config, _ = rome.resolve(model, {**given, "layer": layers[0], "attention_sink": "ignore"})
-    config = changed(config, prefixes=contexts.prefixes(model, config.prefixes, seed), same_subject="apart")
+    known, _ = rome.resolve(model, {**given, "layer": layers[0], "attention_sink": "ignore"})
+    prefixes = contexts.prefixes(model, known.prefixes, seed)
+    settled: RomeConfig = changed(known, prefixes=prefixes, same_subject="apart")
     begun = begun_with(path, KIND, FORMAT, "cases")
     begun = len(begun) if isinstance(begun, list) and begun == cases[: len(begun)] else len(cases)
     settings = header(
         model,
         # each site has its own layer and token
-        changed(config, layer=None, fact_token="subject_last", max_drift=None).model_dump(mode="json"),
+        changed(settled, layer=None, fact_token="subject_last", max_drift=None).model_dump(mode="json"),
         seed,
         layers=layers,
         tokens=tokens,
@@ -259,7 +260,7 @@ def sweep_sites(
                     "with its old ones: give the same, or name another file"
                 )
             for token, group in left:
-                site = changed(config, layer=layer, fact_token=token)
+                site = changed(settled, layer=layer, fact_token=token)
                 rewrites = [record.rewrite for record in group]
                 edits = rome.bind(model, site, second_moment=moment, seed=seed).make(model, rewrites)
                 keep((layer, None, None), second_moment=numbers)  # now that it has proved to fit
