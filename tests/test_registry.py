@@ -18,7 +18,7 @@ from errata.editors import registry
 from errata.editors.method import Method
 from errata.editors.registry import METHODS, method_of, methods
 
-DOC = Path(__file__).parents[1] / "docs" / "editors.md"
+DOC = Path(__file__).parents[1] / "docs" / "how-to" / "editors.md"
 # The editor that the guide shows whole.
 TOY = re.search(r"```python\n(\"\"\"An editor from outside.*?)```", DOC.read_text(), flags=re.S)[1].replace(
     "mine", "toy"
