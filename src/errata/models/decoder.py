@@ -143,7 +143,7 @@ class Decoder:
         return 10**9
 
     @property
-    def hints(self) -> dict:
+    def hints(self) -> dict[str, Any]:
         """What the model's own config says to errata (its attribute `errata`), such as {"rome_layer": 4}.
 
         Raises:
