@@ -76,7 +76,7 @@ def test_a_loss_that_was_still_falling_asks_for_more_steps(errata, tmp_path):
     assert "The edit is weak" in done.stdout
     assert "still falling after 4 steps: allow more, --editor rome:layer=4,steps=8" in done.stderr
     made = Edit.load(tmp_path / "d.safetensors")
-    assert _still_falling(made, {"layer": 4}).endswith("--editor rome:layer=4,steps=8")
+    assert _still_falling(made, {"editor": "rome", "layer": 4}).endswith("--editor rome:layer=4,steps=8")
     steps = [{**step, "loss": 1.0} for step in made.notes["steps"]]
     assert _still_falling(dataclasses.replace(made, notes={"steps": steps}), {}) is None
     assert _still_falling(dataclasses.replace(made, notes={"steps": made.notes["steps"][:3]}), {}) is None
