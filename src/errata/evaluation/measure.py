@@ -48,7 +48,7 @@ class Generation(Config):
     length: int = Field(default=100, ge=1, description="tokens of a text, with its prompt.")
     end_of_text: Literal["stop", "continue"] = Field(
         default="stop",
-        description="whether a text stops at an end-of-text token, or continues to its length as in the published code.",
+        description="whether a text stops at an end-of-text token, or continues to its length (published code).",
     )
 
 
