@@ -27,7 +27,7 @@ from transformers import GenerationConfig
 import errata
 from errata.atlas import records as atlas_records
 from errata.base.facts import Fact
-from errata.benchmarks.records import Record
+from errata.data.records import Record
 from errata.editors.rome import rome
 from errata.edits.delta import RankOne
 from errata.edits.edit import Edit
@@ -36,11 +36,11 @@ from errata.evaluation.executors import Cluster, Here
 from errata.evaluation.measure import Generation, Measures
 from errata.evaluation.runner import TOGETHER, evaluate
 from errata.metrics.asking import ask_together
-from errata.metrics.counterfact import questions
 from errata.metrics.health import sampled_probes
 from errata.models.model import Model
 from errata.models.weights import add_, down_weight_name, matrix
 from errata.statistics import SecondMoment
+from errata.tasks.counterfact import COUNTERFACT
 
 LAYER = 4  # of 12, about where GPT-2 XL is edited of 48
 # Tokens of prompts: deciles of CounterFact's in GPT-2's tokens; paraphrases are longer.
@@ -86,7 +86,7 @@ def edits_of(model: Model, count: int, seed: int = 0) -> list[Edit]:
 @torch.no_grad()
 def plain_answers(model: Model, record: Record) -> list[float]:
     """Log-probability of the new object, then of the old, after each prompt."""
-    asked = [(question.prompt, target) for question in questions(record) for target in question.targets]
+    asked = [(question.prompt, target) for question in COUNTERFACT.questions(record) for target in question.targets]
     ids = [model.tokenizer(f"{prompt} {target}")["input_ids"] for prompt, target in asked]
     ends = [len(model.tokenizer(prompt)["input_ids"]) for prompt, _ in asked]
     width = max(map(len, ids))
@@ -128,14 +128,14 @@ def plain(model: Model, record: Record, edit: Edit) -> list[float]:
 
 def ours(model: Model, some: Sequence[Record], *editors: Sequence[Edit]) -> list[list[float]]:
     """As `plain`, of each record with the first editor's edits; what is unedited is measured once for all editors."""
-    asked = [question for record in some for question in questions(record)]
-    owners = [i for i, record in enumerate(some) for _ in questions(record)]
+    asked = [question for record in some for question in COUNTERFACT.questions(record)]
+    owners = [i for i, record in enumerate(some) for _ in COUNTERFACT.questions(record)]
     variants = [[None] * len(asked), *([edits[i] for i in owners] for edits in editors)]
     before, after, *_ = ask_together(model, asked, variants)
     if some[0].generation:
         settings = Measures(generation=Generation())
         for each in ([None] * len(some), *editors):
-            measure._written(model, some, each, settings)
+            measure._written(model, COUNTERFACT, some, each, settings)
     return [
         [
             each.total

@@ -22,14 +22,21 @@ from rich.table import Table
 import errata
 from errata.atlas.records import records
 from errata.base.errors import ErrataError
-from errata.benchmarks.records import Record
+from errata.data.records import Record
 from errata.editors.rome.contexts import prefixes
 from errata.edits.edit import Edit
-from errata.metrics.counterfact import score_record, summarise
+from errata.metrics.summary import Estimate
 from errata.models.model import Model
+from errata.tasks.counterfact import COUNTERFACT, score_record
+from errata.tasks.task import estimates
 
 WAYS = ("consistent", "reference", "batched", "bfloat16")
 METRICS = ("s", "es", "ps", "ns", "em", "pm", "nm")
+
+
+def summarise(scores: list[dict[str, float | None]]) -> dict[str, Estimate]:
+    """Means over records."""
+    return estimates(COUNTERFACT.columns, {name: [each[name] for each in scores] for name in scores[0]})
 
 
 def measured(model: Model, some: list[Record], made: list[Edit | ErrataError]) -> dict[str, object]:

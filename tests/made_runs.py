@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import math
 import random
 from pathlib import Path
 
 from errata.base.facts import Fact, Rewrite
 from errata.base.journal import write_journal
-from errata.benchmarks.records import Record, ZsreRecord
+from errata.data.records import Record, ZsreRecord
 from errata.evaluation.results import FORMAT, KIND, Result, written_out
 from errata.evaluation.run import digest
-from errata.metrics.counterfact import RecordAnswers
-from errata.metrics.zsre import ZsreAnswers
 from errata.models.scoring import Score
 
 PLACES = ("Paris", "Rome", "Oslo", "Lima", "Cairo", "Kyoto", "Buenos Aires", "Tallinn")
@@ -59,12 +58,12 @@ def counterfact_result(record: Record, manner: str, texts: bool = True, health: 
             tuple(Score(min(chance.gauss(m, 0.5 + abs(m) / 4), -1e-4), 1, 0) for m in means) for _ in range(count)
         )
 
-    answers = RecordAnswers(
-        says(rewrite, 1),
-        says(paraphrase, len(record.paraphrase)),
-        says(neighbour, len(record.neighborhood)),
-        says(rewrite, len(record.attribute)),
-    )
+    answers = {
+        "rewrite": says(rewrite, 1),
+        "paraphrase": says(paraphrase, len(record.paraphrase)),
+        "neighborhood": says(neighbour, len(record.neighborhood)),
+        "attribute": says(rewrite, len(record.attribute)),
+    }
     place = record.rewrite.fact.object if manner in {"unedited", "kn"} else record.rewrite.new_object
     words = ["the harbour", "a narrow street", "the old market", f"{place} in winter", "the river", "the tram", place]
     written = tuple(
@@ -74,7 +73,7 @@ def counterfact_result(record: Record, manner: str, texts: bool = True, health: 
     drift = abs(chance.gauss(0.02, 0.06)) * (6 if manner == "kn" else 1)
     checked = {
         "probability_before": 0.004,
-        "probability_after": math.exp(answers.rewrite[0][0].total),
+        "probability_after": math.exp(answers["rewrite"][0][0].total),
         "essence_kl": drift / 2,
         "drift": drift,
         "perplexity_before": 18.1,
@@ -113,7 +112,8 @@ def zsre_records(count: int) -> list[ZsreRecord]:
 
 def zsre_result(record: ZsreRecord, hits: int) -> Result:
     said = ((Score(-1.0, 2, hits),),)
-    return Result(record.case_id, ZsreAnswers(said, said, ((Score(-2.0, 1, record.case_id % 2),),)))
+    other = ((Score(-2.0, 1, record.case_id % 2),),)
+    return Result(record.case_id, {"rewrite": said, "paraphrase": said, "locality": other})
 
 
 def failed(record: Record | ZsreRecord, why: str = "no token of the subject is left") -> Result:
@@ -161,3 +161,13 @@ def zsre_run(folder: Path, count: int = 4, model: str = "gpt2-xl") -> Path:
     records = zsre_records(count)
     results = {"unedited": [zsre_result(r, 0) for r in records], "rome": [zsre_result(r, 2) for r in records]}
     return write_run(folder, records, results, model, "zsre")
+
+
+def lines_of(folder: Path | str, times: bool = False) -> dict[str, list[dict]]:
+    """The whole lines of all journals of a run folder, without seconds unless `times`."""
+    found = {}
+    for path in sorted(Path(folder).rglob("*.jsonl")):
+        content = path.read_bytes()
+        whole = content[: content.rfind(b"\n") + 1].splitlines()[1:]
+        found[path.name] = [{**json.loads(line), **({} if times else {"seconds": None})} for line in whole]
+    return found

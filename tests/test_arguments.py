@@ -74,7 +74,7 @@ CALLS = {
     "SecondMoment.merged: moments": lambda m, e, p: SecondMoment.merged(WRONG),
     "evaluate: records": lambda m, e, p: errata.evaluate(m, WRONG, {}, p),
     "edit_in_sequence: rewrites": lambda m, e, p: errata.edit_in_sequence(m, WRONG, [], p, second_moment=None),
-    "sweep_sites: records": lambda m, e, p: errata.sweep_sites(m, WRONG, p, second_moments=None),
+    "sweep: records": lambda m, e, p: errata.sweep(m, WRONG, p),
     "Rewrite: fact": lambda m, e, p: errata.Rewrite(WRONG, "Paris"),
 }
 

@@ -16,10 +16,11 @@ from errata import atlas
 from errata.atlas import card
 from errata.atlas.records import records
 from errata.atlas.world import load_world
-from errata.metrics.counterfact import score_record, summarise
 from errata.models.scoring import score
+from errata.tasks.counterfact import score_record
 from errata.tracing.average import average_effects
 from errata.tracing.result import ROLES
+from helpers.scores import summarise
 
 
 @pytest.fixture(scope="module")

@@ -11,11 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from errata.base.errors import ConfigError, FactError, ResultFileError
-from errata.benchmarks.build import BuildConfig, Maker, build
-from errata.benchmarks.counterfact import write_records
-from errata.benchmarks.sets import read_records
-from errata.benchmarks.templates import Wordings, read_templates
-from errata.benchmarks.triples import Triple, folded, read_texts, read_triples, uniform
+from errata.data.build import BuildConfig, Maker, build
+from errata.data.counterfact import write_records
+from errata.data.templates import Wordings, read_templates
+from errata.data.triples import Triple, folded, read_texts, read_triples, uniform
+from errata.tasks.records import read_records
 
 MAKERS = {
     "Norvik": ["Aurora", "Borea", "Cirrus", "Dione", "Erida", "Faro", "Gallo"],

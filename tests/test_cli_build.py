@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from errata.benchmarks.sets import read_records
+from errata.tasks.records import read_records
 from helpers.command_line import refused
 
 GUIDE = Path(__file__).parents[1] / "docs" / "how-to" / "data.md"

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from errata.benchmarks import sources
+from errata.data import sources
 from helpers.command_line import refused
 from helpers.entries import FLAT, NESTED, ZSRE, changed, write
 from helpers.web import CONTENT, of

@@ -351,7 +351,7 @@ def test_bad_records_are_told_and_the_others_used(errata):
         "entry 6: ",
         "entry 7: its case_id is a whole number",
         "entry 8: the same case_id, 1, as entry 1",
-        "entry 9: it is an object, not str",
+        "entry 9: it must be an object, not str",
         "entry 10: there are bytes in its subject that are no UTF-8",
     ]
     for line, message in zip(told, messages, strict=False):

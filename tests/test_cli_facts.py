@@ -12,8 +12,8 @@ import time
 import pytest
 
 from errata.base.facts import Fact
-from errata.benchmarks.fact_table import FactRow, read_facts
 from errata.cli.facts import _tell_unknown
+from errata.data.fact_table import FactRow, read_facts
 from errata.metrics import knowledge
 from errata.metrics.knowledge import Knowledge
 from helpers.command_line import refused

@@ -11,8 +11,9 @@ from typer.testing import CliRunner
 
 from errata.base.errors import ConfigError, ErrataError
 from errata.cli import sweep
+from errata.evaluation.results import Run
 from errata.evaluation.sequence import SequenceScores, edits_folder
-from errata.evaluation.sites import SiteScores
+from errata.evaluation.settings import SettingScores
 from errata.models.fingerprint import weights_digest
 from errata.models.loading import load_pretrained
 from tiny import byte_tokenizer, tiny
@@ -39,46 +40,76 @@ def other(monkeypatch):
 
 
 def test_sweep_on_the_atlas(tmp_path):
-    command = ["sweep", "--save", tmp_path / "s.jsonl", "--records", 2, "--layers", "4,7", "--identity"]
-    command += ["--tokens", "subject_last,last"]
-    done = errata(*command, "--out", tmp_path / "s.png")
-    assert "Edits do best at" in done.stdout
-    assert "2 edits could not be made" in done.stdout
-    assert (tmp_path / "s.png").stat().st_size > 10_000
-    found = SiteScores.load(tmp_path / "s.jsonl")
-    assert found.layers == (4, 7)
+    out, picture = tmp_path / "s", tmp_path / "s.png"
+    command = ["sweep", "--out", out, "--limit", 2, "--layers", "4,7", "--identity", "--tokens", "subject_last,last"]
+    done = errata(*command, "--picture", picture)
+    assert "where S is highest" in " ".join(done.stdout.split())
+    assert picture.stat().st_size > 10_000
+    run = Run.load(out)
+    assert [*run.edited] == [f"rome-layer={i},fact_token={t}" for i in (4, 7) for t in ("subject_last", "last")]
+    found = SettingScores.of(run, "layer")
     said = json.loads(errata(*command, "--json").stdout)
-    assert (said["records"], said["picture"], said["layers"]) == (2, None, [4, 7])
-    assert said["sites"]["subject_last"]["impossible"] == [0, 2]
-    assert said["sites"]["last"]["s"]["mean"] == found.mean["s"][1].tolist()
+    assert (said["records"], said["picture"], said["along"], said["at"]) == (2, None, "layer", [4, 7])
+    assert said["lines"]["fact token subject_last"]["failures"] == [0, 2]
+    last = said["lines"]["fact token last"]
+    assert [one["mean"] for one in last["s"]] == [found.scores["s"]["fact token last", at].mean for at in (4.0, 7.0)]
     assert said["unedited"]["es"]["mean"] == found.unedited["es"].mean
-    assert said["best"]["s"] == found.best()[2] > said["unedited"]["s"]["mean"]
-    command[command.index("--records") + 1] = 3  # a finished sweep goes on with more
+    assert last["best"] == found.best("fact token last")
+    assert max(one["mean"] for one in last["s"]) > said["unedited"]["s"]["mean"]
+    command[command.index("--limit") + 1] = 3  # a finished sweep goes on with more
     more = json.loads(errata(*command, "--json").stdout)
-    assert (more["records"], more["sites"]["subject_last"]["impossible"]) == (3, [0, 3])
+    assert (more["records"], more["lines"]["fact token subject_last"]["failures"]) == (3, [0, 3])
+
+
+def test_sweep_of_another_model_with_records_from_a_file(tmp_path, other):
+    record = {
+        "subject": "Rome",
+        "prompt": "Where is Rome?",
+        "target_new": "Paris",
+        "rephrase_prompt": "In which city is Rome?",
+        "locality_prompt": "Who is it?",
+        "locality_ground_truth": "He",
+    }
+    records = [record, {**record, "target_new": ""}, {**record, "target_new": "city"}]
+    (tmp_path / "r.json").write_text(json.dumps(records))
+    command = ["sweep", "--model", "other", "--out", tmp_path / "s", "--data", tmp_path / "r.json", "--identity"]
+    command += ["--editor", "rome:prefixes=none,steps=2", "--layers", "0-1", "--tokens", "last", "--json"]
+    done = errata(*command, code=1)
+    assert "r.json, entry 2: target_new is empty" in done.stderr
+    assert done.stderr.splitlines()[-1] == "left out: 1 of the file's entries"
+    said = json.loads(done.stdout)
+    assert (said["model"], said["records"], said["at"]) == ("other", 2, [0, 1])
+    assert set(said["lines"]) == {"rome"}
+    assert set(said["unedited"]) == {"efficacy", "paraphrase", "specificity"}
+    run = Run.load(tmp_path / "s")
+    assert (run.task.name, run.settings["records"]["source"]) == ("wikibigedit", "r.json")
+    assert run.edited["rome-layer=1,fact_token=last"].settings["config"]["steps"] == 2
 
 
 @pytest.mark.parametrize(
     ("more", "named"),
     [
-        (["--save", "s.json"], "must be one of .jsonl"),
-        (["--save", "s.jsonl", "--out", "s.txt"], "picture"),
-        (["--save", "s.jsonl", "--layers", "x"], "--layers"),
-        (["--save", "s.jsonl", "--layers", "7-8"], "no layer 8"),
-        (["--save", "s.jsonl", "--tokens", "first"], "no token 'first'"),
-        (["--save", "s.jsonl", "--identity", "--corpus", "c.txt"], "given twice, by --identity and --corpus"),
+        (["--picture", "s.txt"], "picture"),
+        (["--layers", "x"], "--layers"),
+        (["--layers", "7-8"], "unknown layer 8"),
+        (["--tokens", "first"], "unknown token role 'first'"),
+        (["--corpus", "c.txt"], "given twice, by --identity and --corpus"),
+        (["--editor", "rome:layer=3"], "goes through values of 'layer'"),
+        (["--editor", "rome:max_drift=3"], "max_drift has no effect here"),
+        (["--editor", "rome:stepz=3"], "steps"),
+        (["--editor", "kn"], "kn cannot be swept"),
     ],
 )
 def test_sweeps_that_are_none(tmp_path, monkeypatch, more, named):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ErrataError, match=named):
-        errata("sweep", "--identity", *more)
+        errata("sweep", "--identity", "--out", "s", *more)
     assert not list(tmp_path.iterdir())
 
 
 def test_a_sweep_needs_records(tmp_path, other):
-    with pytest.raises(ConfigError, match="none yet for other"):
-        errata("sweep", "--model", "other", "--save", tmp_path / "s.jsonl", "--identity")
+    with pytest.raises(ConfigError, match="there are no records for other"):
+        errata("sweep", "--model", "other", "--out", tmp_path / "s", "--identity")
 
 
 def test_sequence_on_the_atlas(tmp_path):

@@ -47,7 +47,7 @@ def run(errata, tmp_path):
 def results(tmp_path_factory):
     """A file of traces of all facts and parts."""
     from errata.api import load_model
-    from errata.benchmarks.fact_table import read_facts
+    from errata.data.fact_table import read_facts
 
     folder = tmp_path_factory.mktemp("results")
     (folder / "facts.jsonl").write_text("\n".join(map(json.dumps, FACTS)) + "\n")

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from errata.atlas import records
-from errata.benchmarks.counterfact import write_records
+from errata.data.counterfact import write_records
 from errata.editors.hypernetworks import training
 from errata.editors.hypernetworks.files import Trained
 from errata.evaluation.results import Run
@@ -42,7 +42,7 @@ def test_trained_it_is_an_editor_to_evaluate(errata, method, kind):
     )
     assert measured.returncode == 0, measured.stderr
     run = Run.load("run")
-    assert run.kind == ("zsre" if kind == "zsre" else "counterfact")
+    assert run.task.name == ("zsre" if kind == "zsre" else "counterfact")
     assert run.edited["mine"].by_case[0].error is None
     again = errata(*command)  # nothing is trained again
     assert again.returncode == 0

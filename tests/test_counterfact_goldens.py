@@ -10,15 +10,17 @@ import pytest
 import torch
 
 import goldens
-from errata.benchmarks.counterfact import nested_record
-from errata.benchmarks.records import Record
+from errata.data.counterfact import nested_record
+from errata.data.records import Record
 from errata.edits.delta import Dense, RankOne
 from errata.edits.edit import Edit
 from errata.metrics.asking import Answers, ask_together
-from errata.metrics.counterfact import RecordAnswers, answered, questions, record_scores, score_record, summarise
 from errata.models.generation import generate
 from errata.models.model import Model
 from errata.models.scoring import Score, score
+from errata.tasks.counterfact import COUNTERFACT, score_record
+from errata.tasks.task import Scored
+from helpers.scores import numbers_of, summarise
 
 KINDS = ("rewrite", "paraphrase", "neighborhood", "attribute")
 SIDES = ("target_new", "target_true")
@@ -42,9 +44,9 @@ def published(told: dict) -> list[tuple[float, float]]:
     return [(each["target_new"], each["target_true"]) for kind in KINDS for each in told[f"{kind}_prompts_probs"]]
 
 
-def as_answers(record: Record, told: dict) -> RecordAnswers:
+def as_answers(record: Record, told: dict) -> Scored:
     """The published numbers as if they had been measured here; each object counts as one token."""
-    return answered(record, [(Score(-new, 1, 0), Score(-old, 1, 0)) for new, old in published(told)])
+    return COUNTERFACT.scored(record, [(Score(-new, 1, 0), Score(-old, 1, 0)) for new, old in published(told)])
 
 
 def nll(answers: list[Answers]) -> np.ndarray:
@@ -63,7 +65,7 @@ def test_every_prompt_s_numbers_are_the_published_ones(dtype):
     model = goldens.tiny_np(dtype)
     for record, told in zip(records(), golden()["results"], strict=True):
         assert told["case_id"] == record.case_id
-        wanted, asked = published(told[COLUMNS[dtype]]), questions(record)
+        wanted, asked = published(told[COLUMNS[dtype]]), COUNTERFACT.questions(record)
         [together] = ask_together(model, asked, [[None] * len(asked)])
         assert largest(nll(together), wanted) < TOLERANCE[dtype]
         prompts, targets = [q.prompt for q in asked for _ in q.targets], [t for q in asked for t in q.targets]
@@ -93,7 +95,7 @@ def edits_of(model: Model) -> dict[str, list[Edit]]:
 def test_numbers_before_and_after_an_edit_are_the_published_ones():
     """Both records' edits at once, and the unedited model beside them; the edits are the published weight changes."""
     model, wanted = goldens.tiny_np(), golden()["pre_post_after_rome_cov"]
-    asked = [questions(record) for record in records()]
+    asked = [COUNTERFACT.questions(record) for record in records()]
     flat = [question for each in asked for question in each]
 
     def spread(edits: list) -> list:
@@ -125,11 +127,11 @@ def formula(told: dict) -> dict[str, float]:
 def test_the_summary_is_the_published_one(when):
     """Means and standard deviations, in percent, to two digits; our intervals are from the unbiased deviation."""
     told, [summary] = golden()["pre_post_after_rome_cov"], golden()["summary"]
-    scores = [record_scores(as_answers(*each)) for each in zip(records(), [each[when] for each in told], strict=True)]
+    scores = [numbers_of(as_answers(*each)) for each in zip(records(), [each[when] for each in told], strict=True)]
     by_hand = [formula(each[when]) for each in told]
     for mine, wanted in zip(scores, by_hand, strict=True):
-        assert {name: getattr(mine, name) for name in wanted} == pytest.approx(wanted, rel=1e-12)
-        assert math.isfinite(mine.ats)
+        assert {name: mine[name] for name in wanted} == pytest.approx(wanted, rel=1e-12)
+        assert math.isfinite(mine["ats"])
     found, n = summarise(scores), len(scores)
     for name, key in {"e": "rewrite", "p": "paraphrase", "n": "neighborhood"}.items():
         for ending, column in (("s", "success"), ("m", "diff")):
@@ -156,10 +158,10 @@ def test_the_summary_can_fail():
 def test_records_scored_by_themselves_agree():
     model = goldens.tiny_np()
     for record, told in zip(records(), golden()["results"], strict=True):
-        wanted = record_scores(as_answers(record, told["float32"]))
+        wanted = numbers_of(as_answers(record, told["float32"]))
         found = score_record(model, record)
-        for name in vars(wanted):
-            assert getattr(found, name) == pytest.approx(getattr(wanted, name), rel=1e-5)
+        for name in wanted:
+            assert found[name] == pytest.approx(wanted[name], rel=1e-5)
 
 
 # ---- texts --------------------------------------------------------------------------------------------------

@@ -239,7 +239,14 @@ TESTED = {
     ),
     "docs/how-to/editing.md": Page(
         prepare=lambda folder: (folder / "requests.csv").write_text(REQUESTS),
-        files=("adapter/adapter_config.json", "all.safetensors", "sweep.jsonl", "sweep.png", "sequence.png"),
+        files=(
+            "adapter/adapter_config.json",
+            "all.safetensors",
+            "sweep/unedited.jsonl",
+            "sweep.png",
+            "sweep.svg",
+            "sequence.png",
+        ),
         check=check_editing,
     ),
     "docs/how-to/evaluation.md": Page(

@@ -125,7 +125,8 @@ def test_a_run_with_a_killed_worker_is_the_serial_one_and_nothing_is_left_runnin
 
 
 def test_closing_ends_the_workers_and_leaves_a_cluster_that_was_there(cluster, model, some, editor):
-    coming = Cluster(model, errata.load_model, workers=1).run(Work({"row": editor}, Measures()), chunks_of(some))
+    work = Work("counterfact", {"row": editor}, Measures())
+    coming = Cluster(model, errata.load_model, workers=1).run(work, chunks_of(some))
     _, measured = next(coming)
     assert measured.edits == {}  # nobody asked for them
     busy = workers()
@@ -143,7 +144,7 @@ def test_a_worker_with_another_model_is_refused(cluster, model, some):
         return loaded
 
     with pytest.raises(ConfigError, match=r"fingerprint is [0-9a-f]{64} there and [0-9a-f]{64} here"):
-        list(Cluster(model, other, workers=1).run(Work({}, Measures()), chunks_of(some, (), True)))
+        list(Cluster(model, other, workers=1).run(Work("counterfact", {}, Measures()), chunks_of(some, (), True)))
 
 
 def test_errors_of_ours_arrive_as_they_are_and_others_as_their_kind(cluster, model, some):
@@ -155,11 +156,11 @@ def test_errors_of_ours_arrive_as_they_are_and_others_as_their_kind(cluster, mod
 
     executor = Cluster(model, errata.load_model, workers=1)
     with pytest.raises(ConfigError) as caught:
-        list(executor.run(Work({"row": Editor("none", {}, stopped)}, Measures()), chunks_of(some)))
+        list(executor.run(Work("counterfact", {"row": Editor("none", {}, stopped)}, Measures()), chunks_of(some)))
     assert type(caught.value) is ConfigError
     assert str(caught.value) == "this cannot be"
     with pytest.raises(KeyError, match="nothing"):
-        list(executor.run(Work({"row": Editor("none", {}, wrong)}, Measures()), chunks_of(some)))
+        list(executor.run(Work("counterfact", {"row": Editor("none", {}, wrong)}, Measures()), chunks_of(some)))
 
 
 def test_a_chunk_that_kills_its_workers_is_named(cluster, model, some, monkeypatch):
@@ -168,7 +169,7 @@ def test_a_chunk_that_kills_its_workers_is_named(cluster, model, some, monkeypat
     def deadly(model, rewrites):
         os.kill(os.getpid(), signal.SIGKILL)
 
-    work = Work({"row": Editor("none", {}, deadly)}, Measures())
+    work = Work("counterfact", {"row": Editor("none", {}, deadly)}, Measures())
     with pytest.raises(WorkerLost, match=f"2 workers died over the same records, cases {some[0].case_id}:"):
         list(Cluster(model, errata.load_model, workers=1).run(work, chunks_of(some[:1])))
 
@@ -177,12 +178,12 @@ def test_a_cluster_without_room_says_what_it_has(cluster, model, some, monkeypat
     monkeypatch.setattr(executors, "PATIENCE", 1.0)
     executor = Cluster(model, errata.load_model, workers=1, cpus=64)
     with pytest.raises(ConfigError, match=r"each is to have 64 CPU, and the nodes have 2 CPU, 0 GPU"):
-        list(executor.run(Work({}, Measures()), chunks_of(some, (), True)))
+        list(executor.run(Work("counterfact", {}, Measures()), chunks_of(some, (), True)))
 
 
 def test_nothing_to_do_starts_nothing(model):
-    assert list(Cluster(model, errata.load_model, "ray://nowhere:1").run(Work({}, Measures()), [])) == []
-    assert list(Here(model).run(Work({}, Measures()), [])) == []
+    assert list(Cluster(model, errata.load_model, "ray://nowhere:1").run(Work("counterfact", {}, Measures()), [])) == []
+    assert list(Here(model).run(Work("counterfact", {}, Measures()), [])) == []
 
 
 @pytest.mark.parametrize(
@@ -207,9 +208,9 @@ def test_without_ray_it_is_asked_for(model, monkeypatch):
 
 
 def test_work_is_sent_without_the_model(model, editor, some):
-    small = Work({name: errata.editor(model, name) for name in ("ft", "kn")}, Measures()).without_model()
+    small = Work("counterfact", {name: errata.editor(model, name) for name in ("ft", "kn")}, Measures()).without_model()
     assert len(pickle.dumps(small)) < 10_000
-    again = pickle.loads(pickle.dumps(Work({"rome": editor}, Measures()).without_model()))
+    again = pickle.loads(pickle.dumps(Work("counterfact", {"rome": editor}, Measures()).without_model()))
     assert again.editors["rome"].make(model, [some[0].rewrite]) == editor.make(model, [some[0].rewrite])
     with pytest.raises(ConfigError, match="this rome editor has no model"):
         again.editors["rome"](some[0].rewrite)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from errata.base.errors import ConfigError, OutputError, ResultFileError
 from errata.base.facts import Fact
-from errata.benchmarks.fact_table import FACTS, FactRow, read_facts, told_unread, write_facts
+from errata.data.fact_table import FACTS, FactRow, read_facts, told_unread, write_facts
 from samples import sample
 
 NEEDLE = Fact("The Space Needle", "{} is located in the city of", "Seattle")

@@ -33,13 +33,12 @@ from errata.base.errors import ErrataError, OutputError, ResultFileError
 from errata.base.facts import Fact
 from errata.base.fingerprint import tensor_digest
 from errata.base.journal import write_journal
-from errata.benchmarks.fact_table import MOST_BROKEN, FactRow, read_facts, write_facts
-from errata.benchmarks.requests import read_requests
-from errata.benchmarks.sets import read_records
-from errata.benchmarks.snippets import Snippet, Snippets, read_snippets, write_snippets
-from errata.benchmarks.templates import read_templates
-from errata.benchmarks.triples import read_triples
 from errata.cli import build, evaluate, facts
+from errata.data.fact_table import MOST_BROKEN, FactRow, read_facts, write_facts
+from errata.data.requests import read_requests
+from errata.data.snippets import Snippet, Snippets, read_snippets, write_snippets
+from errata.data.templates import read_templates
+from errata.data.triples import read_triples
 from errata.editors.hypernetworks import training
 from errata.editors.hypernetworks.files import Trained, new_network
 from errata.editors.hypernetworks.lessons import Lesson
@@ -50,7 +49,6 @@ from errata.evaluation.formats import as_text
 from errata.evaluation.report import table
 from errata.evaluation.results import Run
 from errata.evaluation.sequence import SequenceScores
-from errata.evaluation.sites import SiteScores
 from errata.metrics.tfidf import TfIdf
 from errata.models.loading import load_pretrained
 from errata.models.saving import save_pretrained
@@ -59,6 +57,7 @@ from errata.statistics.published import load_published
 from errata.statistics.readers import read_texts
 from errata.statistics.second_moment import Halves, SecondMoment
 from errata.statistics.sums import Sums
+from errata.tasks.records import read_records
 from errata.tracing.average import AverageEffects, average_effects
 from errata.tracing.config import TraceConfig
 from errata.tracing.gradients import IntegratedGradients
@@ -155,17 +154,6 @@ def load_run(path):
     made = table([run])
     for kind in ("markdown", "latex", "csv", "json"):
         as_text(made, kind)
-
-
-def sites_file(folder):
-    header = {"model": "m", "layers": [0, 1], "tokens": ["last"], "cases": [1]}
-    scores = dict.fromkeys(("es", "em", "ps", "pm", "ns", "nm", "ats", "atm"), 0.5)
-    lines = [{"layer": None, "token": None, "case": 1, "scores": scores}]
-    lines += [{"layer": n, "token": "last", "case": 1, "scores": scores, "reason": None} for n in (0, 1)]
-    from errata.evaluation import sites
-
-    write_journal(folder / "s.jsonl", sites.KIND, sites.FORMAT, header, lines)
-    return folder / "s.jsonl"
 
 
 def sequence_file(folder):
@@ -325,6 +313,15 @@ ZSRE = {
     "loc_ans": "U",
 }
 
+WIKIBIGEDIT = {
+    "subject": "S",
+    "prompt": "Where is S?",
+    "target_new": "Rome",
+    "rephrase_prompt": "In which city is S?",
+    "locality_prompt": "Who is T?",
+    "locality_ground_truth": "U",
+}
+
 FORMATS = {
     "edit": (edit_file, Edit.load),
     "adapter": (adapter_file(lora.TENSORS), lambda path: lora.read(path.parent)),
@@ -345,6 +342,7 @@ FORMATS = {
     "texts": (text_file("t.jsonl", '{"text": "a b"}\n{"text": "c"}\n'), lambda path: list(read_texts(path, "text"))),
     "counterfact": (text_file("c.json", json.dumps([COUNTERFACT])), read_records),
     "zsre": (text_file("z.json", json.dumps([ZSRE])), read_records),
+    "wikibigedit": (text_file("w.json", json.dumps([WIKIBIGEDIT])), read_records),
     "snippets": (snippets_file, read_snippets),
     "tfidf numbers": (tfidf_file("idf.npy"), lambda path: TfIdf.load(path.parent)),
     "tfidf words": (tfidf_file("tfidf_vocab.json"), lambda path: TfIdf.load(path.parent)),
@@ -352,7 +350,6 @@ FORMATS = {
     "run results": (in_run(counterfact_run, "unedited.jsonl"), load_run),
     "run editor": (in_run(counterfact_run, "editors/rome.jsonl"), load_run),
     "zsre run results": (in_run(zsre_run, "unedited.jsonl"), load_run),
-    "sites": (sites_file, SiteScores.load),
     "sequence": (sequence_file, SequenceScores.load),
     "gradients": (gradients_file, IntegratedGradients.load),
     "unfinished sums": (sums_file, resume_sums),

@@ -8,7 +8,7 @@ import pytest
 
 from errata.base.errors import ConfigError, FactError
 from errata.base.facts import Fact
-from errata.benchmarks.fact_table import FactRow
+from errata.data.fact_table import FactRow
 from errata.metrics.knowledge import continuations, judge, knows, refusal
 from errata.models.model import Model
 from tiny import byte_tokenizer, tiny

@@ -16,15 +16,14 @@ from errata.base.errors import ErrataError, FactError
 from errata.base.facts import Fact, Rewrite
 from errata.base.fingerprint import tensor_digest
 from errata.base.seeds import derive
-from errata.benchmarks.records import Record, ZsreRecord
-from errata.benchmarks.snippets import Snippet, Snippets
+from errata.data.records import Record, ZsreRecord
+from errata.data.snippets import Snippet, Snippets
 from errata.editors.editor import Editor
 from errata.edits.delta import Delta, Dense, LowRank, RankOne
 from errata.edits.edit import Edit
 from errata.evaluation.measure import Generation, Measured, Measures, measure
 from errata.evaluation.results import UNEDITED, Result
 from errata.metrics import asking, health
-from errata.metrics.counterfact import RecordAnswers
 from errata.metrics.text import ESSENCE_LENGTH, as_scored, essence_perplexity, generation_entropy
 from errata.metrics.tfidf import TfIdf
 from errata.models import generation
@@ -34,6 +33,9 @@ from errata.models.scoring import Score, score
 from errata.models.weights import down_weight_name, matrix
 from errata.passes.packed import PackedPasses
 from errata.passes.packing import PackedSequence
+from errata.tasks.counterfact import COUNTERFACT
+from errata.tasks.registry import task_of_records
+from errata.tasks.task import Scored
 from tiny import TEXT, byte_tokenizer, tiny
 
 LAYERS, LENGTH, TOP_K, SEED = 3, 24, 5, 7
@@ -162,9 +164,13 @@ def edits_of(model: Model, kind: str) -> list[Edit]:
     return made  # type: ignore[return-value]
 
 
+def measured_by(model: Model, records: Sequence[Any], *arguments: Any) -> Measured:
+    return measure(model, task_of_records(records), records, *arguments)
+
+
 @functools.cache
 def measured(family: str = "gpt2", kind: str = "rank_one") -> Measured:
-    return measure(model_of(family), RECORDS, {kind: editor(kind)}, True, WHOLE)
+    return measured_by(model_of(family), RECORDS, {kind: editor(kind)}, True, WHOLE)
 
 
 def on(model: Model, edit: Edit | None) -> contextlib.AbstractContextManager[Any]:
@@ -179,15 +185,17 @@ def without_times(results: Sequence[Result]) -> list[Result]:
     return [dataclasses.replace(each, seconds={}) for each in results]
 
 
-def plain_answers(model: Model, each: Record) -> RecordAnswers:
+def plain_answers(model: Model, each: Record) -> Scored:
     targets = [each.rewrite.new_object, each.rewrite.fact.object]
-    kinds = [(each.rewrite.text,), each.paraphrase, each.neighborhood, each.attribute]
-    return RecordAnswers(*(tuple(tuple(score(model, [text] * 2, targets)) for text in texts) for texts in kinds))
+    kinds = {"rewrite": (each.rewrite.text,)}
+    kinds |= {kind: getattr(each, kind) for kind in ("paraphrase", "neighborhood", "attribute")}
+    return {kind: tuple(tuple(score(model, [text] * 2, targets)) for text in texts) for kind, texts in kinds.items()}
 
 
 def same_answers(found: Any, wanted: Any, rel: float) -> None:
-    for kind, theirs in vars(wanted).items():
-        ours = getattr(found, kind)
+    assert list(found) == list(wanted)
+    for kind, theirs in wanted.items():
+        ours = found[kind]
         assert [len(one) for one in ours] == [len(one) for one in theirs]
         for one, other in zip((s for each in ours for s in each), (s for each in theirs for s in each), strict=True):
             assert one.total == pytest.approx(other.total, rel=rel)
@@ -219,7 +227,7 @@ def test_answers_are_those_of_the_plain_way_to_score(family, kind):
                 same_answers(result.answers, plain_answers(model, each), 1e-9)
             assert result.error is result.edit is None
     moved = [
-        abs(one.answers.rewrite[0][0].total - other.answers.rewrite[0][0].total)
+        abs(one.answers["rewrite"][0][0].total - other.answers["rewrite"][0][0].total)
         for one, other in zip(*found.results.values(), strict=True)
     ]
     assert min(moved) > 1e-3
@@ -324,7 +332,7 @@ def test_before_and_after_differ_only_from_where_the_models_do():
     another seed does not."""
     before, after = measured("gpt2", "hardly").results.values()
     assert [each.texts for each in after] == [each.texts for each in before]
-    other = measure(model_of(), RECORDS, {}, True, dataclasses.replace(WHOLE, seed=SEED + 1)).results[UNEDITED]
+    other = measured_by(model_of(), RECORDS, {}, True, dataclasses.replace(WHOLE, seed=SEED + 1)).results[UNEDITED]
     assert all(one.texts != two.texts for one, two in zip(other, before, strict=True) if one.texts)
     assert [one.answers for one in other] == [two.answers for two in before]
 
@@ -340,10 +348,10 @@ SHORT = dataclasses.replace(WHOLE, generation=Generation(top_k=TOP_K, length=12)
 def test_no_editor_s_results_depend_on_others_by_a_single_bit(family, dtype, measures):
     model = model_of(family, dtype)
     chosen = ["rank_one", "last", "low_rank", "dense"]
-    together = measure(model, RECORDS, {kind: editor(kind) for kind in chosen}, True, measures)
+    together = measured_by(model, RECORDS, {kind: editor(kind) for kind in chosen}, True, measures)
     assert list(together.results) == [UNEDITED, *chosen]
     for some, before in [((kind,), False) for kind in chosen] + [((), True), (("rank_one",), True)]:
-        alone = measure(model, RECORDS, {kind: editor(kind) for kind in some}, before, measures)
+        alone = measured_by(model, RECORDS, {kind: editor(kind) for kind in some}, before, measures)
         assert list(alone.results) == [*([UNEDITED] if before else []), *some]
         for name, results in alone.results.items():
             assert without_times(results) == without_times(together.results[name])
@@ -353,7 +361,7 @@ def test_no_editor_s_results_depend_on_others_by_a_single_bit(family, dtype, mea
 def test_answers_do_not_depend_on_health_being_asked_for(kind):
     model, editors = model_of("gpt2", torch.float32), {kind: editor(kind)}
     whole, unprobed = (
-        measure(model, RECORDS, editors, False, measures).results[kind]
+        measured_by(model, RECORDS, editors, False, measures).results[kind]
         for measures in (SHORT, dataclasses.replace(SHORT, probes=()))
     )
     assert [each.health for each in unprobed] == [None] * len(RECORDS)
@@ -362,7 +370,7 @@ def test_answers_do_not_depend_on_health_being_asked_for(kind):
 
 def test_asking_alone_asks_the_same():
     model, editors = model_of("gpt2"), {"dense": editor("dense"), "last": editor("last")}
-    found = measure(model, RECORDS, editors, True, Measures(seed=SEED))
+    found = measured_by(model, RECORDS, editors, True, Measures(seed=SEED))
     for name in ("dense", "last"):
         for bare, whole in zip(found.results[name], measured("gpt2", name).results[name], strict=True):
             same_answers(bare.answers, whole.answers, 1e-9)
@@ -376,7 +384,7 @@ def test_asking_alone_asks_the_same():
 def test_an_edit_that_cannot_be_made_is_the_result_of_its_record_alone(kind):
     model = model_of()
     fails = ["Steve Jobs", "LeBron James"]
-    found = measure(model, RECORDS, {kind: editor(kind, fails)}, True, WHOLE)
+    found = measured_by(model, RECORDS, {kind: editor(kind, fails)}, True, WHOLE)
     assert without_times(found.results[UNEDITED]) == without_times(measured("gpt2", kind).results[UNEDITED])
     for each, result, wanted in zip(RECORDS, found.results[kind], measured("gpt2", kind).results[kind], strict=True):
         if each.rewrite.subject in fails:
@@ -393,7 +401,7 @@ def test_an_edit_that_cannot_be_made_is_the_result_of_its_record_alone(kind):
 
 def test_editors_all_of_whose_edits_fail():
     subjects = [each.rewrite.subject for each in RECORDS]
-    found = measure(model_of(), RECORDS, {"none": editor("dense", subjects)}, False, WHOLE)
+    found = measured_by(model_of(), RECORDS, {"none": editor("dense", subjects)}, False, WHOLE)
     assert list(found.results) == ["none"]
     assert all(each.error and each.answers is None for each in found.results["none"])
 
@@ -410,8 +418,8 @@ TOO_LONG = [
 def test_a_record_that_the_model_cannot_read_is_told_and_leaves_the_others_alone(bad):
     model = model_of("gpt2", torch.float32)
     editors = {"rank_one": editor("rank_one"), "dense": editor("dense")}
-    wanted = measure(model, RECORDS, editors, True, SHORT)
-    found = measure(model, [*RECORDS[:1], bad, *RECORDS[1:]], editors, True, SHORT)
+    wanted = measured_by(model, RECORDS, editors, True, SHORT)
+    found = measured_by(model, [*RECORDS[:1], bad, *RECORDS[1:]], editors, True, SHORT)
     for name, (first, told, *rest) in found.results.items():
         assert told.case == bad.case_id
         assert "reads at most 96" in told.error
@@ -420,7 +428,7 @@ def test_a_record_that_the_model_cannot_read_is_told_and_leaves_the_others_alone
     for name, (first, none, *rest) in found.edits.items():
         assert none is None
         assert [first, *rest] == list(wanted.edits[name])
-    alone = measure(model, [bad], editors, True, SHORT)
+    alone = measured_by(model, [bad], editors, True, SHORT)
     assert list(alone.results) == [UNEDITED, "rank_one", "dense"]
     assert all(each.error for results in alone.results.values() for each in results)
 
@@ -431,8 +439,8 @@ def test_a_model_that_an_edit_breaks_says_nothing_and_the_others_speak(kind):
     model = model_of("gpt2", torch.float32)
     before = digests(model)
     healthy = "dense" if kind.endswith("dense") else "rank_one"
-    found = measure(model, RECORDS, {kind: editor(kind)}, True, WHOLE).results[kind]
-    wanted = measure(model, RECORDS, {healthy: editor(healthy)}, True, WHOLE).results[healthy]
+    found = measured_by(model, RECORDS, {kind: editor(kind)}, True, WHOLE).results[kind]
+    wanted = measured_by(model, RECORDS, {healthy: editor(healthy)}, True, WHOLE).results[healthy]
     assert digests(model) == before
     for each, result, other in zip(RECORDS, found, wanted, strict=True):
         if each.case_id != 5:
@@ -440,14 +448,14 @@ def test_a_model_that_an_edit_breaks_says_nothing_and_the_others_speak(kind):
             assert result.texts == other.texts
             assert result.health["disabling"] == other.health["disabling"]
             continue
-        said = [s for kind in vars(result.answers).values() for one in kind for s in one]
+        said = [s for kind in result.answers.values() for one in kind for s in one]
         assert not any(math.isfinite(s.total) for s in said)
         assert result.texts == each.generation
         assert result.essence is None
         assert result.health["disabling"] is True
         assert result.health["drift"] is None
         again = Result.from_line(result.as_line())
-        assert {s.total for kind in vars(again.answers).values() for one in kind for s in one} == {-math.inf}
+        assert {s.total for kind in again.answers.values() for one in kind for s in one} == {-math.inf}
 
 
 @pytest.mark.parametrize("kind", ["dense", "mixed"])
@@ -464,12 +472,12 @@ def test_an_edit_that_the_dtype_cannot_hold_counts_as_not_made(kind):
         ]
 
     before = digests(model)
-    found = measure(model, RECORDS, {kind: Editor("made", {}, make)}, True, WHOLE)
+    found = measured_by(model, RECORDS, {kind: Editor("made", {}, make)}, True, WHOLE)
     assert digests(model) == before
     assert "overflows" in found.results[kind][1].error
     assert [each.error is None for each in found.results[kind]] == [True, False, True, True]
     assert found.edits[kind][1] is None
-    wanted = measure(model, RECORDS, {kind: plain}, True, WHOLE).results[kind]
+    wanted = measured_by(model, RECORDS, {kind: plain}, True, WHOLE).results[kind]
     assert [found.results[kind][i].texts for i in (0, 2, 3)] == [wanted[i].texts for i in (0, 2, 3)]
 
 
@@ -485,7 +493,7 @@ def test_records_of_zsre(kind):
         )
         for number, each in enumerate(RECORDS)
     ]
-    found = measure(model, records, {kind: editor(kind)}, True, WHOLE)
+    found = measured_by(model, records, {kind: editor(kind)}, True, WHOLE)
     for name, edits in {UNEDITED: [None] * len(RECORDS), kind: edits_of(model, kind)}.items():
         for each, edit, result in zip(records, edits, found.results[name], strict=True):
             new = each.rewrite.new_object
@@ -496,7 +504,7 @@ def test_records_of_zsre(kind):
                     "locality": score(model, *map(list, zip(*each.locality, strict=True))),
                 }
             for part, scores in wanted.items():
-                for [one], other in zip(getattr(result.answers, part), scores, strict=True):
+                for [one], other in zip(result.answers[part], scores, strict=True):
                     assert one.total == pytest.approx(other.total, rel=1e-9)
                     assert (one.n_tokens, one.hits) == (other.n_tokens, other.hits)
             assert (result.texts, result.essence) == ((), None)
@@ -510,7 +518,7 @@ def test_the_weights_are_what_they_were_to_the_byte():
     for family, dtype in SINGLE[::2]:
         model = model_of(family, dtype)
         before = digests(model)
-        measure(model, RECORDS, {kind: editor(kind) for kind in list(KINDS)[:6]}, True, SHORT)
+        measured_by(model, RECORDS, {kind: editor(kind) for kind in list(KINDS)[:6]}, True, SHORT)
         assert digests(model) == before
         assert not model.applied
         assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.hf.modules())
@@ -547,7 +555,7 @@ def test_nor_are_they_others_after_it_was_cut_short(place, kind, raised, monkeyp
     monkeypatch.setattr(module, name, failing)
     monkeypatch.setattr(health, "healths", begin)
     with pytest.raises(raised) as caught:
-        measure(model, RECORDS, {kind: editor(kind)}, True, WHOLE)
+        measured_by(model, RECORDS, {kind: editor(kind)}, True, WHOLE)
     assert caught.tb is not None  # what is on the stack is still there
     assert digests(model) == before
     assert not model.applied
@@ -561,10 +569,10 @@ def test_an_editor_that_breaks_off_ends_it():
     model = model_of("gpt2", torch.float32)
     before = digests(model)
     with pytest.raises(KeyboardInterrupt):
-        measure(model, RECORDS, {"dense": editor("dense"), "broken": Editor("made", {}, make)}, True, WHOLE)
+        measured_by(model, RECORDS, {"dense": editor("dense"), "broken": Editor("made", {}, make)}, True, WHOLE)
     assert digests(model) == before
 
 
 def test_nothing_to_measure():
-    found = measure(model_of(), [], {"dense": editor("dense")}, True, WHOLE)
+    found = measure(model_of(), COUNTERFACT, [], {"dense": editor("dense")}, True, WHOLE)
     assert not found.results.get("dense")

@@ -10,7 +10,7 @@ import pytest
 from errata.base.errors import ConfigError
 from errata.plots.drawing import save
 from errata.plots.sequence import sequence_figure
-from errata.plots.sites import sites_figure
+from errata.plots.settings import settings_figure
 
 matplotlib = pytest.importorskip("matplotlib", reason="pictures need the extra errata-lm[plots]")
 
@@ -24,11 +24,11 @@ def scores(layers: int = 8, tokens: int = 4):
     return {metric: rng.uniform(0.2, 0.9, (tokens, layers)) for metric in METRICS}
 
 
-def sites(layers: int = 8, mean=None, at=None, tokens=TOKENS, unedited=UNEDITED, title="XL"):
-    mean = mean or scores(layers, len(tokens))
+def layers(count: int = 8, mean=None, at=None, tokens=TOKENS, unedited=UNEDITED, title="XL"):
+    mean = mean or scores(count, len(tokens))
     low, high = ({name: each + by for name, each in mean.items()} for by in (-0.05, 0.05))
-    at = range(layers) if at is None else at
-    return sites_figure(mean, low, high, tokens, at, unedited=unedited, title=title)
+    at = range(count) if at is None else at
+    return settings_figure(mean, low, high, tokens, at, along="layer", unedited=unedited, title=title)
 
 
 def recall(points: int = 101):
@@ -57,7 +57,7 @@ def drawn_texts(figure):
 
 
 @pytest.mark.parametrize(
-    ("draw", "size"), [*((sites, layers) for layers in (1, 6, 8, 48, 96)), *((sequence, n) for n in (2, 101, 1001))]
+    ("draw", "size"), [*((layers, count) for count in (1, 6, 8, 48, 96)), *((sequence, n) for n in (2, 101, 1001))]
 )
 def test_texts_are_inside_and_apart(draw, size):
     figure = draw(size)
@@ -72,7 +72,7 @@ def test_texts_are_inside_and_apart(draw, size):
         assert not any(box.overlaps(axis.get_window_extent()) for axis in figure.axes), f"{text!r} hides what is drawn"
 
 
-@pytest.mark.parametrize("draw", [sites, sequence])
+@pytest.mark.parametrize("draw", [layers, sequence])
 def test_the_same_figure_is_the_same_bytes(draw, tmp_path):
     figure = draw()
     for ending in (".png", ".svg", ".pdf"):
@@ -83,7 +83,7 @@ def test_the_same_figure_is_the_same_bytes(draw, tmp_path):
 
 def test_each_metric_has_its_panel_each_token_its_line_and_the_unedited_model_another():
     mean = scores()
-    figure = sites(mean=mean)
+    figure = layers(mean=mean)
     assert [axis.get_title().split("\n")[0] for axis in figure.axes] == [
         "efficacy",
         "generalisation",
@@ -101,45 +101,40 @@ def test_each_metric_has_its_panel_each_token_its_line_and_the_unedited_model_an
         assert any(line.get_linestyle() != "-" and set(line.get_ydata()) == {UNEDITED[metric]} for line in axis.lines)
     (legend,) = figure.legends
     assert [text.get_text() for text in legend.get_texts()] == [
-        "first subject token*",
-        "last subject token*",
-        "first subsequent token",
-        "last token",
+        *TOKENS,
         "unedited model",
     ]
 
 
-def test_lines_can_be_told_apart_without_colours_and_by_token_whatever_is_drawn():
-    looks = [(line.get_color(), line.get_marker(), line.get_linestyle()) for line in lines(sites().axes[0])]
-    assert len({marker for _, marker, _ in looks}) == 4
-    (alone,) = lines(sites(tokens=TOKENS[3:]).axes[0])
-    assert (alone.get_color(), alone.get_marker(), alone.get_linestyle()) == looks[3]
+def test_lines_can_be_told_apart_without_colours():
+    looks = [(line.get_color(), line.get_marker(), line.get_linestyle()) for line in lines(layers().axes[0])]
+    assert len({marker for _, marker, _ in looks}) == len({colour for colour, _, _ in looks}) == 4
 
 
 def test_layers_stand_where_they_are_in_any_order():
     mean = scores(3)
-    axis = sites(3, mean, at=(12, 4, 40)).axes[0]
+    axis = layers(3, mean, at=(12, 4, 40)).axes[0]
     (line, *_) = lines(axis)
     assert line.get_xdata().tolist() == [4, 12, 40]
     assert line.get_ydata().tolist() == mean["es"][0, [1, 0, 2]].tolist()
     assert axis.get_xticks().tolist() == [4, 12, 40]
 
 
-def test_sites_without_a_score_have_no_point():
+def test_values_without_a_score_have_no_point():
     mean = scores()
     mean["es"][0] = np.nan
     mean["es"][1, 3] = np.nan
     for metric in METRICS:
         mean[metric][3] = np.nan
-    figure = sites(mean=mean, unedited=None)
+    figure = layers(mean=mean, unedited=None)
     assert [len(line.get_xdata()) for line in lines(figure.axes[0])] == [7, 8]
     assert [text.get_text() for text in figure.legends[0].get_texts()] == [
-        "last subject token*",
-        "first subsequent token",
-        "first subject token*",
+        "subject_first",
+        "subject_last",
+        "subject_first_after",
     ]
     nothing = {metric: np.full((4, 8), np.nan) for metric in METRICS}
-    assert not sites(mean=nothing, unedited=None).legends
+    assert not layers(mean=nothing, unedited=None).legends
 
 
 @pytest.mark.parametrize(
@@ -147,12 +142,11 @@ def test_sites_without_a_score_have_no_point():
     [
         ({"mean": {"es": np.zeros((3, 8))}}, "shape"),
         ({"at": range(7)}, "there are 7 places"),
-        ({"tokens": (*TOKENS[:3], "first")}, "no token role 'first'"),
     ],
 )
 def test_what_does_not_fit(change, named):
     with pytest.raises(ConfigError, match=named):
-        sites(**{"mean": scores(), **change})
+        layers(**{"mean": scores(), **change})
 
 
 def test_recall_against_edits():

@@ -13,13 +13,13 @@ from hypothesis import strategies as st
 import goldens
 from errata.base.errors import ConfigError, ErrataError, OutputError, ResultFileError
 from errata.base.facts import Fact
-from errata.benchmarks import entries, sets
-from errata.benchmarks.counterfact import write_records
-from errata.benchmarks.describe import describe
-from errata.benchmarks.fact_table import read_facts
-from errata.benchmarks.records import Record, ZsreRecord
-from errata.benchmarks.sets import read_records, what_is_in
-from errata.benchmarks.snippets import Snippet, Snippets, read_snippets, write_snippets
+from errata.data import entries
+from errata.data.counterfact import write_records
+from errata.data.fact_table import read_facts
+from errata.data.records import Record, WikiBigEditRecord, ZsreRecord
+from errata.data.snippets import Snippet, Snippets, read_snippets, write_snippets
+from errata.tasks.describe import describe
+from errata.tasks.records import RecordSet, read_records, what_is_in
 from helpers.entries import FLAT, NESTED, ZSRE, changed, numbered, write
 from samples import sample
 
@@ -41,7 +41,7 @@ NEEDLE = Record(
 @pytest.mark.parametrize("name", ["r.json", "r.jsonl", "R.JSON"])
 def test_nested(tmp_path, name):
     found = read_records(write(tmp_path, [NESTED], name))
-    assert found.kind == "counterfact"
+    assert found.task.name == "counterfact"
     assert found.records == (NEEDLE,)
     assert found.bad == ()
     assert found.snippets is None
@@ -64,7 +64,7 @@ def test_flat(tmp_path):
 
 def test_zsre(tmp_path):
     found = read_records(write(tmp_path, [ZSRE]))
-    assert found.kind == "zsre"
+    assert found.task.name == "zsre"
     rewrite = Fact("Watts Humphrey", "What university did {} take part in?").rewrite("Illinois Institute of Technology")
     loc = ("nq question: who played desmond doss father in hacksaw ridge?", "Hugo Weaving")
     assert found.records == (ZsreRecord(0, rewrite, ("What university did Watts Humphrey study at?",), (loc,)),)
@@ -103,7 +103,7 @@ def test_counterfact_as_the_published_code_has_it(tmp_path):
 )
 def test_samples_load_whole(name, kind, count):
     found = read_records(sample(name))
-    assert (found.kind, len(found.records), found.bad) == (kind, count, ())
+    assert (found.task.name, len(found.records), found.bad) == (kind, count, ())
     cases = [record.case_id for record in found.records]
     assert cases == sorted(set(cases))
 
@@ -150,8 +150,8 @@ BAD = [
     (changed(NESTED, neighborhood_prompts=["a", " "]), r"neighborhood_prompts\[1\] is empty"),
     (changed(NESTED, generation_prompts=["a\ud800"]), "lone surrogate"),
     (changed(NESTED, case_id=0), "the same case_id, 0, as entry 1"),
-    (5, "it is an object, not int"),
-    (None, "it is an object"),
+    (5, "it must be an object, not int"),
+    (None, "it must be an object"),
 ]
 BAD_FLAT = [
     (changed(FLAT, target_new=..., subject=...), "it has no subject, target_new"),
@@ -187,7 +187,7 @@ def test_each_bad_entry_is_told_and_the_others_are_read(tmp_path, good, bad, nam
     assert [each.line for each in found.bad] == list(range(2, len(bad) + 2))
     for told, (_, reason) in zip(found.bad, bad, strict=True):
         assert re.search(reason, told.reason), (told.reason, reason)
-    if found.kind == "zsre":
+    if found.task.name == "zsre":
         assert found.records[1].case_id == len(bad) + 1
 
 
@@ -225,9 +225,9 @@ def test_a_line_that_is_no_json_or_too_long_or_no_utf8(tmp_path, monkeypatch):
         (b"\x89PNG\r\n\xff", "r.json", "no JSON"),
         (b'{"a": 1}\n{"a": 2}', "r.json", "name it .jsonl"),
         (b"5", "r.json", r"another kind \(int\)"),
-        (b'[1, "a", null]', "r.json", "no records of CounterFact or zsRE"),
-        (b'[{"a": 1}]', "r.json", "no records of CounterFact or zsRE"),
-        (b"no\njson", "r.jsonl", "no records of CounterFact or zsRE: no JSON"),
+        (b'[1, "a", null]', "r.json", "no records of a known task.*zsRE: loc or loc_ans or src"),
+        (b'[{"a": 1}]', "r.json", "no records of a known task.*it looks like a vocabulary"),
+        (b"no\njson", "r.jsonl", "no records of a known task: no JSON"),
         (json.dumps(NESTED).encode(), "r.json", "one record"),
         (
             json.dumps([changed(NESTED, case_id=None)]).encode(),
@@ -321,9 +321,9 @@ def test_flat_questions_have_answers_of_their_own(tmp_path):
     question = changed(FLAT, case_id=..., ground_truth=..., locality_ground_truth=["Boston", "Bern"])
     several = changed(question, subject="Needle", locality_ground_truth="Boston")
     found = read_records(write(tmp_path, [question, several, changed(question, locality_prompt=...)]))
-    assert found.kind == "zsre"
+    assert found.task.name == "wikibigedit"
     assert found.records == (
-        ZsreRecord(
+        WikiBigEditRecord(
             0,
             Fact("The Space Needle", "{} is located in the city of").rewrite("Paris"),
             ("Where is it? The Space Needle stands in",),
@@ -337,11 +337,11 @@ def test_flat_questions_have_answers_of_their_own(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "kind"), [("counterfact_flat2", "counterfact"), ("wikibigedit", "zsre"), ("zsre2", "zsre")]
+    ("name", "kind"), [("counterfact_flat2", "counterfact"), ("wikibigedit", "wikibigedit"), ("zsre2", "zsre")]
 )
 def test_more_samples(name, kind):
     found = read_records(sample(name))
-    assert (found.kind, len(found.records) + len(found.bad)) == (kind, 200)
+    assert (found.task.name, len(found.records) + len(found.bad)) == (kind, 200)
     assert len(found.bad) <= 5, found.bad
 
 
@@ -478,10 +478,10 @@ def test_any_json_is_read_or_refused(tmp_path_factory, value, ending):
         except ErrataError as error:
             str(error).encode()  # can be printed
         else:
-            if isinstance(found, sets.RecordSet):
+            if isinstance(found, RecordSet):
                 describe(found)
                 "".join(each.reason for each in found.bad).encode()
-                if found.kind == "counterfact":
+                if found.task.name == "counterfact":
                     write_records(folder / "again.json", found.records)
                     assert read_records(folder / "again.json", with_snippets=False).records == found.records
 

@@ -14,13 +14,13 @@ import numpy as np
 import pytest
 
 from errata.base.errors import ConfigError
-from errata.benchmarks.records import Record
+from errata.data.records import Record
 from errata.evaluation import formats
-from errata.evaluation.published import ROWS, beside, published
-from errata.evaluation.report import COUNTERFACT, Row, Table, table
+from errata.evaluation.report import Row, Table, _beside, table
 from errata.evaluation.results import Result, Run
-from errata.metrics.counterfact import RecordAnswers
 from errata.models.scoring import Score
+from errata.tasks.counterfact import COUNTERFACT
+from errata.tasks.registry import task_of
 from made_runs import counterfact_records, counterfact_run, failed, write_run, zsre_run
 
 
@@ -30,12 +30,12 @@ def said(record: Record, new: float, old: float, neighbour_new: float, tokens: i
     def scores(p: float, q: float, prompts: tuple[str, ...]):
         return tuple((Score(tokens * math.log(p), tokens, 0), Score(math.log(q), 1, 0)) for _ in prompts)
 
-    answers = RecordAnswers(
-        scores(new, old, ("",)),
-        scores(new, old, record.paraphrase),
-        scores(neighbour_new, old, record.neighborhood),
-        (),
-    )
+    answers = {
+        "rewrite": scores(new, old, ("",)),
+        "paraphrase": scores(new, old, record.paraphrase),
+        "neighborhood": scores(neighbour_new, old, record.neighborhood),
+        "attribute": scores(new, old, record.attribute),
+    }
     return Result(record.case_id, answers, **more)
 
 
@@ -159,9 +159,9 @@ def test_bootstrap(tmp_path):
 # ---- the paper's rows ----
 
 
-@pytest.mark.parametrize("block", [block for block in ROWS if block[0] == "counterfact"])
-def test_published_scores_are_the_harmonic_means_of_their_parts(block):
-    for s, es, _, ps, _, ns, *_ in ROWS[block].values():
+@pytest.mark.parametrize("model", COUNTERFACT.paper)
+def test_published_scores_are_the_harmonic_means_of_their_parts(model):
+    for s, es, _, ps, _, ns, *_ in COUNTERFACT.paper[model].rows.values():
         assert s == pytest.approx(harmonic_mean([es, ps, ns]), abs=0.11)
 
 
@@ -176,7 +176,7 @@ def test_published_scores_are_the_harmonic_means_of_their_parts(block):
     ],
 )
 def test_published_rows(kind, model, name, editor, number):
-    found = published(kind, model, name)
+    found = task_of(kind).paper_row(model, name)
     assert (found.editor, found.numbers[number[0]]) == (editor, number[1])
 
 
@@ -193,13 +193,13 @@ def test_published_rows(kind, model, name, editor, number):
     ],
 )
 def test_the_paper_has_no_such_row(kind, model, name):
-    assert published(kind, model, name) is None
+    assert task_of(kind).paper_row(model, name) is None
 
 
 def test_each_of_the_papers_rows_stands_beside_one_and_the_one_called_so_first():
-    found = beside("counterfact", "gpt2-xl", {"deep": "rome", "rome": "rome", "mine": "ft", "other": "ft", "new": ""})
+    found = _beside(COUNTERFACT, "gpt2-xl", {"deep": "rome", "rome": "rome", "mine": "ft", "other": "ft", "new": ""})
     assert {row: paper.editor for row, paper in found.items()} == {"rome": "ROME", "mine": "FT"}
-    assert list(beside("counterfact", "gpt2-xl", {"ft_l": "ft", "FT+L": "ft-l", "kn": "kn"})) == ["ft_l", "kn"]
+    assert list(_beside(COUNTERFACT, "gpt2-xl", {"ft_l": "ft", "FT+L": "ft-l", "kn": "kn"})) == ["ft_l", "kn"]
 
 
 def test_the_papers_row_stands_below(run):
@@ -264,7 +264,7 @@ def test_rows_of_different_runs_cannot_be_compared(tmp_path):
 
 def test_runs_that_do_not_belong_together(tmp_path):
     one, other = Run.load(counterfact_run(tmp_path / "c", 2)), Run.load(zsre_run(tmp_path / "z"))
-    with pytest.raises(ConfigError, match=r"of counterfact and .* of zsre"):
+    with pytest.raises(ConfigError, match=r"of CounterFact and .* of zsRE"):
         table([one, other])
     with pytest.raises(ConfigError, match="twice"):
         table([one, Run.load(tmp_path / "c" / ".." / "c")])
@@ -276,7 +276,7 @@ def test_runs_that_do_not_belong_together(tmp_path):
 
 
 def test_values_as_they_are_shown():
-    column = {each.name: each for each in COUNTERFACT}
+    column = {each.name: each for each in COUNTERFACT.columns}
     assert column["es"].shown(0.75) == "75.0"
     assert column["em"].shown(-0.0483) == "−4.8"
     assert column["em"].shown(-0.0001) == "0.0"
@@ -346,7 +346,7 @@ def test_signs_that_latex_takes_for_its_own(tmp_path):
 def test_names_that_latex_would_take_for_arguments_of_the_line_before(run):
     row = table([run]).blocks[0][0]
     for name in ("[5pt] mine", "*mine"):
-        text = formats.latex(Table("counterfact", "per_token", "normal", (), ((replace(row, short=name),),)))
+        text = formats.latex(Table(COUNTERFACT, "per_token", "normal", (), ((replace(row, short=name),),)))
         assert f"\\midrule\n{{}}{name} &" in text
 
 
@@ -359,7 +359,7 @@ def test_signs_that_markdown_takes_for_its_own(tmp_path):
 
 def test_markdowns_notes_are_text(run):
     row = replace(table([run]).blocks[0][0], short="a", name="<b>_c_*")
-    notes = formats.markdown(Table("counterfact", "per_token", "normal", (), ((row,),))).rsplit("\n\n", 1)[1]
+    notes = formats.markdown(Table(COUNTERFACT, "per_token", "normal", (), ((row,),))).rsplit("\n\n", 1)[1]
     assert r"a is &lt;b&gt;\_c\_\*." in notes
 
 

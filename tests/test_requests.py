@@ -8,7 +8,7 @@ import pytest
 
 from errata.base.errors import ConfigError, ResultFileError
 from errata.base.facts import Fact, Rewrite
-from errata.benchmarks.requests import RequestRow, read_requests
+from errata.data.requests import RequestRow, read_requests
 from samples import sample
 
 NEEDLE = Rewrite(Fact("The Space Needle", "{} is located in the city of", "Seattle"), "Paris")

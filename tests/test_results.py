@@ -4,25 +4,25 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import asdict, replace
+from dataclasses import replace
 
 import pytest
 
 from errata.base.errors import ResultFileError
 from errata.base.facts import Fact
-from errata.benchmarks.records import Record
+from errata.data.records import Record
 from errata.evaluation.results import (
-    COUNTERFACT_NUMBERS,
-    ZSRE_NUMBERS,
     Result,
     Run,
     by_case,
     read_back,
     written_out,
 )
-from errata.metrics.counterfact import RecordAnswers, record_scores
-from errata.metrics.zsre import ZsreAnswers
 from errata.models.scoring import Score
+from errata.tasks.counterfact import COUNTERFACT
+from errata.tasks.registry import task_of_records
+from errata.tasks.zsre import ZSRE
+from helpers.scores import numbers_of
 from made_runs import (
     counterfact_records,
     counterfact_result,
@@ -34,7 +34,10 @@ from made_runs import (
 )
 
 SAID = ((Score(-1.25, 2, 1), Score(-0.1 - 0.2, 3, 0)),)
-ANSWERS = RecordAnswers(SAID, SAID * 2, SAID * 3, ())
+ANSWERS = {"rewrite": SAID, "paraphrase": SAID * 2, "neighborhood": SAID * 3, "attribute": ()}
+CASES = {
+    case: Record(case, "", Fact("Rome", "{} is", "a").rewrite("b"), ("p",) * 2, ("n",) * 3, (), ()) for case in (6, 7)
+}
 HEALTH = {"drift": 0.25, "disabling": False, "relative_norm": 0.1}
 LINE = Result(7, ANSWERS, ("Röm is “it”",), 6.1, 0.3, 21.5, HEALTH, None, "edits/r/7.safetensors", {"ask": 0.5})
 
@@ -48,7 +51,7 @@ def there_and_back(result: Result) -> Result:
     [
         LINE,
         Result(0, None, error="no"),
-        Result(0, ZsreAnswers(SAID, (), SAID)),
+        Result(0, {"rewrite": SAID, "paraphrase": (), "locality": SAID}),
         replace(LINE, entropy=None, reference=None, essence=None, health=None, texts=()),
     ],
 )
@@ -60,13 +63,15 @@ def test_a_line_is_read_back_as_it_was(result):
 def test_numbers_that_are_none_are_left_out_and_count_as_impossible(value):
     broken = ((Score(value, 2, 0), Score(-1.0, 1, 1)),)
     health = {"drift": value, "disabling": True, "residual": value}
-    result = replace(LINE, answers=RecordAnswers(broken, (), (), ()), entropy=value, essence=value, health=health)
+    result = replace(
+        LINE, answers={**dict.fromkeys(ANSWERS, ()), "rewrite": broken}, entropy=value, essence=value, health=health
+    )
     found = there_and_back(result)
-    assert found.answers.rewrite[0][0] == Score(-math.inf, 2, 0)
+    assert found.answers["rewrite"][0][0] == Score(-math.inf, 2, 0)
     assert (found.entropy, found.essence) == (None, None)
     assert found.health == {"drift": None, "disabling": True, "residual": None}
-    assert record_scores(found.answers).es == 0.0
-    assert record_scores(found.answers).em == -math.exp(-1.0)
+    assert numbers_of(found.answers)["es"] == 0.0
+    assert numbers_of(found.answers)["em"] == -math.exp(-1.0)
     assert there_and_back(found) == found
 
 
@@ -87,49 +92,50 @@ def test_numbers_that_are_none_are_left_out_and_count_as_impossible(value):
 )
 def test_lines_that_were_changed_by_hand_are_refused(change, tmp_path):
     with pytest.raises(ResultFileError, match=r"line 3 of .* changed by hand"):
-        by_case([replace(LINE, case=6).as_line(), {**LINE.as_line(), **change}], [6, 7], tmp_path)
+        by_case([replace(LINE, case=6).as_line(), {**LINE.as_line(), **change}], CASES, tmp_path, COUNTERFACT)
 
 
 def test_lines_that_lack_something_or_are_there_twice_are_refused(tmp_path):
     line = LINE.as_line()
     for key in line:
         with pytest.raises(ResultFileError, match="line 2"):
-            by_case([{name: value for name, value in line.items() if name != key}], [7], tmp_path)
+            by_case([{name: value for name, value in line.items() if name != key}], CASES, tmp_path, COUNTERFACT)
     with pytest.raises(ResultFileError, match=r"line 3 .* twice"):
-        by_case([line, line], [7], tmp_path)
+        by_case([line, line], CASES, tmp_path, COUNTERFACT)
 
 
 @pytest.mark.parametrize("records", [counterfact_records(5), zsre_records(3)])
 def test_records_are_read_back_as_they_were(records, tmp_path):
     (tmp_path / "r.json").write_text(written_out(records), encoding="utf-8")
-    assert read_back(tmp_path / "r.json") == records
+    assert read_back(tmp_path / "r.json", task_of_records(records)) == records
 
 
 def test_records_of_any_text_are_read_back(tmp_path):
     odd = Record(0, "", Fact("a\u2028b\n“c”", "{} \x00is", "").rewrite("é𝄞"), (), (), (), ("\t",), ("Q1", ""))
     (tmp_path / "r.json").write_bytes(written_out([odd]).encode())
-    assert read_back(tmp_path / "r.json") == [odd]
+    assert read_back(tmp_path / "r.json", COUNTERFACT) == [odd]
 
 
 @pytest.mark.parametrize("text", ["", "{}x", "3", "null", '["x"]', "[{}]", '[{"case_id": 1, "rewrite": {"fact": 3}}]'])
 def test_records_that_are_none(text, tmp_path):
     (tmp_path / "r.json").write_text(text)
     with pytest.raises(ResultFileError, match="Begin another folder"):
-        read_back(tmp_path / "r.json")
+        read_back(tmp_path / "r.json", COUNTERFACT)
 
 
 def test_numbers_of_a_run(tmp_path):
     run = Run.load(counterfact_run(tmp_path / "r", count=6))
     numbers = run.numbers(run.edited["rome"])
-    assert tuple(numbers) == COUNTERFACT_NUMBERS
+    assert tuple(numbers) == tuple(column.name for column in COUNTERFACT.columns if column.name != "s")
     for case, result in run.edited["rome"].by_case.items():
-        scores = asdict(record_scores(result.answers))
+        scores = numbers_of(result.answers)
         assert {name: numbers[name][case] for name in scores} == scores
         assert (numbers["ge"][case], numbers["rs"][case]) == (result.entropy, result.reference)
         assert numbers["essence"][case] == result.essence
     total = run.numbers(run.edited["rome"], "total")
     assert total["es"] == numbers["es"]  # objects of one token
-    assert tuple(Run.load(zsre_run(tmp_path / "z")).numbers(Run.load(tmp_path / "z").unedited)) == ZSRE_NUMBERS
+    zsre = Run.load(zsre_run(tmp_path / "z"))
+    assert tuple(zsre.numbers(zsre.unedited)) == tuple(column.name for column in ZSRE.columns)
 
 
 def test_failed_edits_count_as_the_unedited_model_has_it(tmp_path):
@@ -138,7 +144,7 @@ def test_failed_edits_count_as_the_unedited_model_has_it(tmp_path):
     edited = [counterfact_result(records[0], "rome"), *map(failed, records[1:])]
     run = Run.load(write_run(tmp_path / "r", records, {"unedited": unedited, "rome": edited}))
     numbers, before = run.numbers(run.edited["rome"]), run.numbers(run.unedited)
-    for name in COUNTERFACT_NUMBERS:
+    for name in numbers:
         # The third cannot even be asked; of the fourth the unedited model has not come yet.
         assert [*numbers[name]] == [0, 1]
         assert numbers[name][1] == before[name][1]

@@ -22,8 +22,8 @@ from tokenizers import normalizers
 import errata
 from errata.base.errors import ConfigError, FactError, MissingExtra, OutputError, ResultFileError, StaleStatistics
 from errata.base.facts import Fact
-from errata.benchmarks.records import Record, ZsreRecord
-from errata.benchmarks.snippets import Snippet, Snippets
+from errata.data.records import Record, ZsreRecord
+from errata.data.snippets import Snippet, Snippets
 from errata.editors.editor import Editor
 from errata.editors.registry import method_of
 from errata.edits.delta import Dense, RankOne
@@ -34,12 +34,14 @@ from errata.evaluation.measure import Generation, Measures
 from errata.evaluation.results import UNEDITED, Run, read_back
 from errata.evaluation.runner import evaluate
 from errata.metrics import text as text_metrics
-from errata.metrics.counterfact import record_scores, score_record
 from errata.metrics.tfidf import TfIdf
 from errata.models.fingerprint import weights_digest
 from errata.models.loading import load_pretrained
 from errata.models.weights import down_weight_name
 from errata.statistics import SecondMoment
+from errata.tasks.counterfact import COUNTERFACT, score_record
+from helpers.scores import numbers_of
+from made_runs import lines_of
 from tiny import TEXT, byte_tokenizer, tiny
 
 SUBJECTS = ("Rome", "The Space Needle", "Dante", "Oslo", "Beethoven", "Bern", "Milan")
@@ -105,7 +107,7 @@ for moment in [*sys.argv[2:], ""]:
     while said := os.read(told, 1):
         done = said[0]
     os.close(told)
-    print(done, sum(map(len, t.lines(folder).values())), flush=True)
+    print(done, sum(map(len, t.lines_of(folder).values())), flush=True)
 """
 
 
@@ -143,16 +145,6 @@ def breaking(live, rewrite) -> Edit:
     return Edit.of(live, [RankOne(weight, torch.full((16,), 3e38), torch.full((24,), 3e38))], "broken", [rewrite])
 
 
-def lines(folder: Path | str) -> dict[str, list[dict]]:
-    """The lines of all journals, without what differs from run to run."""
-    found = {}
-    for path in sorted(Path(folder).rglob("*.jsonl")):
-        content = path.read_bytes()
-        whole = content[: content.rfind(b"\n") + 1].splitlines()[1:]
-        found[path.name] = [{**json.loads(line), "seconds": None} for line in whole]
-    return found
-
-
 def files(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
@@ -180,7 +172,7 @@ def whole(tmp_path_factory) -> Path:
 
 def test_every_record_has_all_numbers_in_order(whole):
     run = Run.load(whole)
-    assert (run.kind, run.settings["records"]["source"]) == ("counterfact", "some")
+    assert (run.task.name, run.settings["records"]["source"]) == ("counterfact", "some")
     assert list(run.records.values()) == RECORDS
     assert list(run.edited) == ["rome", "above"]
     cases = [each.case_id for each in RECORDS]
@@ -204,8 +196,8 @@ def test_the_model_is_left_as_it_was_and_measured_as_in_the_plain_way(whole):
     before = weights_digest(live.hf)
     for each in RECORDS[:2]:
         plain = score_record(live, each)
-        ours = record_scores(run.unedited.by_case[each.case_id].answers)
-        assert vars(ours) == pytest.approx(vars(plain), abs=1e-5, nan_ok=True)
+        ours = numbers_of(run.unedited.by_case[each.case_id].answers)
+        assert ours == pytest.approx({name: plain[name] for name in ours}, abs=1e-5)
     evaluate(live, RECORDS[:2], editors(live), whole.parent / "left", ALL)
     assert weights_digest(live.hf) == before
     assert not live.applied
@@ -221,7 +213,8 @@ def test_kept_edits_load_and_give_the_numbers_of_their_lines(whole):
             assert edit.rewrites == (each.rewrite,)
             with edit.applied(live):
                 plain = score_record(live, each)
-            assert vars(record_scores(result.answers)) == pytest.approx(vars(plain), abs=1e-5, nan_ok=True)
+            ours = numbers_of(result.answers)
+            assert ours == pytest.approx({name: plain[name] for name in ours}, abs=1e-5)
             assert result.health["probability_after"] > result.health["probability_before"]
 
 
@@ -229,18 +222,18 @@ def test_edits_are_kept_where_they_are_asked_for_alone(whole, tmp_path):
     live = model()
     run = evaluate(live, RECORDS, editors(live), tmp_path / "r", ALL)
     assert not (tmp_path / "r" / "edits").exists()
-    for name, found in lines(whole).items():
-        assert [{**each, "edit": None} for each in found] == lines(tmp_path / "r")[name]
+    for name, found in lines_of(whole).items():
+        assert [{**each, "edit": None} for each in found] == lines_of(tmp_path / "r")[name]
     assert {result.edit for result in run.edited["rome"].by_case.values()} == {None}
 
 
 def test_edits_that_were_not_kept_cannot_be_kept_later(whole, tmp_path):
     live = model()
     evaluate(live, RECORDS[:2], editors(live), tmp_path / "r", ALL)
-    before = lines(tmp_path / "r")
+    before = lines_of(tmp_path / "r")
     with pytest.raises(ConfigError, match=r"2 results of .* without their edits"):
         evaluate(live, RECORDS[:2], editors(live), tmp_path / "r", ALL, keep_edits=True)
-    assert lines(tmp_path / "r") == before
+    assert lines_of(tmp_path / "r") == before
 
 
 def test_what_splits_texts_is_missed_before_anything_is_written(tmp_path, monkeypatch):
@@ -256,24 +249,24 @@ def test_two_editors_at_once_are_each_alone_bit_for_bit(whole, tmp_path):
     live = model()
     for name, editor in editors(live).items():
         evaluate(live, RECORDS, {name: editor}, tmp_path / name, ALL, keep_edits=True)
-        found = lines(tmp_path / name)
-        assert found == {each: lines(whole)[each] for each in (f"{name}.jsonl", "unedited.jsonl")}
+        found = lines_of(tmp_path / name)
+        assert found == {each: lines_of(whole)[each] for each in (f"{name}.jsonl", "unedited.jsonl")}
 
 
 def test_an_editor_added_later_does_not_measure_the_unedited_model_again(whole, tmp_path, monkeypatch):
     live, asked = model(), []
     measured = executors.measure
-    monkeypatch.setattr(executors, "measure", lambda *each: asked.append((list(each[2]), each[3])) or measured(*each))
+    monkeypatch.setattr(executors, "measure", lambda *each: asked.append((list(each[3]), each[4])) or measured(*each))
     for name, editor in editors(live).items():
         evaluate(live, RECORDS, {name: editor}, tmp_path / "r", ALL, keep_edits=True)
     assert asked == [(["rome"], True)] * 3 + [(["above"], False)] * 3
-    assert lines(tmp_path / "r") == lines(whole)
+    assert lines_of(tmp_path / "r") == lines_of(whole)
     assert [*json.loads((tmp_path / "r" / "card.json").read_text())["editors"]] == ["rome", "above"]
     evaluate(live, RECORDS, editors(live), tmp_path / "r", ALL)
     assert len(asked) == 6
     evaluate(live, RECORDS, {}, tmp_path / "alone", ALL)
     assert asked[6:] == [([], True)] * 3
-    assert lines(tmp_path / "alone") == {"unedited.jsonl": lines(whole)["unedited.jsonl"]}
+    assert lines_of(tmp_path / "alone") == {"unedited.jsonl": lines_of(whole)["unedited.jsonl"]}
 
 
 def test_chunks_may_come_in_any_order(whole, tmp_path):
@@ -284,14 +277,14 @@ def test_chunks_may_come_in_any_order(whole, tmp_path):
     live = model()
     run = evaluate(live, RECORDS, editors(live), tmp_path / "r", ALL, keep_edits=True, executor=Backwards(live))
     assert next(iter(run.unedited.by_case)) == RECORDS[-1].case_id
-    for name, found in lines(tmp_path / "r").items():
-        assert sorted(found, key=lambda line: line["case"]) == lines(whole)[name]
+    for name, found in lines_of(tmp_path / "r").items():
+        assert sorted(found, key=lambda line: line["case"]) == lines_of(whole)[name]
 
 
 def test_questions_of_zsre(tmp_path):
     live = model()
     run = evaluate(live, ZSRE, editors(live), tmp_path / "z", replace(ALL, generation=None, snippets=None, tfidf=None))
-    assert run.kind == "zsre"
+    assert run.task.name == "zsre"
     assert list(run.records.values()) == ZSRE
     numbers = run.numbers(run.edited["rome"])
     assert list(numbers) == ["efficacy", "paraphrase", "specificity"]
@@ -329,7 +322,7 @@ def test_killed_at_random_moments_and_resumed_it_is_the_same_bit_for_bit(whole, 
     assert sorted(there) == list(there)
     assert len(set(there)) > 2  # it was cut short where it mattered
     assert there[-1] == 3 * len(RECORDS)
-    assert lines(tmp_path / "r") == lines(whole)
+    assert lines_of(tmp_path / "r") == lines_of(whole)
     ours, theirs = files(tmp_path / "r"), files(whole)
     assert ours.keys() == theirs.keys()
     for name in theirs:
@@ -343,11 +336,11 @@ def test_a_file_cut_anywhere_is_completed(whole, tmp_path, name, cut, monkeypatc
     folder, live = copied(whole, tmp_path), model()
     content = (folder / name).read_bytes()
     (folder / name).write_bytes(content[: int(cut * len(content))])
-    left = len(lines(folder)[Path(name).name])
+    left = len(lines_of(folder)[Path(name).name])
     measured, chunks = executors.measure, []
     monkeypatch.setattr(executors, "measure", lambda *each: chunks.append(each[1]) or measured(*each))
     evaluate(live, RECORDS, editors(live), folder, ALL, source="some", keep_edits=True)
-    assert lines(folder) == lines(whole)
+    assert lines_of(folder) == lines_of(whole)
     assert len(chunks) == math.ceil(len(RECORDS) / TOGETHER) - left // TOGETHER  # whole chunks are not done again
 
 
@@ -361,7 +354,7 @@ def test_ctrl_c_ends_after_the_chunk_and_a_second_one_at_once(whole, tmp_path):
 
     with pytest.raises(KeyboardInterrupt):
         evaluate(live, RECORDS, editors(live), tmp_path / "r", ALL, source="some", keep_edits=True, progress=press)
-    assert {len(found) for found in lines(tmp_path / "r").values()} == {TOGETHER}
+    assert {len(found) for found in lines_of(tmp_path / "r").values()} == {TOGETHER}
 
     def press_twice(done, of):
         if done == 3 * TOGETHER + 1:
@@ -370,13 +363,13 @@ def test_ctrl_c_ends_after_the_chunk_and_a_second_one_at_once(whole, tmp_path):
 
     with pytest.raises(KeyboardInterrupt):
         evaluate(live, RECORDS, editors(live), tmp_path / "r", ALL, source="some", progress=press_twice)
-    assert sum(map(len, lines(tmp_path / "r").values())) == 3 * TOGETHER + 1
+    assert sum(map(len, lines_of(tmp_path / "r").values())) == 3 * TOGETHER + 1
     assert signal.getsignal(signal.SIGINT) is before
     assert weights_digest(live.hf) == digest
     evaluate(live, RECORDS, editors(live), tmp_path / "r", ALL, source="some", keep_edits=True)
-    found = lines(tmp_path / "r")
-    assert found["rome.jsonl"] == lines(whole)["rome.jsonl"]
-    assert found["above.jsonl"] == lines(whole)["above.jsonl"]
+    found = lines_of(tmp_path / "r")
+    assert found["rome.jsonl"] == lines_of(whole)["rome.jsonl"]
+    assert found["above.jsonl"] == lines_of(whole)["above.jsonl"]
 
 
 def test_an_error_of_an_editor_that_is_no_failed_edit_ends_the_run_and_keeps_what_is_there(tmp_path):
@@ -387,7 +380,7 @@ def test_an_error_of_an_editor_that_is_no_failed_edit_ends_the_run_and_keeps_wha
 
     with pytest.raises(RuntimeError, match="a bug"):
         evaluate(model(), RECORDS, {"bad": made("bad", fail)}, tmp_path / "r")
-    assert {len(found) for found in lines(tmp_path / "r").values()} == {TOGETHER}
+    assert {len(found) for found in lines_of(tmp_path / "r").values()} == {TOGETHER}
 
 
 # ---- what is refused --------------------------------------------------------------------------------------
@@ -630,11 +623,11 @@ def test_records_can_be_added_and_numbers_are_those_of_one_run(tmp_path, monkeyp
         assert run.settings["records"]["count"] == count
         assert len(run.edited["rome"].by_case) == count
     run = evaluate(live, RECORDS, editors(live), tmp_path / "grown", ALL)  # an editor that begins with all records
-    assert lines(tmp_path / "grown") == lines(tmp_path / "whole")
-    assert read_back(tmp_path / "grown" / "records.json") == RECORDS
+    assert lines_of(tmp_path / "grown") == lines_of(tmp_path / "whole")
+    assert read_back(tmp_path / "grown" / "records.json", COUNTERFACT) == RECORDS
     with pytest.raises(ConfigError, match="is a run over 7 records, and 3 are asked for: give a --limit of 7"):
         evaluate(live, RECORDS[:3], editors(live), tmp_path / "grown", ALL)
-    assert lines(tmp_path / "grown") == lines(tmp_path / "whole")
+    assert lines_of(tmp_path / "grown") == lines_of(tmp_path / "whole")
 
 
 def test_each_record_is_on_disk_and_told_before_the_next_is_measured(tmp_path, monkeypatch):
@@ -644,7 +637,7 @@ def test_each_record_is_on_disk_and_told_before_the_next_is_measured(tmp_path, m
 
     def spied(live, rewrites):
         assert len(rewrites) == 1
-        there.append(len(lines(tmp_path / "r").get("rome.jsonl", ())))
+        there.append(len(lines_of(tmp_path / "r").get("rome.jsonl", ())))
         return make(live, rewrites)
 
     evaluate(
@@ -666,7 +659,7 @@ def test_a_run_goes_on_with_as_many_at_once_as_it_began(tmp_path, monkeypatch):
     evaluate(live, RECORDS, {}, tmp_path / "r", ALL)
     monkeypatch.setattr(runner, "TOGETHER", 1)
     evaluate(live, RECORDS, editors(live), tmp_path / "r", ALL)
-    assert lines(tmp_path / "r") == lines(tmp_path / "whole")
+    assert lines_of(tmp_path / "r") == lines_of(tmp_path / "whole")
 
 
 def test_a_refusal_names_the_setting(tmp_path):

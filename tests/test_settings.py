@@ -10,7 +10,7 @@ from errata.evaluation.results import Run
 from errata.evaluation.settings import SettingScores
 from errata.plots.drawing import save
 from errata.plots.settings import settings_figure
-from made_runs import counterfact_records, counterfact_result, write_run, zsre_run
+from made_runs import counterfact_records, counterfact_result, write_run, zsre_records, zsre_result
 
 matplotlib = pytest.importorskip("matplotlib", reason="pictures need the extra errata-lm[plots]")
 
@@ -67,12 +67,23 @@ def test_what_cannot_be_drawn(tmp_path):
     some = run(tmp_path, {"a": {"layer": 1, "loss": "x"}, "b": {"layer": 1, "loss": "x"}})
     with pytest.raises(ConfigError, match="have the same settings, one of them b"):
         SettingScores.of(some, "layer")
-    with pytest.raises(ConfigError, match="has a setting 'loss' that is a number: choose of layer"):
+    with pytest.raises(ConfigError, match="has a setting 'loss' that is a number: choose from layer"):
         SettingScores.of(some, "loss")
-    with pytest.raises(ConfigError, match="are of CounterFact's numbers"):
-        SettingScores.of(Run.load(zsre_run(tmp_path / "zsre")), "layer")
     with pytest.raises(ConfigError, match="there are 2 places"):
         settings_figure({"es": [[0.5]]}, {"es": [[0.5]]}, {"es": [[0.5]]}, ["ft"], [1, 2], along="layer")
+
+
+def test_a_task_without_a_score_has_its_own_numbers(tmp_path):
+    records = zsre_records(4)
+    results = {name: [zsre_result(r, hits) for r in records] for name, hits in (("unedited", 0), ("a", 1), ("b", 2))}
+    configs = {"a": {"layer": 1}, "b": {"layer": 2}}
+    editors = dict.fromkeys(configs, "ft")
+    some = Run.load(write_run(tmp_path / "r", records, results, "m", "zsre", editors, configs))
+    found = SettingScores.of(some, "layer")
+    assert found.metrics == ("efficacy", "paraphrase", "specificity")
+    assert [found.scores["efficacy"]["ft", layer].mean for layer in found.at] == [0.5, 1.0]
+    assert found.best("ft") == 1.0  # the last number is the same at both, so it is the first
+    assert len(found.figure().axes) == 3
 
 
 @pytest.mark.parametrize(

@@ -8,8 +8,8 @@ import pytest
 
 from errata.base.errors import ResultFileError
 from errata.base.facts import Fact
-from errata.benchmarks.records import Record
-from errata.benchmarks.snippets import Snippet, Snippets, read_snippets, write_snippets
+from errata.data.records import Record
+from errata.data.snippets import Snippet, Snippets, read_snippets, write_snippets
 
 LOUVRE, NEEDLE, ROME = Snippet("The Louvre", "It is in Paris."), Snippet("The Space Needle", "Paris!"), Snippet("R", "")
 SNIPPETS = Snippets({("P131", "Q90"): (LOUVRE, NEEDLE, LOUVRE), ("P17", "Italy"): (ROME,)})

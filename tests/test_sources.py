@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 from errata.base.errors import ConfigError, OutputError, ResultFileError
-from errata.benchmarks.fetching import NotFetched, fetch, place, state
-from errata.benchmarks.sources import SOURCES, source
+from errata.data.sources import SOURCES, source
+from errata.tasks.fetching import NotFetched, fetch, place, state
 from helpers.entries import NESTED, numbered
 from helpers.web import CONTENT, of
 

@@ -16,13 +16,15 @@ import torch
 
 import goldens
 from errata.base.facts import SLOT
-from errata.benchmarks.records import ZsreRecord
-from errata.benchmarks.zsre import zsre_record
-from errata.metrics import zsre
+from errata.data.records import ZsreRecord
+from errata.data.zsre import zsre_record
 from errata.metrics.asking import ask_together
 from errata.metrics.summary import estimate
 from errata.models.model import Model
 from errata.models.scoring import score, target_ids
+from errata.tasks.task import Scored
+from errata.tasks.zsre import ZSRE
+from helpers.scores import numbers_of
 
 PUBLISHED = {"rewrite": "rewrite", "paraphrase": "paraphrase", "locality": "neighborhood"}  # kinds of prompts
 
@@ -36,12 +38,12 @@ def records() -> list[ZsreRecord]:
     return [zsre_record(entry, number) for number, entry in enumerate(golden()["raw"])]
 
 
-def answers_of(model: Model) -> list[zsre.ZsreAnswers]:
+def answers_of(model: Model) -> list[Scored]:
     found = []
     for record in records():
-        asked = zsre.questions(record)
+        asked = ZSRE.questions(record)
         [said] = ask_together(model, asked, [[None] * len(asked)])
-        found.append(zsre.answered(record, said))
+        found.append(ZSRE.scored(record, said))
     return found
 
 
@@ -99,7 +101,7 @@ def test_hits_are_the_published_ones(dtype):
     for said, wanted in zip(answers_of(goldens.tiny_np(dtype)), golden()["results"], strict=True):
         for kind, theirs in PUBLISHED.items():
             hits = wanted[f"{theirs}_prompts_correct"]
-            scores = [each for one in getattr(said, kind) for each in one]
+            scores = [each for one in said[kind] for each in one]
             assert sum(each.n_tokens for each in scores) == len(hits)
             assert sum(each.hits for each in scores) == sum(hits)
 
@@ -125,16 +127,16 @@ def test_which_token_is_hit_is_the_published_one_s():
 
 
 def test_scores_are_the_means_of_the_published_hits():
-    scores = [zsre.record_scores(said) for said in answers_of(goldens.tiny_np())]
+    scores = [numbers_of(said, ZSRE) for said in answers_of(goldens.tiny_np())]
     for mine, wanted in zip(scores, golden()["results"], strict=True):
         shares = [
             sum(wanted[f"{kind}_prompts_correct"]) / len(wanted[f"{kind}_prompts_correct"])
             for kind in PUBLISHED.values()
         ]
-        assert [mine.efficacy, mine.paraphrase, mine.specificity] == shares
-    assert [mine.efficacy for mine in scores] == [0, 1]
-    assert [mine.specificity for mine in scores] == [0.5, 1]
-    assert estimate([mine.specificity for mine in scores]).mean == 0.75
+        assert list(mine.values()) == shares
+    assert [mine["efficacy"] for mine in scores] == [0, 1]
+    assert [mine["specificity"] for mine in scores] == [0.5, 1]
+    assert estimate([mine["specificity"] for mine in scores]).mean == 0.75
 
 
 def test_what_the_model_says_greedily_is_hit_whole():

@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from errata.base.facts import Fact as Fact
     from errata.base.facts import Rewrite as Rewrite
     from errata.base.versions import __version__ as __version__
-    from errata.benchmarks.sets import read_records as read_records
     from errata.editors.fine_tuning import attention as attention
     from errata.editors.fine_tuning import ft as ft
     from errata.editors.fine_tuning import ft_l as ft_l
@@ -39,11 +38,13 @@ if TYPE_CHECKING:
     from errata.evaluation.results import Run as Run
     from errata.evaluation.runner import evaluate as evaluate
     from errata.evaluation.sequence import edit_in_sequence as edit_in_sequence
-    from errata.evaluation.sites import sweep_sites as sweep_sites
+    from errata.evaluation.sweep import sweep as sweep
     from errata.models.model import Model as Model
     from errata.statistics.collect import collect
     from errata.statistics.corpus import Corpus as Corpus
     from errata.statistics.second_moment import SecondMoment as SecondMoment
+    from errata.tasks.records import read_records as read_records
+    from errata.tasks.task import Task as Task
     from errata.tracing.average import average_effects as average_effects
     from errata.tracing.config import TraceConfig as TraceConfig
     from errata.tracing.gradients import integrated_gradients as integrated_gradients
@@ -65,7 +66,7 @@ _HOME = {
     "mend": ("errata.editors.hypernetworks.editor", "mend"),
     "ke": ("errata.editors.hypernetworks.editor", "ke"),
     "editor": ("errata.api", "editor"),
-    "read_records": ("errata.benchmarks.sets", "read_records"),
+    "read_records": ("errata.tasks.records", "read_records"),
     "evaluate": ("errata.evaluation.runner", "evaluate"),
     "Run": ("errata.evaluation.results", "Run"),
     "Measures": ("errata.evaluation.measure", "Measures"),
@@ -88,7 +89,8 @@ _HOME = {
     "edit_in_sequence": ("errata.evaluation.sequence", "edit_in_sequence"),
     "ledger": ("errata.edits.ledger", "ledger"),
     "save_merged": ("errata.edits.ledger", "save_merged"),
-    "sweep_sites": ("errata.evaluation.sites", "sweep_sites"),
+    "sweep": ("errata.evaluation.sweep", "sweep"),
+    "Task": ("errata.tasks.task", "Task"),
     "CausalTrace": ("errata.tracing.result", "CausalTrace"),
 }
 

@@ -8,7 +8,7 @@ import json
 import threading
 from collections.abc import Iterator
 
-from errata.benchmarks.sources import Source
+from errata.data.sources import Source
 from helpers.entries import NESTED, numbered
 
 CONTENT = json.dumps(numbered(NESTED, 300)).encode()

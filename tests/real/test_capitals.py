@@ -7,7 +7,7 @@ import math
 import pytest
 
 import errata
-from errata.benchmarks.fact_table import FactRow
+from errata.data.fact_table import FactRow
 from errata.metrics.knowledge import knows
 from errata.models.scoring import score, target_ids
 from errata.statistics.corpus import Corpus

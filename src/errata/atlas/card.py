@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -18,10 +18,11 @@ from errata.atlas.training import Recipe
 from errata.atlas.world import World, WorldFact, load_world
 from errata.base.seeds import derive
 from errata.editors.rome import rome
-from errata.metrics.counterfact import RecordScores, score_record, summarise
 from errata.models.model import Model
 from errata.models.scoring import score
 from errata.statistics.collect import collect
+from errata.tasks.counterfact import COUNTERFACT, score_record
+from errata.tasks.task import estimates
 from errata.tracing.average import average_effects
 from errata.tracing.result import ROLES, CausalTrace
 from errata.tracing.trace import trace
@@ -146,8 +147,10 @@ def editing(model: Model, progress: Progress) -> dict[str, Any]:
     }
 
 
-def _told(scores: Sequence[RecordScores]) -> dict[str, dict[str, float]]:
-    return {name: {"mean": each.mean, "interval": each.half} for name, each in summarise(scores).items()}
+def _told(scores: Sequence[Mapping[str, float | None]]) -> dict[str, dict[str, float]]:
+    columns = [column for column in COUNTERFACT.columns if column.axis in ("share", "difference")]
+    numbers = {name: [each[name] for each in scores] for name in scores[0]}
+    return {name: {"mean": each.mean, "interval": each.half} for name, each in estimates(columns, numbers).items()}
 
 
 def to_json(card: dict[str, Any]) -> str:

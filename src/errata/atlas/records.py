@@ -5,16 +5,17 @@ Sentences before paraphrases, and reference texts, tell facts as the atlas's tra
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from errata.atlas.world import World, WorldFact, load_world
 from errata.base.facts import SLOT, Fact
 from errata.base.seeds import derive
-from errata.benchmarks.build import BuildConfig, Built, Maker
-from errata.benchmarks.records import Record, ZsreRecord
-from errata.benchmarks.snippets import Snippets
-from errata.benchmarks.templates import Wordings
-from errata.benchmarks.triples import Triple
+from errata.data.build import BuildConfig, Built, Maker
+from errata.data.records import Record, ZsreRecord
+from errata.data.snippets import Snippets
+from errata.data.templates import Wordings
+from errata.data.triples import Triple
+from errata.tasks.task import Case
 
 
 def records(count: int = 500, seed: int = 0, world: World | None = None) -> tuple[Record, ...]:
@@ -47,6 +48,20 @@ def zsre_records(count: int = 500, seed: int = 0, world: World | None = None) ->
     world = world or load_world()
     real = _real(world)
     return tuple(_as_zsre(record, world, real, seed) for record in made)
+
+
+def _counterfact(count: int, seed: int) -> tuple[Sequence[Case], Snippets | None]:
+    # Reference texts are of all records, so that those of a run do not change when others are added to it.
+    made = built(max(count, _REFERENCES), seed)
+    return made.records[:count], made.snippets
+
+
+_REFERENCES = 500
+BY_TASK: Mapping[str, Callable[[int, int], tuple[Sequence[Case], Snippets | None]]] = {
+    "counterfact": _counterfact,
+    "zsre": lambda count, seed: (zsre_records(count, seed), None),
+}
+"""By name of a task: makes so many records with a seed, and reference texts for them."""
 
 
 def _as_zsre(record: Record, world: World, real: Sequence[WorldFact], seed: int) -> ZsreRecord:

@@ -67,7 +67,7 @@ _PANELS: dict[str, tuple[tuple[str, Callable[..., None], str], ...]] = {
         ("generate", generate.generate, 'errata generate "Roy Hargrove" --edit e.safetensors'),
     ),
     "Measure edits": (
-        ("sweep", sweep.sweep, "errata sweep --records 2 --layers 3-5 --save sweep.jsonl"),
+        ("sweep", sweep.sweep, "errata sweep --limit 2 --layers 3-5 --out sweep"),
         ("sequence", sweep.sequence, "errata sequence --edits 3 --untouched 20 --save sequence.jsonl"),
         ("editors", editors.editors, "errata editors rome"),
         ("train-editor", train.train_editor, "errata train-editor mend --out mend"),

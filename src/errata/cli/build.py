@@ -17,10 +17,10 @@ from errata.cli import options, tables
 
 if TYPE_CHECKING:
     from errata.base.facts import Rewrite
-    from errata.benchmarks.build import Built, LessLikely, Maker
-    from errata.benchmarks.fact_table import BadLine
-    from errata.benchmarks.templates import Wordings
-    from errata.benchmarks.triples import Triple
+    from errata.data.build import Built, LessLikely, Maker
+    from errata.data.fact_table import BadLine
+    from errata.data.templates import Wordings
+    from errata.data.triples import Triple
     from errata.models.model import Model
 
 RECORDS, SNIPPETS, CARD = "counterfact.json", "attribute_snippets.json", "build.json"
@@ -79,8 +79,8 @@ def build(
     It says which facts make no record, and why. Bad lines are named, and the others used; the exit code is 1 then.
     """
     from errata.base.errors import ConfigError, FactError
-    from errata.benchmarks.build import BuildConfig, Maker
     from errata.cli import show
+    from errata.data.build import BuildConfig, Maker
 
     if less_likely and not (model or known_to):
         raise ConfigError("--less-likely asks a model: name it by --model or --known-to")
@@ -165,8 +165,8 @@ def _read(facts: Path, templates: Path, texts: Path | None, sentences: Path | No
     Raises:
         FactError: of the first bad line, if strict; or of a template that will not do.
     """
-    from errata.benchmarks.templates import read_templates
-    from errata.benchmarks.triples import TRIPLES, read_texts, read_triples
+    from errata.data.templates import read_templates
+    from errata.data.triples import TRIPLES, read_texts, read_triples
 
     table = read_triples(facts)
     wordings, digest = read_templates(templates)
@@ -189,7 +189,7 @@ def _read(facts: Path, templates: Path, texts: Path | None, sentences: Path | No
 
 def _tell_unused(maker: Maker, given: _Given, templates: Path, texts: Path) -> None:
     """Name relations and subjects that no fact has, on standard error."""
-    from errata.benchmarks.triples import folded
+    from errata.data.triples import folded
 
     for name in maker.unused:
         tell(f"{templates}: there are templates for {name!r}, and no fact", err=True)
@@ -230,8 +230,8 @@ def _written(model: Model, seed: int) -> list[str]:
 
 def _known(model: Model, maker: Maker, progress: Path, made_from: str) -> set[Triple]:
     """The facts that the model knows, and those of which no record can be made anyway."""
-    from errata.benchmarks.fact_table import FactRow
     from errata.cli.facts import ask
+    from errata.data.fact_table import FactRow
     from errata.metrics.knowledge import judge, refusal
 
     rows = {
@@ -314,8 +314,8 @@ def _progress(out: Path) -> Path:
 def _write(out: Path, made: Built, card: Mapping[str, Any]) -> None:
     import json
 
-    from errata.benchmarks.counterfact import write_records
-    from errata.benchmarks.snippets import write_snippets
+    from errata.data.counterfact import write_records
+    from errata.data.snippets import write_snippets
     from errata.models.saving import written_folder
 
     with written_folder(out, _is_ours) as folder:

@@ -27,9 +27,9 @@ def get(
     json: options.Json = False,
 ) -> None:
     """Fetch published sets, and check that they are whole. What was stopped is gone on with; what is here is kept."""
-    from errata.benchmarks.fetching import fetch
-    from errata.benchmarks.sources import source
     from errata.cli import show
+    from errata.data.sources import source
+    from errata.tasks.fetching import fetch
 
     told = []
     for each in [source(name) for name in dict.fromkeys(names)]:
@@ -50,9 +50,9 @@ def _in_megabytes(bar: Callable[[int, int | None], None], done: int, of: int | N
 
 def list_sets(folder: Folder = None, json: options.Json = False) -> None:
     """Name the published sets, where they come from, their licences, and which are here."""
-    from errata.benchmarks.fetching import place, state
-    from errata.benchmarks.sources import SOURCES
     from errata.cli import show
+    from errata.data.sources import SOURCES
+    from errata.tasks.fetching import place, state
 
     states = {name: state(each, folder) for name, each in SOURCES.items()}
     places = {name: place(each, folder) for name, each in SOURCES.items()}
@@ -82,10 +82,10 @@ def describe_file(
     Bad records are named, and the others counted; the exit code is 1 then.
     """
     from errata.base.errors import ResultFileError
-    from errata.benchmarks.describe import describe
-    from errata.benchmarks.fact_table import FactTable
-    from errata.benchmarks.sets import FACTS, RecordSet, read_records, what_is_in
     from errata.cli import show
+    from errata.data.fact_table import FactTable
+    from errata.tasks.describe import describe
+    from errata.tasks.records import FACTS, RecordSet, read_records, what_is_in
 
     found: RecordSet | FactTable
     if file.suffix.lower() in (".csv", ".tsv"):

@@ -11,7 +11,7 @@ import typer
 from errata.cli import options
 
 if TYPE_CHECKING:
-    from errata.benchmarks.records import Record
+    from errata.data.records import Record
     from errata.models.model import Model
 
 SUBJECT, RELATION, NEW_OBJECT = "Arthur Conan Doyle", "native_language", "Italian"

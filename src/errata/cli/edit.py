@@ -15,9 +15,9 @@ import typer
 
 from errata.base.display import tell
 from errata.base.text import phrase
-from errata.benchmarks.fact_table import BadLine
 from errata.cli import moments, options, tables
 from errata.cli.export import Lora, Merge
+from errata.data.fact_table import BadLine
 
 if TYPE_CHECKING:
     from errata.base.errors import ErrataError

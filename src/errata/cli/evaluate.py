@@ -15,12 +15,12 @@ from errata.base.display import tell as say
 from errata.cli import moments, options
 
 if TYPE_CHECKING:
-    from errata.benchmarks.sets import RecordSet
-    from errata.benchmarks.snippets import Snippets
+    from errata.data.snippets import Snippets
     from errata.evaluation.executors import Executor
     from errata.evaluation.measure import Generation, Measures
-    from errata.evaluation.results import AnyRecord
     from errata.models.model import Model
+    from errata.tasks.records import RecordSet
+    from errata.tasks.task import Case
 
 _ATLAS_RECORDS = 500
 _PROBE_TEXTS, _PROBE_CHARACTERS = 8, 400  # of a probe file, for each edit's drift
@@ -145,8 +145,7 @@ def evaluate(
     probes = None if probe is None else [text[:_PROBE_CHARACTERS] for text in passages(probe)[:_PROBE_TEXTS]]
 
     # Torch comes only now: bad input is told at once.
-    from errata.base.files import resolved
-    from errata.cli import show, tables
+    from errata.cli import show
     from errata.editors.registry import method_of
     from errata.evaluation.measure import Generation
     from errata.evaluation.results import editor_file
@@ -157,9 +156,7 @@ def evaluate(
         editor_file(out, name)
         options.require_no_bound(settings)
     options.require_outputs(out / "unedited.jsonl")
-    found = None if data is None else _read(data, limit, sample, seed, generation)
-    if found:
-        tables.tell_bad_lines(found.bad, data or out, "entry")
+    found = None if data is None else read(data, limit, sample, seed, generation)
     loaded = options.load(model, device, dtype, download, start_token)
     texts = Generation(end_of_text=end_of_text) if generation else None
     records, measures = _measures(loaded, data, kind, found, limit, sample, texts, essence, health, probes, seed)
@@ -181,16 +178,14 @@ def evaluate(
             editors,
             out,
             measures,
-            source=resolved(data).name if data else "atlas",
+            source=options.source_name(data),
             keep_edits=keep_edits,
             executor=where,
             allow_seen=allow_seen,
             progress=tell,
         )
     _show(out, json)
-    if found and found.bad:
-        say(f"left out: {len(found.bad)} of the file's entries", err=True)
-        raise typer.Exit(1)
+    end(found)
 
 
 # ---- what goes in ----
@@ -212,11 +207,22 @@ def _choices(text: str) -> list[str]:
     return [str(each) for each in range(first, last + step, step)]
 
 
-def _read(data: Path, limit: int | None, sample: int | None, seed: int, generation: bool) -> RecordSet:
-    from errata.benchmarks.sets import read_records
+def read(data: Path, limit: int | None, sample: int | None, seed: int, generation: bool) -> RecordSet:
+    """The records of a file; its bad entries are named on standard error."""
+    from errata.cli import tables
+    from errata.tasks.records import read_records
 
     chosen = None if sample is None else (sample, seed)
-    return read_records(data, limit, chosen, with_snippets=generation)
+    found = read_records(data, limit, chosen, with_snippets=generation)
+    tables.tell_bad_lines(found.bad, data, "entry")
+    return found
+
+
+def end(found: RecordSet | None) -> None:
+    """End with exit code 1 if a file had bad entries."""
+    if found and found.bad:
+        say(f"left out: {len(found.bad)} of the file's entries", err=True)
+        raise typer.Exit(1)
 
 
 def passages(file: Path) -> tuple[str, ...]:
@@ -259,7 +265,7 @@ def _measures(
     health: bool,
     probes: Sequence[str] | None,
     seed: int,
-) -> tuple[Sequence[AnyRecord], Measures]:
+) -> tuple[Sequence[Case], Measures]:
     """The records, and what is measured of them.
 
     Raises:
@@ -268,14 +274,16 @@ def _measures(
     from errata.evaluation.measure import Measures
     from errata.metrics.health import sampled_probes
     from errata.metrics.tfidf import IDF_FILE, VOCABULARY_FILE, TfIdf
+    from errata.tasks.registry import task_of_records
 
-    records: Sequence[AnyRecord]
+    records: Sequence[Case]
     snippets: Snippets | None
     if found is None or data is None:
-        records, snippets = _atlas_records(model, kind, limit, sample, seed)
+        records, snippets = atlas_records(model, kind, limit, sample, seed)
     else:
         records, snippets = found.records, found.snippets
-    writes = generation is not None and any(getattr(record, "generation", ()) for record in records)
+    task = task_of_records(records)
+    writes = generation is not None and any(task.generation(record) for record in records)
     tfidf = None
     if writes and snippets:
         # The published frequencies, of Wikipedia, if they lie beside the records; else those of the reference texts.
@@ -293,16 +301,16 @@ def _measures(
     )
 
 
-def _atlas_records(
+def atlas_records(
     model: Model, kind: str | None, limit: int | None, sample: int | None, seed: int
-) -> tuple[Sequence[AnyRecord], Snippets | None]:
-    """Records of the atlas's world, and its reference texts if its records have generation prompts.
+) -> tuple[Sequence[Case], Snippets | None]:
+    """Records of the atlas's world, and reference texts if the task has any.
 
     Raises:
         ConfigError: if the model is another, or both numbers are given.
     """
     from errata.api import ATLAS
-    from errata.atlas.records import built, zsre_records
+    from errata.atlas.records import BY_TASK
     from errata.base.errors import ConfigError
 
     if model.hints.get("corpus") != ATLAS:
@@ -312,12 +320,7 @@ def _atlas_records(
         )
     if limit and sample:
         raise ConfigError("the atlas's records are drawn by --seed as it is: give --limit alone")
-    count = limit or sample or _ATLAS_RECORDS
-    if kind == "zsre":
-        return zsre_records(count, seed), None
-    # Reference texts are of all records, so that those of a run do not change when others are added to it.
-    made = built(max(count, _ATLAS_RECORDS), seed)
-    return made.records[:count], made.snippets
+    return BY_TASK[kind or "counterfact"](limit or sample or _ATLAS_RECORDS, seed)
 
 
 # ---- what comes out ----

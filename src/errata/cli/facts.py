@@ -13,7 +13,7 @@ from errata.base.display import tell
 from errata.cli import options, tables
 
 if TYPE_CHECKING:
-    from errata.benchmarks.fact_table import FactRow
+    from errata.data.fact_table import FactRow
     from errata.metrics.knowledge import Knowledge
     from errata.models.model import Model
 
@@ -45,8 +45,8 @@ def facts(
     where it was if it is started again.
     """
     from errata.base.errors import ConfigError
-    from errata.benchmarks.fact_table import BadLine, require_table_ending, write_facts
     from errata.cli import show
+    from errata.data.fact_table import BadLine, require_table_ending, write_facts
 
     if known and not out:
         raise ConfigError("--known needs a place for the facts that it keeps: give --out, .csv, .tsv or .jsonl")

@@ -22,11 +22,11 @@ T = TypeVar("T")
 
 def figure(
     kind: Annotated[
-        Literal["trace", "averages", "lines", "severed", "gradients", "sites", "sequence", "settings"],
+        Literal["trace", "averages", "lines", "severed", "gradients", "sequence", "settings"],
         typer.Argument(
             help="trace: one fact's maps; averages: their means by role; lines: with intervals; severed: bars of "
-            "states with modules severed; gradients: integrated gradients beside a trace; sites: what errata sweep "
-            "saved; sequence: what errata sequence saved; settings: rows of a run folder along a setting."
+            "states with modules severed; gradients: integrated gradients beside a trace; sequence: what errata "
+            "sequence saved; settings: rows of a run folder along a setting, those of errata sweep along the layer."
         ),
     ],
     file: Annotated[Path, typer.Argument(help="What was saved: traces; for averages, lines and severed averages too.")],
@@ -79,8 +79,10 @@ def figure(
         drawn = dataclasses.replace(chosen, restored=_of_parts(chosen.restored, parts, file)).figure()
     elif kind == "settings":
         drawn = _along(file, along or "layer")
-    elif kind in ("sites", "sequence"):
-        drawn = _of_edits(kind, file)
+    elif kind == "sequence":
+        from errata.evaluation.sequence import SequenceScores
+
+        drawn = SequenceScores.load(file).figure()
     elif trace is not None:
         drawn = _beside(file, trace, fact, subject)
     else:
@@ -104,14 +106,6 @@ def _of_parts(traced: Mapping[str, T], parts: str | None, file: Path) -> dict[st
     if missing is not None:
         raise ConfigError(f"--parts names {missing!r}, which is not in {file}: it has {', '.join(traced)}")
     return {part: traced[part] for part in wanted}
-
-
-def _of_edits(kind: str, file: Path) -> Figure:
-    """Scores of many edits, as they were saved."""
-    from errata.evaluation.sequence import SequenceScores
-    from errata.evaluation.sites import SiteScores
-
-    return (SiteScores.load(file) if kind == "sites" else SequenceScores.load(file)).figure()
 
 
 def _along(folder: Path, setting: str) -> Figure:

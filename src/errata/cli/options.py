@@ -276,3 +276,10 @@ def require_no_bound(settings: Mapping[str, Any]) -> None:
                 f"{name} has no effect here: a run measures side effects and refuses no edit. Leave it out; --probe "
                 "names the texts"
             )
+
+
+def source_name(data: Path | None) -> str:
+    """Name of a set of records in a run."""
+    from errata.base.files import resolved
+
+    return resolved(data).name if data else "atlas"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,29 +15,37 @@ from errata.cli import moments, options, tables
 
 if TYPE_CHECKING:
     from errata.base.facts import Fact, Rewrite
-    from errata.benchmarks.fact_table import BadLine
+    from errata.data.fact_table import BadLine
     from errata.evaluation.sequence import SequenceScores
-    from errata.evaluation.sites import SiteScores
+    from errata.evaluation.settings import SettingScores
+    from errata.metrics.summary import Estimate
     from errata.models.model import Model
     from errata.models.tokens import Role
 
 Save = Annotated[Path, typer.Option(help="The results, .jsonl: each as soon as it is there, so a stopped run goes on.")]
 
 _RESERVED = 100  # records of the atlas whose subjects are never among the untouched facts
-_REASONS = 4  # told on the terminal: one a token
 
 
 def sweep(
-    save: Save,
-    out: options.Picture = None,
+    out: Annotated[Path, typer.Option(help="The run folder; a sweep that was stopped continues in it.")],
+    picture: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(help="Picture of the scores by layer: .png, .svg or .pdf."),
+    ] = None,
     model: options.ModelName = "atlas",
-    records: Annotated[int, typer.Option(min=1, help="How many records, of the atlas's own.")] = 20,
+    data: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(help="Records (.json, .jsonl, or their folder); the atlas has its own."),
+    ] = None,
+    limit: Annotated[Optional[int], typer.Option(min=1, help="The first records only.")] = None,  # noqa: UP045
+    editor: Annotated[str, typer.Option(help="The editor, such as rome or rome:steps=10.")] = "rome",
     layers: Annotated[Optional[str], typer.Option(help="Such as 0-7 or 2,4,6; all unless given.")] = None,  # noqa: UP045
     tokens: Annotated[
         str,
         typer.Option(
-            help="Roles of the tokens, with commas between; subject_first, subject_last, subject_first_after and last "
-            "unless given.",
+            help="Token roles at which the key is read, separated by commas; subject_first, subject_last, "
+            "subject_first_after and last unless given.",
             show_default=False,
         ),
     ] = "subject_first,subject_last,subject_first_after,last",
@@ -52,50 +61,53 @@ def sweep(
     start_token: options.StartToken = None,
     json: options.Json = False,
 ) -> None:
-    """Edit records at every layer and token and score the edits, after Figure 5 of the paper.
+    """Edit records at every layer and token role and score the edits, like Figure 5 of the paper.
 
-    A run that was stopped goes on where it was if it is started again, and goes on with more --records.
+    The result is a run folder, one row for each layer and role: errata report and errata figure settings read it.
     """
-    from errata.base.errors import ConfigError
     from errata.cli import show
+    from errata.cli.evaluate import atlas_records, end, read
 
     source = moments.Source(corpus, field, revision, corpus_tokens, None, identity, download)
     numbers = None if layers is None else options.layer_numbers(layers)
-    _require_files(save, out)
+    _, method, settings = options.editor_spec(editor)
+    options.require_apart({"--out": out, "--picture": picture})
+    options.require_picture(picture)
+    options.require_outputs(out / "unedited.jsonl")
+    data_read = None if data is None else read(data, limit, None, seed, False)
 
     # Torch comes only now: bad input is told at once.
-    from errata.atlas.records import records as records_of_the_atlas
-    from errata.evaluation.sites import sweep_sites
+    from errata.editors.registry import method_of
+    from errata.evaluation.settings import SettingScores
+    from errata.evaluation.sweep import sweep as run
+
+    options.require_no_bound(settings)
 
     loaded = options.load(model, device, dtype, download, start_token)
-    if not _is_atlas(loaded):
-        raise ConfigError(
-            f"a sweep scores edits by the prompts of records, and there are none yet for {loaded.name}: only the "
-            "atlas brings its own. Leave --model out, or call errata.evaluation.sites.sweep_sites with your records"
-        )
-    wanted = range(loaded.n_layers) if numbers is None else numbers
-    outside = [layer for layer in wanted if layer >= loaded.n_layers]
-    if outside:
-        raise ConfigError(f"there is no layer {outside[0]}: {loaded.name} has 0 to {loaded.n_layers - 1}")
-    found_moments = {layer: source.of(loaded, layer) for layer in wanted}
-    with show.going_on("sweeping", "edits") as tell:
-        found = sweep_sites(
+    records = data_read.records if data_read else atlas_records(loaded, None, limit, None, seed)[0]
+    with show.going_on("sweeping", "results") as tell:
+        found = run(
             loaded,
-            records_of_the_atlas(records),
-            save,
-            second_moments=found_moments.__getitem__,
-            layers=list(wanted),
+            records,
+            out,
+            method,
+            layers=numbers,
             tokens=cast("tuple[Role, ...]", options.comma_separated(tokens)),
+            second_moment=source.for_method(method_of(method), loaded),
             seed=seed,
+            settings=settings,
             progress=tell,
+            source=options.source_name(data),
         )
-    if out:
-        found.plot(out)
+    scores = SettingScores.of(found, "layer")
+    if picture:
+        scores.plot(picture)
     if json:
-        show.as_json({**_sites_as_json(found), "picture": str(out) if out else None, "saved": str(save)})
-        return
-    _show_sites(found)
-    show.written(out, save)
+        show.as_json({**scores.as_dict(), "picture": str(picture) if picture else None, "saved": str(out)})
+    else:
+        _show_scores(scores)
+        show.written(picture, out)
+    end(data_read)
 
 
 def sequence(
@@ -150,7 +162,7 @@ def sequence(
     from errata.evaluation.sequence import edit_in_sequence, edits_folder
 
     loaded = options.load(model, device, dtype, download, start_token)
-    if not _is_atlas(loaded) and (rewrites is None or watched is None):
+    if loaded.own_corpus is None and (rewrites is None or watched is None):
         raise ConfigError(
             f"only the atlas brings its own edits and facts: for {loaded.name} give tables of them by --requests and "
             "--facts"
@@ -188,15 +200,9 @@ def _require_files(save: Path, out: Path | None) -> None:
     options.require_outputs(save)
 
 
-def _is_atlas(model: Model) -> bool:
-    from errata.api import ATLAS
-
-    return bool(model.hints.get("corpus") == ATLAS)
-
-
 def _facts_of(file: Path, bad: list[BadLine]) -> list[Fact]:
     """The facts of a table that have an object; what is wrong with it is told."""
-    from errata.benchmarks.fact_table import BadLine
+    from errata.data.fact_table import BadLine
 
     table = tables.facts_of(file)
     without = [BadLine(row.line, "it has no object to recall") for row in table.rows if not row.fact.object]
@@ -251,68 +257,24 @@ def _known(model: Model, facts: Sequence[Fact], rewrites: Sequence[Rewrite], wan
 # What comes out
 
 
-def _show_sites(found: SiteScores) -> None:
-    """For each token the layer with the highest score, and what the unedited model has."""
-    import numpy as np
-
+def _show_scores(found: SettingScores) -> None:
+    """For each line the layer with the highest S, and the unedited model."""
     from errata.cli import show
-    from errata.evaluation.sites import METRICS
 
-    def cell(mean: float, half: float) -> str:
-        return "–" if np.isnan(mean) else f"{100 * mean:.1f}" + ("" if np.isnan(half) else f" ±{100 * half:.1f}")
+    def cell(one: Estimate | None) -> str:
+        if one is None or not math.isfinite(one.mean):
+            return "–"
+        return f"{100 * one.mean:.1f}" + (f" ±{100 * one.half:.1f}" if math.isfinite(one.half) else "")
 
+    metrics = tuple(reversed(found.metrics))
     rows = []
-    for row, token in enumerate(found.tokens):
-        scores = found.mean["s"][row]
-        column = 0 if np.isnan(scores).all() else int(np.nanargmax(scores))
-        numbers = [cell(found.mean[name][row, column], found.interval[name][row, column]) for name in reversed(METRICS)]
-        rows.append([token.replace("_", " "), str(found.layers[column]), *numbers])
-    rows.append(["unedited", "", *(cell(*_pair(found, name)) for name in reversed(METRICS))])
-    title = "Scores in percent, at the layer where S is highest (± 95 % interval)"
-    show.table(("token", "layer", "S", "NS", "PS", "ES"), rows, title)
-    for reason, count in list(found.reasons.items())[:_REASONS]:
-        show.line(f"{count} edits could not be made, and count as unedited: {reason}")
-    if more := sum(list(found.reasons.values())[_REASONS:]):
-        show.line(f"{more} more could not be made, for other reasons, which --json tells")
-    token, layer, score = found.best()
-    show.line(
-        f"Edits do best at {token}, layer {layer}: S is {100 * score:.1f}, over {len(found.settings['cases'])} records."
-    )
-
-
-def _pair(found: SiteScores, metric: str) -> tuple[float, float]:
-    return found.unedited[metric].mean, found.unedited[metric].half
-
-
-def _sites_as_json(found: SiteScores) -> dict[str, Any]:
-    """Scores ready for JSON, as fractions: lists over layers; null for what is not there."""
-    import numpy as np
-
-    from errata.cli import show
-
-    token, layer, score = found.best()
-    return {
-        "model": found.model,
-        "records": len(found.settings["cases"]),
-        "layers": list(found.layers),
-        "sites": {
-            role: {
-                **{
-                    name: {"mean": show.nulled(mean[row]), "interval": show.nulled(found.interval[name][row])}
-                    for name, mean in found.mean.items()
-                },
-                "count": found.counts[row].tolist(),
-                "impossible": found.impossible[row].tolist(),
-            }
-            for row, role in enumerate(found.tokens)
-        },
-        "unedited": {
-            name: dict(zip(("mean", "interval"), show.nulled(np.array(_pair(found, name))), strict=True))
-            for name in found.unedited
-        },
-        "best": {"token": token, "layer": layer, "s": score},
-        "reasons": dict(found.reasons),
-    }
+    for line in found.lines:
+        best = found.best(line)
+        numbers = [cell(found.scores[name].get((line, best))) for name in metrics]
+        rows.append([line, f"{best:g}", *numbers])
+    rows.append(["unedited", "", *(cell(found.unedited[name]) for name in metrics)])
+    title = f"Scores in percent, at the {found.along} where {found.metrics[-1].upper()} is highest (± 95 % interval)"
+    show.table(("editor", found.along, *(name.upper() for name in metrics)), rows, title)
 
 
 def _show_sequence(found: SequenceScores, untouched: int) -> None:

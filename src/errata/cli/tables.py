@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 from errata.base.display import abridged, tell
 
 if TYPE_CHECKING:
-    from errata.benchmarks.fact_table import BadLine, FactTable, TableKind
-    from errata.benchmarks.requests import RequestTable
+    from errata.data.fact_table import BadLine, FactTable, TableKind
+    from errata.data.requests import RequestTable
 
 MOST_TOLD = 100  # bad lines; the others are counted
 
@@ -35,7 +35,7 @@ def tell_bad_lines(bad: Sequence[BadLine], file: Path, unit: str, strict: bool =
 
 def tell_unread(unread: Sequence[str], file: Path, kind: TableKind[Any]) -> None:
     """Name the columns that mean nothing, on standard error, if there are any."""
-    from errata.benchmarks.fact_table import told_unread
+    from errata.data.fact_table import told_unread
 
     if unread:
         tell(f"{file}: {told_unread(unread, kind)}", err=True)
@@ -43,7 +43,7 @@ def tell_unread(unread: Sequence[str], file: Path, kind: TableKind[Any]) -> None
 
 def facts_of(file: Path) -> FactTable:
     """A table of facts, of which columns that are not read are told."""
-    from errata.benchmarks.fact_table import FACTS, read_facts
+    from errata.data.fact_table import FACTS, read_facts
 
     table = read_facts(file)
     tell_unread(table.unread, file, FACTS)
@@ -56,7 +56,7 @@ def requested(file: Path, strict: bool = False) -> RequestTable:
     Raises:
         FactError: of the first bad line, if strict.
     """
-    from errata.benchmarks.requests import REQUESTS, read_requests
+    from errata.data.requests import REQUESTS, read_requests
 
     table = read_requests(file)
     tell_unread(table.unread, file, REQUESTS)

@@ -13,7 +13,7 @@ from errata.cli import options, tables
 
 if TYPE_CHECKING:
     from errata.base.facts import Fact
-    from errata.benchmarks.fact_table import BadLine, FactRow
+    from errata.data.fact_table import BadLine, FactRow
     from errata.models.model import Model
     from errata.tracing.config import TraceConfig
     from errata.tracing.many import TracedFacts
@@ -218,8 +218,8 @@ def _trace_table(
     json: bool,
 ) -> None:
     from errata.base.errors import ConfigError, FactError
-    from errata.benchmarks.fact_table import BadLine
     from errata.cli import show
+    from errata.data.fact_table import BadLine
     from errata.tracing.config import TraceConfig
 
     table = tables.facts_of(file)
@@ -271,7 +271,7 @@ def _trace_table(
 def _refused(model: Model, rows: Sequence[FactRow], config: TraceConfig) -> list[BadLine]:
     """The facts that this model cannot be asked for with these settings, and why."""
     from errata.base.errors import FactError
-    from errata.benchmarks.fact_table import BadLine
+    from errata.data.fact_table import BadLine
     from errata.tracing.prepare import prepare
 
     refused = []

@@ -14,8 +14,8 @@ from errata.cli import options
 if TYPE_CHECKING:
     from errata.editors.hypernetworks.lessons import Lesson
     from errata.editors.hypernetworks.training import Curve
-    from errata.evaluation.results import AnyRecord
     from errata.models.model import Model
+    from errata.tasks.task import Case
 
 # Of the atlas's own records, those that errata evaluate measures.
 _ATLAS_TEST = 500
@@ -107,11 +107,12 @@ def train_editor(
     loaded = options.load(model, device, dtype, download, start_token)
     lessons = _lessons(loaded, data, kind, limit, skip, seed)
     if test is not None and not allow_seen:
-        from errata.benchmarks.sets import read_records
         from errata.editors.hypernetworks.lessons import keys
         from errata.evaluation.lessons import require_unseen
+        from errata.tasks.records import read_records
 
-        require_unseen(method, frozenset(keys(lessons)), read_records(test).records)
+        tested = read_records(test)
+        require_unseen(method, frozenset(keys(lessons)), tested.task, tested.records)
     with show.going_on("training", "steps") as tell:
         trained = training.train(loaded, method, lessons, out, config, settings, lambda done, of, curve: tell(done, of))
     curve = training.curve_of(out)
@@ -190,7 +191,7 @@ def _lessons(
         from errata.cli.evaluate import passages
 
         return text_lessons(model, passages(data)[skip:end], seed)
-    from errata.benchmarks.sets import read_records
+    from errata.tasks.records import read_records
 
     return _of_records(read_records(data, end).records, skip)
 
@@ -214,14 +215,13 @@ def _of_the_atlas(model: Model, kind: str | None, limit: int | None, skip: int |
         from errata.editors.hypernetworks.lessons import text_lessons
 
         return text_lessons(model, list(own_corpus())[skip or 0 :][:limit], seed)
-    from errata.atlas import records
+    from errata.atlas.records import BY_TASK
 
     skip = _ATLAS_TEST if skip is None else skip
-    made = records.zsre_records if kind == "zsre" else records.records
-    return _of_records(made(10**9 if limit is None else skip + limit, seed), skip)
+    return _of_records(BY_TASK[kind or "counterfact"](10**9 if limit is None else skip + limit, seed)[0], skip)
 
 
-def _of_records(records: Sequence[AnyRecord], skip: int) -> list[Lesson]:
+def _of_records(records: Sequence[Case], skip: int) -> list[Lesson]:
     """Lessons of all but the first so many.
 
     Raises:
@@ -229,10 +229,11 @@ def _of_records(records: Sequence[AnyRecord], skip: int) -> list[Lesson]:
     """
     from errata.base.errors import ConfigError
     from errata.evaluation.lessons import lessons
+    from errata.tasks.registry import task_of_records
 
     if len(records) <= skip:
         raise ConfigError(f"there are {len(records)} records, and the first {skip} are left out: skip fewer")
-    return lessons(records[skip:])
+    return lessons(task_of_records(records), records[skip:])
 
 
 def _draw(curve: Curve, picture: Path) -> None:

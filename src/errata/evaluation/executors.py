@@ -21,9 +21,10 @@ from errata.base.errors import ConfigError, ErrataError
 from errata.base.extras import needed
 from errata.editors.editor import Editor
 from errata.evaluation.measure import Measured, Measures, measure
-from errata.evaluation.results import AnyRecord
 from errata.evaluation.run import standing
 from errata.models.model import Model
+from errata.tasks.registry import task_of
+from errata.tasks.task import Case
 
 DEATHS = 3  # of workers over one chunk, or in a row while they load the model, until it is no accident
 PATIENCE = 300.0  # seconds in which a cluster, which may still be growing, has to find room for a worker
@@ -43,7 +44,7 @@ class Chunk:
         before: whether the unedited model is.
     """
 
-    records: tuple[AnyRecord, ...]
+    records: tuple[Case, ...]
     editors: tuple[str, ...]
     before: bool
 
@@ -53,11 +54,13 @@ class Work:
     """What every chunk of a run is measured with; it can be sent to another process.
 
     Attributes:
+        task: name of the task.
         editors: by the names of their rows.
         measures: what is measured.
         keep_edits: whether the edits are wanted with what was measured of them.
     """
 
+    task: str
     editors: Mapping[str, Editor]
     measures: Measures
     keep_edits: bool = False
@@ -65,7 +68,7 @@ class Work:
     def do(self, model: Model, chunk: Chunk) -> Measured:
         """Measure a chunk."""
         editors = {name: self.editors[name] for name in chunk.editors}
-        found = measure(model, chunk.records, editors, chunk.before, self.measures)
+        found = measure(model, task_of(self.task), chunk.records, editors, chunk.before, self.measures)
         return found if self.keep_edits else replace(found, edits={})
 
     def without_model(self) -> Work:

@@ -17,8 +17,9 @@ from itertools import groupby
 from typing import Any
 
 from errata.base.display import printable, unformulated
-from errata.evaluation.report import Column, Row, Source, Table
+from errata.evaluation.report import Row, Source, Table
 from errata.metrics.summary import Estimate, Method
+from errata.tasks.task import Column
 
 ENDINGS = {"table": ".txt", "markdown": ".md", "latex": ".tex", "csv": ".csv", "json": ".json"}
 
@@ -147,7 +148,7 @@ def as_csv(table: Table) -> str:
     `short` is what the other formats call a row whose name is too long for them; `probability`, what P is.
     """
     fields = ("mean", "low", "high", "count")
-    probability = table.probability if table.kind == "counterfact" else ""
+    probability = table.probability if table.compares else ""
     heads = [
         "run",
         "model",
@@ -186,14 +187,18 @@ def as_json(table: Table) -> dict[str, Any]:
         return {**asdict(each), "run": str(each.run), "values": values, **marks}
 
     return {
-        "kind": table.kind,
+        "kind": table.task.name,
         "probability": table.probability,
         "interval": table.interval,
         "legend": table.legend(),
-        "columns": [asdict(column) for column in table.columns],
+        "columns": [_column(column) for column in table.columns],
         "rows": [row(each) for block in table.blocks for each in block],
         "differences": [row(each) for each in table.differences],
     }
+
+
+def _column(column: Column) -> dict[str, Any]:
+    return {name: getattr(column, name) for name in ("name", "symbol", "group", "what", "unit", "scale", "own")}
 
 
 def as_text(table: Table, kind: str) -> str:

@@ -23,13 +23,12 @@ from errata.base.config import Config
 from errata.base.errors import Diverged, EditMismatch, ErrataError, FactError
 from errata.base.facts import Fact
 from errata.base.seeds import derive
-from errata.benchmarks.records import Record
-from errata.benchmarks.snippets import Snippets
+from errata.data.snippets import Snippets
 from errata.editors.editor import Editor
 from errata.edits.edit import Edit
-from errata.evaluation.results import UNEDITED, AnyRecord, Result
-from errata.metrics import counterfact, health, zsre
-from errata.metrics.asking import Answers, Passage, Question, ask_together
+from errata.evaluation.results import UNEDITED, Result
+from errata.metrics import health
+from errata.metrics.asking import Passage, Question, ask_together
 from errata.metrics.edited import Plan, alike
 from errata.metrics.text import ESSENCE_LENGTH, as_scored, generation_entropy
 from errata.metrics.tfidf import TfIdf
@@ -37,6 +36,7 @@ from errata.models.generation import generate, prompt_ids
 from errata.models.model import Model
 from errata.models.scoring import Score
 from errata.passes.rowwise import rowwise
+from errata.tasks.task import Case, Scored, Task
 
 Around = Callable[[Sequence[int]], AbstractContextManager[object]]
 
@@ -84,15 +84,20 @@ class Measured:
 
 @without_autocast
 def measure(
-    model: Model, records: Sequence[AnyRecord], editors: Mapping[str, Editor], before: bool, measures: Measures
+    model: Model,
+    task: Task,
+    records: Sequence[Case],
+    editors: Mapping[str, Editor],
+    before: bool,
+    measures: Measures,
 ) -> Measured:
     """Edit records with each editor and measure them; with `before`, measure the unedited model too.
 
     An editor's error is the result of its record, and so is a prompt that this model cannot be asked. The model is left
     as it was.
     """
-    refused = {record.case_id: reason for record in records if (reason := _refusal(model, record, measures))}
-    found = _measured(model, [each for each in records if each.case_id not in refused], editors, before, measures)
+    refused = {record.case_id: reason for record in records if (reason := _refusal(model, task, record, measures))}
+    found = _measured(model, task, [each for each in records if each.case_id not in refused], editors, before, measures)
     if not refused:
         return found
     results, edits = {}, {}
@@ -109,16 +114,16 @@ def measure(
     return Measured(results, edits)
 
 
-def _refusal(model: Model, record: AnyRecord, measures: Measures) -> str | None:
+def _refusal(model: Model, task: Task, record: Case, measures: Measures) -> str | None:
     """Why not all that is measured of a record can be asked on a model."""
     try:
-        for question in _questions(record):
+        for question in task.questions(record):
             for ids, _ in question.rows(model):
                 model.require_room(ids, question.prompt)
         if measures.probes:
             essence = Fact(record.rewrite.subject, health.ESSENCE).text
             model.require_room(model.ids(essence), essence)
-        for text in _openings(record) if measures.generation else ():
+        for text in task.generation(record) if measures.generation else ():
             ids = prompt_ids(model, text)
             model.require_room(ids and [*ids, 0], text)  # and for one token more
     except FactError as error:
@@ -127,7 +132,12 @@ def _refusal(model: Model, record: AnyRecord, measures: Measures) -> str | None:
 
 
 def _measured(
-    model: Model, records: Sequence[AnyRecord], editors: Mapping[str, Editor], before: bool, measures: Measures
+    model: Model,
+    task: Task,
+    records: Sequence[Case],
+    editors: Mapping[str, Editor],
+    before: bool,
+    measures: Measures,
 ) -> Measured:
     if not records:
         return Measured({}, {})
@@ -143,7 +153,7 @@ def _measured(
     rows |= edits
 
     begin = time.perf_counter()
-    asked = _asked(model, records, list(rows.values()), measures)
+    asked = _asked(model, task, records, list(rows.values()), measures)
     per_row = (time.perf_counter() - begin) * share / len(rows)
     said = dict(zip(rows, asked, strict=True))
     found: dict[str, list[Result]] = {}
@@ -154,7 +164,7 @@ def _measured(
         texts: list[tuple[str, ...]] = [()] * len(records)
         if measures.generation:
             begin = time.perf_counter()
-            texts = _written(model, records, with_edits, measures)
+            texts = _written(model, task, records, with_edits, measures)
             times["generate"] = (time.perf_counter() - begin) * share
         healths: list[Mapping[str, Any] | None] = [None] * len(records)
         if measures.probes and name != UNEDITED:
@@ -162,7 +172,7 @@ def _measured(
             healths = _healths(model, records, with_edits, said[UNEDITED], said[name], measures.probes)
             times["health"] = (time.perf_counter() - begin) * share
         found[name] = [
-            _result(record, each, said[name][i], texts[i], healths[i], times, measures)
+            _result(task, record, each, said[name][i], texts[i], healths[i], times, measures)
             for i, (record, each) in enumerate(zip(records, made.get(name, with_edits), strict=True))
         ]
     return Measured(found, edits)
@@ -186,20 +196,24 @@ def _fitting(model: Model, made: Sequence[Edit | ErrataError]) -> list[Edit | Er
 class _Said:
     """What a model says to a record's prompts, and the perplexity of what is known of its subject."""
 
-    answers: counterfact.RecordAnswers | zsre.ZsreAnswers
+    answers: Scored
     essence: float | None
 
 
 def _asked(
-    model: Model, records: Sequence[AnyRecord], variants: Sequence[Sequence[Edit | None]], measures: Measures
+    model: Model,
+    task: Task,
+    records: Sequence[Case],
+    variants: Sequence[Sequence[Edit | None]],
+    measures: Measures,
 ) -> list[list[_Said]]:
     questions: list[Question | Passage] = []
     owners: list[int] = []
     essences: dict[int, int] = {}
     for i, record in enumerate(records):
         own: list[Question | Passage] = []
-        own += _questions(record)
-        text = " ".join(each.text for each in _about(record, measures))
+        own += task.questions(record)
+        text = " ".join(each.text for each in _about(task, record, measures))
         passage = Passage(text, min(ESSENCE_LENGTH, model.max_length))
         if text and len(passage.rows(model)[0][0]) > 1:
             essences[i] = len(questions) + len(own)
@@ -210,7 +224,7 @@ def _asked(
     return [
         [
             _Said(
-                _answered(record, [each for each, owner in zip(said, owners, strict=True) if owner == i]),
+                task.scored(record, [each for each, owner in zip(said, owners, strict=True) if owner == i]),
                 _perplexity(said[essences[i]][0], measures.essence == "reference") if i in essences else None,
             )
             for i, record in enumerate(records)
@@ -219,24 +233,11 @@ def _asked(
     ]
 
 
-def _questions(record: AnyRecord) -> list[Question]:
-    return counterfact.questions(record) if isinstance(record, Record) else zsre.questions(record)
-
-
-def _openings(record: AnyRecord) -> Sequence[str]:
-    return record.generation if isinstance(record, Record) else ()
-
-
-def _about(record: AnyRecord, measures: Measures) -> Sequence[Any]:
-    if measures.snippets is None or measures.generation is None or not isinstance(record, Record):
+def _about(task: Task, record: Any, measures: Measures) -> Sequence[Any]:
+    """Texts about a record's subject."""
+    if measures.snippets is None or measures.generation is None or not task.snippets:
         return ()
     return measures.snippets.about(record)
-
-
-def _answered(record: AnyRecord, said: Sequence[Answers]) -> counterfact.RecordAnswers | zsre.ZsreAnswers:
-    if isinstance(record, Record):
-        return counterfact.answered(record, said[: len(counterfact.questions(record))])
-    return zsre.answered(record, said)
 
 
 def _perplexity(said: Score, reference: bool) -> float | None:
@@ -245,13 +246,13 @@ def _perplexity(said: Score, reference: bool) -> float | None:
 
 
 def _written(
-    model: Model, records: Sequence[AnyRecord], edits: Sequence[Edit | None], measures: Measures
+    model: Model, task: Task, records: Sequence[Case], edits: Sequence[Edit | None], measures: Measures
 ) -> list[tuple[str, ...]]:
     """Texts of each record with its edit on, all in one batch if the edits are of low rank."""
     assert measures.generation is not None
     prompts, owners, seeds = [], [], []
     for i, record in enumerate(records):
-        for number, prompt in enumerate(_openings(record)):
+        for number, prompt in enumerate(task.generation(record)):
             prompts.append(prompt)
             owners.append(i)
             seeds.append(derive(measures.seed, "text", record.case_id, number))
@@ -285,7 +286,7 @@ def _written(
 
 def _healths(
     model: Model,
-    records: Sequence[AnyRecord],
+    records: Sequence[Case],
     edits: Sequence[Edit | None],
     before: Sequence[_Said],
     after: Sequence[_Said],
@@ -313,11 +314,12 @@ def _healths(
 
 def _probability(said: _Said) -> float:
     """Of the new object after the bare prompt."""
-    return math.exp(said.answers.rewrite[0][0].total)
+    return math.exp(said.answers["rewrite"][0][0].total)
 
 
 def _result(
-    record: AnyRecord,
+    task: Task,
+    record: Case,
     made: Edit | ErrataError | None,
     said: _Said,
     texts: tuple[str, ...],
@@ -332,15 +334,15 @@ def _result(
         said.answers,
         texts=texts,
         entropy=generation_entropy(as_scored(texts)) if texts else None,
-        reference=_similarity(record, texts, measures),
+        reference=_similarity(task, record, texts, measures),
         essence=said.essence,
         health=its_health,
         seconds=seconds,
     )
 
 
-def _similarity(record: AnyRecord, texts: Sequence[str], measures: Measures) -> float | None:
-    if not texts or measures.snippets is None or measures.tfidf is None or not isinstance(record, Record):
+def _similarity(task: Task, record: Any, texts: Sequence[str], measures: Measures) -> float | None:
+    if not texts or measures.snippets is None or measures.tfidf is None or not task.snippets:
         return None
     references = [each.text for each in measures.snippets.of(record)]
     return measures.tfidf.reference_score(as_scored(texts), references) if references else None

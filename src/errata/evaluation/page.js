@@ -4,13 +4,6 @@
   const PAGE = 50, BINS = 24;
   const SVG = "http://www.w3.org/2000/svg";
   const NONE = "–";
-  const isCounterfact = data.kind === "counterfact";
-  const KINDS = {
-    rewrite: isCounterfact ? "Rewrite" : "Edited question", paraphrase: "Paraphrases",
-    neighborhood: "Neighborhood: other subjects that keep the old object",
-    attribute: "Attribute: other subjects that have the new object",
-    locality: "Other questions, which should not move",
-  };
   const HEALTH = {
     probability_before: ["P[o*] before", "%"], probability_after: ["P[o*] after", "%"],
     essence_kl: ["KL after “is a”", "nats"], drift: ["Drift", "nats per token"],
@@ -22,9 +15,9 @@
   };
   const column = Object.fromEntries(data.columns.map((each) => [each.name, each]));
   const shares = data.columns.filter((each) => each.axis === "share" || each.axis === "difference");
-  const first = isCounterfact ? "s" : "efficacy";
+  const first = (data.columns[0] || {}).name;
   const START = {
-    run: 0, row: "", relation: "", which: "", sort: column[first] ? first : (data.columns[0] || {}).name, order: "worst",
+    run: 0, row: "", relation: "", which: "", sort: first, order: "worst",
     text: "", page: 0, open: "",
   };
   const state = { ...START };
@@ -167,7 +160,7 @@
       if (state.relation && one.relation !== state.relation) return;
       if (state.which === "failed" && !result.error) return;
       if (state.which === "disabling" && !(result.health && result.health.disabling)) return;
-      const held = valueAt(isCounterfact ? "es" : "efficacy", i);
+      const held = valueAt(data.held, i);
       if (state.which === "missed" && (held === null || !(held < 1))) return;  // null: it was never asked
       if (text && !haystack(one).includes(text)) return;
       kept.push(i);
@@ -189,15 +182,16 @@
   function said(targets, answer, rising) {
     const box = make("div", { class: "said" });
     const ps = answer.map(([p]) => p ?? 0);
-    const right = isCounterfact ? (rising ? ps[0] > ps[1] : ps[1] > ps[0]) : answer[0][1] === answer[0][2];
+    const pair = answer.length > 1;
+    const right = pair ? (rising ? ps[0] > ps[1] : ps[1] > ps[0]) : answer[0][1] === answer[0][2];
     const verdict = right
       ? make("span", { class: "right", role: "img", "aria-label": "as it should be" }, "✓")
       : make("span", { class: "wrong", role: "img", "aria-label": "not as it should be" }, "✗");
     answer.forEach(([p, hits, tokens], k) => {
-      const greater = isCounterfact && ps[k] > ps[1 - k];
+      const greater = pair && ps[k] > ps[1 - k];
       const bar = make("i", { "aria-hidden": "true" });
       bar.style.width = `${100 * ps[k]}%`;
-      const more = isCounterfact ? "" : ` ${hits}/${tokens} tokens`;
+      const more = pair ? "" : ` ${hits}/${tokens} tokens`;
       box.append(
         make("span", { class: `what ${k ? "old" : "new"}${greater ? " greater" : ""}`, title: targets[k] }, targets[k] + more, bar),
         make("span", { class: `p${greater ? " greater" : ""}` }, percent(p)),
@@ -215,12 +209,12 @@
       ...states.map(([name]) => make("th", { scope: "col" }, name === "before" ? "Before: P" : "After: P")))));
     data.kinds.forEach((kind, k) => {
       if (!(one.prompts[k] || []).length) return;
-      const heading = make("th", { colspan: states.length + 1, scope: "rowgroup" }, KINDS[kind]);
+      const heading = make("th", { colspan: states.length + 1, scope: "rowgroup" }, kind.title);
       const body = make("tbody", {}, make("tr", { class: "kind" }, heading));
       one.prompts[k].forEach((prompt, j) => {
-        const targets = kind === "locality" ? [one.answers[j]] : [one.new, one.old];
+        const targets = one.targets[k][j] || [one.new, one.old];
         const cells = states.map(([name, result]) => make("td", { "data-state": name },
-          result && result.said ? said(targets, result.said[k][j], kind !== "neighborhood") : NONE));
+          result && result.said ? said(targets, result.said[k][j], kind.preferred === 0) : NONE));
         body.append(make("tr", {}, make("td", {}, prompt), ...cells));
       });
       table.append(body);

@@ -16,26 +16,25 @@ from typing import Any
 
 from errata.base.extras import needed
 from errata.base.files import write_text
-from errata.benchmarks.records import Record
 from errata.evaluation.formats import STRONG, panels
-from errata.evaluation.report import PARTS, Column, Table
-from errata.evaluation.results import AnyRecord, Result, Results, Run
-from errata.metrics import counterfact, zsre
-from errata.metrics.counterfact import Probability
+from errata.evaluation.report import Table
+from errata.evaluation.results import Result, Results, Run
+from errata.tasks.task import Case, Column, Probability, Task
 
 TEXTS = (
     40_000_000  # characters of generated text in a page, at most: beyond, the last texts of each record are left out
 )
 
-# Of numbers: the axis of their distribution, unless it is a share, from 0 to 1.
-_AXES = {
-    **dict.fromkeys(("em", "pm", "nm", "atm"), "difference"),
-    **dict.fromkeys(("ge", "rs"), "range"),
-    **dict.fromkeys(("essence", "drift"), "log"),
-}
-_HIGH_IS_BAD = {"essence", "drift"}
-_SCORE = "harmonic mean of the record's own ES, PS and NS"  # what S is of one record
-_DRIFT = Column("drift", "Drift", "Health", "how far what is said of other texts moves", "nats per token", 1)
+_DRIFT = Column(
+    "drift",
+    "Drift",
+    "Side effects",
+    "how far predictions on reference texts move",
+    unit="nats per token",
+    scale=1,
+    lower_is_better=True,
+    axis="log",
+)
 
 
 def write_page(path: str | Path, runs: Sequence[Run], table: Table) -> None:
@@ -93,52 +92,78 @@ def data(runs: Sequence[Run], table: Table) -> dict[str, Any]:
     columns = [
         {
             **{name: getattr(column, name) for name in ("name", "symbol", "unit", "scale")},
-            "what": _SCORE if column.name == "s" else column.what,
-            "axis": _AXES.get(column.name, "share"),
-            "highIsBad": column.name in _HIGH_IS_BAD,
+            "what": _of_one_record(column, table.task),
+            "axis": column.axis,
+            "highIsBad": column.lower_is_better,
         }
         for column in (*table.columns, _DRIFT)
         if any(
             value is not None for run in found for row in run["rows"] for value in row["numbers"].get(column.name, [])
         )
     ]
-    kinds = counterfact.KINDS if table.kind == "counterfact" else zsre.KINDS
-    return {"kind": table.kind, "columns": columns, "kinds": kinds, "textsKept": texts, "runs": found}
+    held = next((column.name for column in table.task.columns if column.fails == "below half"), "")
+    return {"columns": columns, "kinds": _kinds(runs), "held": held, "textsKept": texts, "runs": found}
+
+
+def _of_one_record(column: Column, task: Task) -> str:
+    """A column's meaning for one record, of which a harmonic mean of means is that of its own numbers."""
+    if not column.harmonic:
+        return column.what
+    symbols = [part.symbol for name in column.harmonic if (part := task.column(name))]
+    return f"harmonic mean of the record's own {', '.join(symbols[:-1])} and {symbols[-1]}"
+
+
+def _kinds(runs: Sequence[Run]) -> list[dict[str, Any]]:
+    """The kinds of prompts: name, heading, and which target should win."""
+    task = runs[0].task
+    names = dict.fromkeys(kind for run in runs for record in run.records.values() for kind in task.prompts(record))
+    return [
+        {"name": kind, "title": task.titles.get(kind, kind), "preferred": task.preferred.get(kind, 0)} for kind in names
+    ]
 
 
 def _run(run: Run, probability: Probability, texts: int, short: Mapping[str, str]) -> dict[str, Any]:
-    relations = sorted({record.relation for record in run.records.values() if isinstance(record, Record)})
+    relations = sorted(set(filter(None, map(run.task.relation, run.records.values()))))
     rows = (run.unedited, *run.edited.values())
     return {
         "model": str(run.settings.get("model", "")),
         "folder": str(run.folder),
         "relations": relations,
-        "records": [_record(record) for record in run.records.values()],
+        "records": [_record(run.task, record) for record in run.records.values()],
         "rows": [{**_row(run, results, probability, texts), "short": short.get(results.name, "")} for results in rows],
     }
 
 
-def _record(record: AnyRecord) -> dict[str, Any]:
+def _record(task: Task, record: Case) -> dict[str, Any]:
+    """A record's texts; `targets` of a prompt are null where they are the new and the old object."""
     rewrite = record.rewrite
-    said = {"id": record.case_id, "subject": rewrite.subject, "text": rewrite.text, "new": rewrite.new_object}
-    if isinstance(record, Record):
-        prompts = [[rewrite.text], record.paraphrase, record.neighborhood, record.attribute]
-        more = {"relation": record.relation, "old": rewrite.fact.object, "prompts": prompts}
-        return {**said, **more, "generation": record.generation}
-    prompts = [[rewrite.text], record.paraphrase, [prompt for prompt, _ in record.locality]]
-    return {**said, "old": "", "prompts": prompts, "answers": [answer for _, answer in record.locality]}
+    pair = rewrite.new_object, rewrite.fact.object
+    prompts = task.prompts(record)
+    return {
+        "id": record.case_id,
+        "subject": rewrite.subject,
+        "text": rewrite.text,
+        "new": rewrite.new_object,
+        "old": rewrite.fact.object,
+        "relation": task.relation(record),
+        "prompts": [[question.prompt for question in kind] for kind in prompts.values()],
+        "targets": [[None if one.targets == pair else one.targets for one in kind] for kind in prompts.values()],
+        "generation": task.generation(record),
+    }
 
 
 def _row(run: Run, results: Results, probability: Probability, texts: int) -> dict[str, Any]:
     cases = list(run.records)
     numbers: dict[str, Mapping[int, float | None]] = dict(run.numbers(results, probability))
-    if all(part in numbers for part in PARTS):
-        numbers["s"] = {case: _score([numbers[part].get(case) for part in PARTS]) for case in cases}
+    for column in run.task.columns:
+        if column.harmonic:
+            parts = [numbers[part] for part in column.harmonic]
+            numbers[column.name] = {case: _score([part.get(case) for part in parts]) for case in cases}
     health = {case: each.health for case, each in results.by_case.items() if each.health is not None}
     numbers["drift"] = {case: each.get("drift") for case, each in health.items()}
     return {
         "name": results.name,
-        "numbers": {name: [_short(column.get(case)) for case in cases] for name, column in numbers.items()},
+        "numbers": {name: [_short(values.get(case)) for case in cases] for name, values in numbers.items()},
         "results": [_result(results.by_case.get(case), probability, texts) for case in cases],
     }
 
@@ -166,7 +191,7 @@ def _result(result: Result | None, probability: Probability, texts: int) -> dict
                 ]
                 for one in kind
             ]
-            for kind in vars(result.answers).values()
+            for kind in result.answers.values()
         ]
     optional = {
         "texts": result.texts[:texts],
@@ -181,7 +206,7 @@ def _result(result: Result | None, probability: Probability, texts: int) -> dict
 def _health(result: Result, probability: Probability) -> dict[str, Any]:
     """The edit's health, with the new object's probability taken as everywhere on the page."""
     health = dict(result.health or {})
-    scores = [score for scores in (result.answers.rewrite if result.answers else ()) for score in scores]
+    scores = [score for scores in (result.answers["rewrite"] if result.answers else ()) for score in scores]
     if probability == "per_token" and scores:
         for name in ("probability_before", "probability_after"):
             stored = health.get(name)  # of all tokens

@@ -3,16 +3,8 @@
 A table is made of blocks, one a run: the unedited model, then its editors, each with the paper's own row below it where
 the paper has one. Differences between two rows are paired: over the same records.
 
-A number **fails** where its whole interval (its mean, where it has none) is
-
-- below one half: ES, PS, NS; zsRE's efficacy and paraphrase: most go the wrong way;
-- below 0: EM, PM, NM: on average the wrong object is the more probable one;
-- below the unedited model's interval: S, RS: not editing does better;
-- below 95 % of the unedited model's: GE, zsRE's specificity;
-- above twice the unedited model's: essence.
-
-The **best** of a column is the highest mean among a run's editors, where there are several; of essence, a perplexity,
-the lowest.
+A number **fails** where its whole interval (its mean, where it has none) is beyond the bound of its column
+(`tasks.task.Column.fails`). The **best** of a column is the best mean among a run's editors, where there are several.
 """
 
 from __future__ import annotations
@@ -29,71 +21,19 @@ from typing import Any, Literal
 from errata.base.display import printable
 from errata.base.errors import ConfigError
 from errata.base.files import resolved
-from errata.evaluation.published import Published, beside, published
 from errata.evaluation.results import UNEDITED, Results, Run
-from errata.metrics.counterfact import Probability
-from errata.metrics.summary import Estimate, Method, estimate, harmonic_score, paired, paired_harmonic
+from errata.metrics.summary import Estimate, Method, paired, paired_harmonic
+from errata.tasks.task import Column, PaperRow, Probability, Task, estimates
 
 Source = Literal["run", "paper", "difference"]
 Numbers = Mapping[str, Mapping[int, float | None]]
 
-PARTS = ("es", "ps", "ns")  # of S
-
-
-@dataclass(frozen=True)
-class Column:
-    """A number of the tables.
-
-    Attributes:
-        name: as in `evaluation.results`; "s" for S.
-        symbol: at the head of its column.
-        group: the paper's word for what it tells of.
-        what: it is, in words.
-        unit: of what tables show.
-        scale: what tables multiply it by.
-        own: whether the paper's table has it not.
-    """
-
-    name: str
-    symbol: str
-    group: str
-    what: str
-    unit: str = "%"
-    scale: int = 100
-    own: bool = False
-
-    def shown(self, value: float) -> str:
-        """A value as tables show it; "–" if there is none."""
-        if not math.isfinite(value):
-            return "–"
-        scaled = round(value * self.scale, 1) + 0.0  # no -0.0
-        return f"{scaled:.1f}".replace("-", "−") if abs(scaled) < 1e5 else f"{scaled:.1e}"
-
-
-COUNTERFACT = (
-    Column("s", "S", "Score", "harmonic mean of ES, PS and NS"),
-    Column("es", "ES", "Efficacy", "rewrite prompts with P[o*] > P[oᶜ]"),
-    Column("em", "EM", "Efficacy", "P[o*] − P[oᶜ] after rewrite prompts", "points"),
-    Column("ps", "PS", "Generalization", "paraphrases with P[o*] > P[oᶜ]"),
-    Column("pm", "PM", "Generalization", "P[o*] − P[oᶜ] after paraphrases", "points"),
-    Column("ns", "NS", "Specificity", "neighborhood prompts with P[oᶜ] > P[o*]"),
-    Column("nm", "NM", "Specificity", "P[oᶜ] − P[o*] after neighborhood prompts", "points"),
-    Column("ge", "GE", "Fluency", "entropy of bi- and trigrams of generated texts", "bits × 100"),
-    Column("rs", "RS", "Consistency", "cosine of TF-IDF vectors of generated and reference texts", "× 100"),
-    Column("ats", "AS", "Attribute", "attribute prompts with P[o*] > P[oᶜ]", own=True),
-    Column("atm", "AM", "Attribute", "P[o*] − P[oᶜ] after attribute prompts", "points", own=True),
-    Column("essence", "Essence", "Essence", "perplexity of what is known of the subject", "perplexity", 1, own=True),
-)
-ZSRE = (
-    Column("efficacy", "Efficacy", "", "target tokens of edited questions that are the most probable"),
-    Column("paraphrase", "Paraphrase", "", "target tokens of paraphrased questions that are the most probable"),
-    Column("specificity", "Specificity", "", "target tokens of other questions that are the most probable"),
-)
-
-LEGEND_FAILS = {
-    "counterfact": "ES, PS or NS below 50; EM, PM or NM below 0; S or RS below the unedited model's interval; GE below "
-    "95 % of the unedited model's; essence above twice the unedited model's",
-    "zsre": "efficacy or paraphrase below 50; specificity below 95 % of the unedited model's",
+_BOUNDS = {
+    "below half": "below 50",
+    "below zero": "below 0",
+    "below unedited": "below the unedited model's interval",
+    "below 95 %": "below 95 % of the unedited model's",
+    "above twice": "above twice the unedited model's",
 }
 
 
@@ -150,7 +90,7 @@ class Table:
     """Table 1 (zsRE) or Table 2 (CounterFact) of some runs.
 
     Attributes:
-        kind: "counterfact" or "zsre".
+        task: the task of all runs.
         probability: what P is.
         interval: how intervals were made.
         columns: that some row has a number for, in the paper's order.
@@ -159,7 +99,7 @@ class Table:
         sets: what the records of the runs are called.
     """
 
-    kind: str
+    task: Task
     probability: Probability
     interval: Method
     columns: tuple[Column, ...]
@@ -170,7 +110,7 @@ class Table:
     @property
     def title(self) -> str:
         """What it is a table of."""
-        name = "CounterFact" if self.kind == "counterfact" else "zsRE"
+        name = self.task.title
         others = [each for each in self.sets if Path(each).stem.casefold() != name.casefold()]
         if others:
             name = f"{name}'s numbers on {', '.join(others)}"
@@ -181,8 +121,9 @@ class Table:
         """What the columns and the marks say, in sentences."""
         symbols = "; ".join(f"{each.symbol}, {each.what}" for each in self.columns)
         ways = {"normal": "the normal approximation", "bootstrap": "10,000 resamples of the records"}
-        said = [f"{symbols}. All × 100" + (" but essence." if "essence" in self._names else ".")]
-        if self.kind == "counterfact":
+        plain = [column.symbol.lower() for column in self.columns if column.scale == 1]
+        said = [f"{symbols}. All × 100" + (f" but {', '.join(plain)}." if plain else ".")]
+        if self.compares:
             mean = "exp of the mean log-probability per token" if self.probability == "per_token" else "of all tokens"
             said.append(f"P is the object's probability, {mean}.")
         said.append(
@@ -196,12 +137,16 @@ class Table:
         long = {row.short: row.name for block in self.blocks for row in block if row.short}
         if long:
             said.append(printable("; ".join(f"{short} is {name}" for short, name in long.items()) + "."))
-        said.append(f"Fails, the whole interval: {LEGEND_FAILS[self.kind]}.")
+        bounds = {bound: [column.symbol for column in self.columns if column.fails == bound] for bound in _BOUNDS}
+        fails = "; ".join(f"{_listed(names)} {_BOUNDS[bound]}" for bound, names in bounds.items() if names)
+        if fails:
+            said.append(f"Fails, the whole interval: {fails}.")
         return said
 
     @property
-    def _names(self) -> set[str]:
-        return {each.name for each in self.columns}
+    def compares(self) -> bool:
+        """Whether the task compares probabilities of two objects."""
+        return bool(self.task.preferred)
 
 
 def table(
@@ -211,7 +156,7 @@ def table(
     compare: tuple[str, str] | None = None,
     seed: int = 0,
 ) -> Table:
-    """The table of one or several runs, of one kind.
+    """The table of one or several runs of one task.
 
     Args:
         runs: each becomes a block.
@@ -221,10 +166,10 @@ def table(
         seed: of the bootstrap.
 
     Raises:
-        ConfigError: if there is no run, or one twice, they are of different kinds, or no run has the rows to compare.
+        ConfigError: if there is no run, or one twice, they are of different tasks, or no run has the rows to compare.
     """
     _require_together(runs)
-    columns = COUNTERFACT if runs[0].kind == "counterfact" else ZSRE
+    columns = runs[0].task.columns
     blocks = [_block(run, columns, probability, interval, seed) for run in runs]
     short = _short_names(row.name for block in blocks for row in block if row.source == "run")
     blocks = [tuple(replace(row, short=short.get(row.name, "")) for row in block) for block in blocks]
@@ -235,7 +180,7 @@ def table(
     kept = tuple(column for column in columns if column.name in there)
     sets = (str(run.settings.get("records", {}).get("source", "")) for run in runs)
     named = tuple(dict.fromkeys(filter(None, sets)))
-    return Table(runs[0].kind, probability, interval, kept, tuple(blocks), tuple(differences), named)
+    return Table(runs[0].task, probability, interval, kept, tuple(blocks), tuple(differences), named)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -267,10 +212,10 @@ def _require_together(runs: Sequence[Run]) -> None:
         if folder in folders[:place]:
             raise ConfigError(f"{runs[place].folder} is named twice, and would stand in the table twice: name it once")
     for run in runs:
-        if run.kind != runs[0].kind:
+        if run.task.name != runs[0].task.name:
             raise ConfigError(
-                f"{runs[0].folder} is of {runs[0].kind} and {run.folder} of {run.kind}, whose numbers have no column "
-                "in common: report each by itself"
+                f"{runs[0].folder} is of {runs[0].task.title} and {run.folder} of {run.task.title}, whose numbers do "
+                "not compare: report each by itself"
             )
 
 
@@ -278,14 +223,14 @@ def _block(
     run: Run, columns: Sequence[Column], probability: Probability, interval: Method, seed: int
 ) -> tuple[Row, ...]:
     def row(results: Results) -> Row:
-        numbers = run.numbers(results, probability)
-        return _row(run, results, _estimates(numbers, columns, interval, seed))
+        numbers = {name: list(by_case.values()) for name, by_case in run.numbers(results, probability).items()}
+        return _row(run, results, _there(estimates(columns, numbers, interval, seed)))
 
     unedited = row(run.unedited)
-    editors = _marked([row(results) for results in run.edited.values()], unedited)
+    editors = _marked([row(results) for results in run.edited.values()], unedited, columns)
     methods = {results.name: str(results.settings.get("editor", "")) for results in run.edited.values()}
-    papers = beside(run.kind, unedited.model, methods)
-    rows = [unedited, *_paper(unedited, published(run.kind, unedited.model))]
+    papers = _beside(run.task, unedited.model, methods)
+    rows = [unedited, *_paper(unedited, run.task.paper_row(unedited.model))]
     for each in editors:
         rows += [each, *_paper(each, papers.get(each.name))]
     return tuple(rows)
@@ -312,21 +257,11 @@ def _row(run: Run, results: Results, values: Mapping[str, Estimate]) -> Row:
     )
 
 
-def _estimates(numbers: Numbers, columns: Sequence[Column], interval: Method, seed: int) -> dict[str, Estimate]:
-    found = {}
-    for name in (column.name for column in columns):
-        if name == "s":
-            found[name] = harmonic_score({part: list(numbers[part].values()) for part in PARTS}, interval, seed)
-        else:
-            found[name] = estimate(list(numbers[name].values()), interval, seed)
-    return _there(found)
-
-
 def _there(found: Mapping[str, Estimate]) -> dict[str, Estimate]:
     return {name: each for name, each in found.items() if not math.isnan(each.mean)}
 
 
-def _paper(row: Row, found: Published | None) -> list[Row]:
+def _paper(row: Row, found: PaperRow | None) -> list[Row]:
     if found is None:
         return []
     values = {
@@ -337,38 +272,62 @@ def _paper(row: Row, found: Published | None) -> list[Row]:
     return [Row(name, "paper", row.model, row.run, values, found.records, found.records)]
 
 
-def _marked(rows: Sequence[Row], unedited: Row) -> list[Row]:
+def _beside(task: Task, model: str, rows: Mapping[str, str]) -> dict[str, PaperRow]:
+    """The paper's rows to stand beside one's own, each once: by the row's name, or else by its editor's.
+
+    Args:
+        task, model: as of `Task.paper_row`.
+        rows: by the names of rows, in order, those of their editors; "" where it is not known.
+    """
+    found: dict[str, PaperRow] = {}
+    for row, name in [*((row, row) for row in rows), *rows.items()]:
+        paper = task.paper_row(model, name) if name else None
+        if row not in found and paper and paper not in found.values():
+            found[row] = paper
+    return found
+
+
+def _marked(rows: Sequence[Row], unedited: Row, columns: Sequence[Column]) -> list[Row]:
+    """The rows with the best of each column and what fails."""
     best: dict[str, float] = {}
-    for row in rows if len(rows) > 1 else ():
-        for name, found in row.values.items():
-            better = min if name == "essence" else max
-            best[name] = better(best.get(name, found.mean), found.mean)
+    for column in columns if len(rows) > 1 else ():
+        means = [row.values[column.name].mean for row in rows if column.name in row.values]
+        if means:
+            best[column.name] = min(means) if column.lower_is_better else max(means)
     return [
         replace(
             row,
             strong=frozenset(name for name, found in row.values.items() if found.mean == best.get(name)),
             fails=frozenset(
-                name for name, found in row.values.items() if _fails(name, found, unedited.values.get(name))
+                column.name
+                for column in columns
+                if column.name in row.values
+                and _fails(column, row.values[column.name], unedited.values.get(column.name))
             ),
         )
         for row in rows
     ]
 
 
-def _fails(name: str, found: Estimate, unedited: Estimate | None) -> bool:
-    """By the rules that the head of this file states; what cannot be told is no failure."""
+def _fails(column: Column, found: Estimate, unedited: Estimate | None) -> bool:
+    """Whether the whole interval is beyond the column's bound; False where that cannot be told."""
     low, high = _ends(found)
-    if name in {"es", "ps", "ns", "efficacy", "paraphrase"}:
+    if column.fails == "below half":
         return high < 0.5
-    if name in {"em", "pm", "nm"}:
+    if column.fails == "below zero":
         return high < 0
     if unedited is None:
         return False
-    if name in {"s", "rs"}:
+    if column.fails == "below unedited":
         return high < _ends(unedited)[0]
-    if name in {"ge", "specificity"}:
+    if column.fails == "below 95 %":
         return high < 0.95 * unedited.mean
-    return name == "essence" and low > 2 * unedited.mean
+    return column.fails == "above twice" and low > 2 * unedited.mean
+
+
+def _listed(names: Sequence[str]) -> str:
+    """A, B or C."""
+    return " or ".join(filter(None, [", ".join(names[:-1]), names[-1]]))
 
 
 def _ends(found: Estimate) -> tuple[float, float]:
@@ -407,9 +366,10 @@ def _difference(
 ) -> Row:
     one, other = (run.numbers(_rows(run)[name], probability) for name in names)
     found = {}
-    for name in (column.name for column in columns):
-        if name == "s":
-            ours, theirs = ({part: numbers[part] for part in PARTS} for numbers in (one, other))
+    for column in columns:
+        name = column.name
+        if column.harmonic:
+            ours, theirs = ({part: numbers[part] for part in column.harmonic} for numbers in (one, other))
             found[name] = paired_harmonic(ours, theirs, interval, seed)
         else:
             found[name] = paired(one[name], other[name], interval, seed)

@@ -17,35 +17,28 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Container, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
-from pydantic import Field
+from pydantic import Field, TypeAdapter
 from typing_extensions import NotRequired, TypedDict
 
 from errata.base.differing import differing, flat
 from errata.base.errors import ConfigError, ResultFileError
-from errata.base.facts import Fact, Rewrite, as_plain
+from errata.base.facts import as_plain
 from errata.base.files import content
 from errata.base.journal import read_journal
-from errata.base.reading import load_json, of_type, reason_of, taking_apart
-from errata.benchmarks.records import Record, ZsreRecord
+from errata.base.reading import of_type, reason_of, taking_apart
 from errata.evaluation.run import digest
-from errata.metrics import counterfact, zsre
-from errata.metrics.counterfact import Probability, RecordAnswers
-from errata.metrics.zsre import ZsreAnswers
 from errata.models.scoring import Score
+from errata.tasks.registry import task_of
+from errata.tasks.task import Case, Probability, Scored, Task
 
 KIND = "evaluation"
 FORMAT = 1
 UNEDITED = "unedited"
-
-COUNTERFACT_NUMBERS = ("es", "em", "ps", "pm", "ns", "nm", "ats", "atm", "ge", "rs", "essence")
-ZSRE_NUMBERS = ("efficacy", "paraphrase", "specificity")
-
-AnyRecord = Record | ZsreRecord
 
 
 class _Line(TypedDict):
@@ -64,7 +57,7 @@ class _Line(TypedDict):
 
 
 class _Records(TypedDict):
-    kind: Literal["counterfact", "zsre"]
+    kind: str  # name of the task
     count: NotRequired[int]
     digest: str
 
@@ -85,7 +78,7 @@ class Result:
 
     Attributes:
         case: the record's case id.
-        answers: what the model says to the record's prompts; None if there was no edit.
+        answers: scores of the record's prompts, by kind; None if there was no edit.
         texts: generated, each with its prompt; empty where none were asked for.
         entropy: GE, n-gram entropy of the texts in bits; None without texts.
         reference: RS, similarity of the texts to the reference texts, 0 to 1; None without texts or references.
@@ -98,7 +91,7 @@ class Result:
     """
 
     case: int
-    answers: RecordAnswers | ZsreAnswers | None
+    answers: Scored | None
     texts: tuple[str, ...] = ()
     entropy: float | None = None
     reference: float | None = None
@@ -114,7 +107,7 @@ class Result:
         if self.answers is not None:
             values["answers"] = {
                 kind: [[[_finite(each.total), each.n_tokens, each.hits] for each in one] for one in said]
-                for kind, said in vars(self.answers).items()
+                for kind, said in self.answers.items()
             }
         values |= {name: _finite(values[name]) for name in ("entropy", "reference", "essence")}
         if self.health is not None:
@@ -123,17 +116,14 @@ class Result:
 
     @classmethod
     def from_line(cls, line: Mapping[str, Any]) -> Result:
-        """Raises KeyError, TypeError or ValueError if it is no line of ours."""
+        """The result of a line. Raises KeyError, TypeError or ValueError if the line is not one."""
         of_type(line, _Line)
         values = {name: line[name] for name in cls.__dataclass_fields__}
         if values["answers"] is not None:
-            said = {
+            values["answers"] = {
                 kind: tuple(tuple(_score(*each) for each in one) for one in some)
                 for kind, some in values["answers"].items()
             }
-            if "locality" not in said and any(len(one) != 2 for some in said.values() for one in some):
-                raise ValueError("a prompt has the scores of two objects")
-            values["answers"] = ZsreAnswers(**said) if "locality" in said else RecordAnswers(**said)
         elif not isinstance(values["error"], str):
             raise ValueError("there is neither an answer nor an error")
         return cls(**{**values, "texts": tuple(values["texts"])})
@@ -160,6 +150,7 @@ class Run:
 
     Attributes:
         folder: where it is.
+        task: the task of its records.
         settings: of the run, as in the header of its files.
         records: by case id, in order.
         unedited: of the model as it is.
@@ -167,8 +158,9 @@ class Run:
     """
 
     folder: Path
+    task: Task
     settings: Mapping[str, Any]
-    records: Mapping[int, AnyRecord]
+    records: Mapping[int, Case]
     unedited: Results
     edited: Mapping[str, Results]
 
@@ -184,54 +176,45 @@ class Run:
             raise ResultFileError(
                 f"{folder} is no run folder: it has no unedited.jsonl. Give the folder that errata evaluate --out names"
             )
-        records = {record.case_id: record for record in read_back(folder / "records.json")}
-        unedited = _results(folder / "unedited.jsonl", UNEDITED, records)
+        task = _task(folder / "unedited.jsonl")
+        records = {record.case_id: record for record in read_back(folder / "records.json", task)}
+        unedited = _results(folder / "unedited.jsonl", UNEDITED, records, task)
         files = [path for path in (folder / "editors").glob("*.jsonl") if _has_header(path)]
         files.sort(key=lambda path: (_begun(path), path.name))
-        edited = {path.stem: _results(path, path.stem, records) for path in files}
-        _require_one_run(folder, unedited, list(edited.values()))
+        edited = {path.stem: _results(path, path.stem, records, task) for path in files}
+        _require_one_run(folder, task, unedited, list(edited.values()))
         settings = {
             **unedited.settings,
             "records": {**unedited.settings["records"], "count": len(records)},
         }  # it may have grown since
-        return cls(folder, settings, records, unedited, edited)
-
-    @property
-    def kind(self) -> str:
-        """ "counterfact" or "zsre"."""
-        return str(self.settings["records"]["kind"])
+        return cls(folder, task, settings, records, unedited, edited)
 
     def numbers(self, results: Results, probability: Probability = "per_token") -> dict[str, dict[int, float | None]]:
-        """Each number of `COUNTERFACT_NUMBERS` or `ZSRE_NUMBERS` by case, a fraction (GE: bits; essence: perplexity).
+        """Each number of the task by case, a fraction (GE: bits; essence: perplexity).
 
         A record whose edit could not be made counts as the unedited model has it. None: the record has no such number.
         """
-        names = COUNTERFACT_NUMBERS if self.kind == "counterfact" else ZSRE_NUMBERS
-        found: dict[str, dict[int, float | None]] = {name: {} for name in names}
+        found: dict[str, dict[int, float | None]] = {
+            column.name: {} for column in self.task.columns if not column.harmonic
+        }
         for case, result in results.by_case.items():
             if result.answers is None:
                 result = self.unedited.by_case.get(case, result)
             if result.answers is None:  # not even the unedited model can be asked
                 continue
-            if isinstance(result.answers, RecordAnswers):
-                values = asdict(counterfact.record_scores(result.answers, probability))
-                values |= {"ge": result.entropy, "rs": result.reference, "essence": result.essence}
-            else:
-                values = asdict(zsre.record_scores(result.answers))
-            for name in names:
-                value = values[name]
-                found[name][case] = None if value is None or value != value else value
+            for name, value in self.task.numbers(result, probability).items():
+                found[name][case] = value
         return found
 
 
-def _require_one_run(folder: Path, unedited: Results, edited: Sequence[Results]) -> None:
+def _require_one_run(folder: Path, task: Task, unedited: Results, edited: Sequence[Results]) -> None:
     """Make sure that the files of a folder belong together: numbers of two models or record sets do not compare.
 
     Raises:
         ResultFileError: if one does not.
     """
     records = content(folder / "records.json", "records").decode()  # `written_out`, by this errata or an earlier one
-    whole, found = digest(records), read_back(folder / "records.json")
+    whole, found = digest(records), read_back(folder / "records.json", task)
     for each in (unedited, *edited):  # of all, or of the first ones, if it was begun with fewer
         told = each.settings.get("records")
         told = told if isinstance(told, dict) else {}
@@ -256,6 +239,14 @@ def _shared(results: Results) -> dict[str, Any]:
     settings = {name: value for name, value in results.settings.items() if name not in ("editor", "config", "begun")}
     records = {name: settings["records"].get(name) for name in ("kind", "source")}
     return flat({**settings, "records": records})
+
+
+def _require_scores(task: Task, record: Case, result: Result) -> None:
+    """Raises ValueError unless there is a score for every target of every prompt of the record."""
+    if result.answers is not None:
+        asked = {kind: [len(one.targets) for one in some] for kind, some in task.prompts(record).items()}
+        if asked != {kind: [len(one) for one in some] for kind, some in result.answers.items()}:
+            raise ValueError("scores of other prompts than the record has")
 
 
 def _finite(value: float | None) -> float | None:
@@ -286,32 +277,35 @@ def editor_file(folder: Path, name: str) -> Path:
     return folder / "editors" / f"{name}.jsonl"
 
 
-def written_out(records: Sequence[AnyRecord]) -> str:
+def written_out(records: Sequence[Case]) -> str:
     """Records as the text of `records.json`."""
     return json.dumps([as_plain(record) for record in records], ensure_ascii=False, indent=0) + "\n"
 
 
-def read_back(path: Path) -> list[AnyRecord]:
+def read_back(path: Path, task: Task) -> list[Case]:
     """The records of `records.json`.
 
     Raises:
-        ResultFileError: if it is missing, or not ours.
+        ResultFileError: if it is missing, or is not a list of the task's records.
     """
     with taking_apart(path, "a file of the records of a run", advice="Begin another folder"):
-        return [_record(entry) for entry in load_json(path.read_bytes())]
+        records: list[Case] = TypeAdapter(list[task.record]).validate_json(path.read_bytes(), strict=True)  # type: ignore[name-defined]
+        return records
 
 
-def _record(entry: Mapping[str, Any]) -> AnyRecord:
-    of_type(entry["case_id"], int)
-    inner = entry["rewrite"]
-    rewrite = Rewrite(Fact(**inner["fact"]), inner["new_object"])
-    if "locality" in entry:
-        pairs = tuple((prompt, answer) for prompt, answer in of_type(entry["locality"], list[list[str]]))
-        return ZsreRecord(entry["case_id"], rewrite, tuple(of_type(entry["paraphrase"], list[str])), pairs)
-    kinds = ("paraphrase", "neighborhood", "attribute", "generation", "object_ids")
-    return Record(
-        entry["case_id"], entry["relation"], rewrite, *(tuple(of_type(entry[kind], list[str | None])) for kind in kinds)
-    )
+def _task(path: Path) -> Task:
+    """The task that a journal says it is of.
+
+    Raises:
+        ResultFileError: if it says none, or one that is not installed.
+    """
+    settings, _ = read_journal(path, KIND, FORMAT)
+    with taking_apart(path, "a file of results", advice="Measure again into another folder"):
+        name = of_type(settings, _Header)["records"]["kind"]
+    try:
+        return task_of(name)
+    except ConfigError as error:
+        raise ResultFileError(f"{path}: {error}") from error
 
 
 def _has_header(path: Path) -> bool:
@@ -325,14 +319,16 @@ def _begun(path: Path) -> float:
     return begun if isinstance(begun, (int, float)) else 0.0
 
 
-def _results(path: Path, name: str, records: Mapping[int, AnyRecord]) -> Results:
+def _results(path: Path, name: str, records: Mapping[int, Case], task: Task) -> Results:
     settings, lines = read_journal(path, KIND, FORMAT)
     with taking_apart(path, "a file of results", advice="Measure again into another folder"):
         of_type(settings, _Header)
-    return Results(name, settings, by_case(lines, records, path))
+    return Results(name, settings, by_case(lines, records, path, task))
 
 
-def by_case(lines: Sequence[Mapping[str, Any]], records: Container[int], path: Path) -> dict[int, Result]:
+def by_case(
+    lines: Sequence[Mapping[str, Any]], records: Mapping[int, Case], path: Path, task: Task
+) -> dict[int, Result]:
     """Results by case id.
 
     Raises:
@@ -344,6 +340,7 @@ def by_case(lines: Sequence[Mapping[str, Any]], records: Container[int], path: P
             result = Result.from_line(line)
             if result.case in found or result.case not in records:
                 raise ValueError("a case that is there twice, or does not belong here")
+            _require_scores(task, records[result.case], result)
         except Exception as error:
             raise ResultFileError(
                 f"line {number} of {path} does not fit its header ({reason_of(error)}): it was "

@@ -21,7 +21,6 @@ from errata.base.files import write_text
 from errata.base.interrupt import deferred_interrupt
 from errata.base.journal import Journal, read_journal
 from errata.base.reading import load_json, of_type
-from errata.benchmarks.records import Record
 from errata.editors.editor import Editor
 from errata.evaluation.executors import Chunk, Executor, Here, Work
 from errata.evaluation.lessons import require_unseen
@@ -30,7 +29,6 @@ from errata.evaluation.results import (
     FORMAT,
     KIND,
     UNEDITED,
-    AnyRecord,
     Result,
     Run,
     by_case,
@@ -42,6 +40,9 @@ from errata.evaluation.run import digest, standing
 from errata.metrics.health import probe
 from errata.metrics.text import words
 from errata.models.model import Model
+from errata.tasks.records import RecordSet
+from errata.tasks.registry import task_of_records
+from errata.tasks.task import Case, Task
 
 # Records of a chunk at most: more fill batches better, and more is lost with a kill. On a CPU, one record of a model of
 # some size fills them by itself, so that each is there as soon as it is measured.
@@ -57,11 +58,11 @@ _NAMES = {
 }
 
 
-@checked(model="Model", records=["Record|ZsreRecord"])
+@checked(model="Model")
 @without_autocast
 def evaluate(
     model: Model,
-    records: Sequence[AnyRecord],
+    records: Sequence[Case] | RecordSet,
     editors: Mapping[str, Editor],
     folder: str | Path,
     measures: Measures | None = None,
@@ -81,7 +82,7 @@ def evaluate(
 
     Args:
         model: any decoder; left as it was.
-        records: of one kind, each with a case id of its own.
+        records: records of one task, each with a case id of its own; or what `read_records` returned.
         editors: by the names of their rows.
         folder: the run folder (`evaluation.results`).
         measures: what is measured; None: what the model says to prompts alone.
@@ -92,33 +93,35 @@ def evaluate(
         progress: called with results there and results in all.
 
     Raises:
-        ConfigError: if there is nothing to do, records are of two kinds, a case id or name is no such, an editor was
-            trained on one of the facts, or edits are to be kept of results that are there without.
+        ConfigError: if there is nothing to do, records are of several tasks, a case id or name cannot be used, an
+            editor was trained on one of the facts, or edits are to be kept of results that are there without.
         MissingExtra: if texts are to be written and what splits them is not installed.
         FactError: if probe texts are too long for the model, or too short.
         ResultFileError: if the folder is of another model, other records or settings, or broken.
         OutputError: if it cannot be written, or another run is writing to it.
         KeyboardInterrupt: after Ctrl-C, once the files are in order.
     """
-    records, measures, folder = list(records), measures or Measures(), Path(folder)
-    kind = _checked(records)
+    records = list(records.records if isinstance(records, RecordSet) else records)
+    measures, folder = measures or Measures(), Path(folder)
+    task = task_of_records(records)
+    _require_cases(records)
     for name, editor in editors.items():
         if not allow_seen:
-            require_unseen(name, editor.trained_on, records)
+            require_unseen(name, editor.trained_on, task, records)
     text = written_out(records)
     settings = {
         **standing(model),
-        "records": {"kind": kind, "source": source},
+        "records": {"kind": task.name, "source": source},
         **_told(measures),
         "together": _together(model, folder / "unedited.jsonl"),
     }
-    cases = {record.case_id for record in records}
+    cases = {record.case_id: record for record in records}
     if measures.generation:
         words("")  # what splits texts is there, or it is told before anything is written
     if measures.probes:
         probe(model, measures.probes)  # texts that do not do are refused before anything is written
     files = {name: editor_file(folder, name) for name in editors}
-    _require_no_more(folder, records)
+    _require_no_more(folder, task, records)
     with ExitStack() as stack, deferred_interrupt() as stop_here:
 
         def opened(path: Path, **more: Any) -> tuple[Journal, dict[int, Result]]:
@@ -132,11 +135,11 @@ def evaluate(
                     names=_NAMES,
                 )
             )
-            return journal, by_case(journal.records, cases, path)
+            return journal, by_case(journal.records, cases, path, task)
 
         # The first journal is the lock of the folder.
         journals = {UNEDITED: opened(folder / "unedited.jsonl")}
-        if not (folder / "records.json").is_file() or read_back(folder / "records.json") != records:
+        if not (folder / "records.json").is_file() or read_back(folder / "records.json", task) != records:
             write_text(folder / "records.json", text)
         for name in sorted(editors, key=lambda name: not files[name].exists()):  # if one is refused, none is begun
             editor = editors[name]
@@ -158,7 +161,7 @@ def evaluate(
                 wanted = tuple(name for name in missing if name != UNEDITED)
                 chunks.append(Chunk(tuple(some), wanted, UNEDITED in missing))
         tell()
-        measured = (executor or Here(model)).run(Work(editors, measures, keep_edits), chunks)
+        measured = (executor or Here(model)).run(Work(task.name, editors, measures, keep_edits), chunks)
         stack.callback(getattr(measured, "close", lambda: None))
         for _, found in measured:
             for name, results in found.results.items():
@@ -190,7 +193,7 @@ def _together(model: Model, path: Path) -> int:
     return max(1, min(TOGETHER, int(_WEIGHTS_AT_ONCE / weights)))
 
 
-def _told_of(records: Sequence[AnyRecord], settings: Mapping[str, Any], path: Path | None = None) -> dict[str, Any]:
+def _told_of(records: Sequence[Case], settings: Mapping[str, Any], path: Path | None = None) -> dict[str, Any]:
     """Records as the header names them: those with which the journal at `path` was begun, if it exists."""
     count = len(records)
     if path is not None:
@@ -200,14 +203,14 @@ def _told_of(records: Sequence[AnyRecord], settings: Mapping[str, Any], path: Pa
     return {**settings, "count": count, "digest": digest(written_out(records[:count]))}
 
 
-def _require_no_more(folder: Path, records: Sequence[AnyRecord]) -> None:
+def _require_no_more(folder: Path, task: Task, records: Sequence[Case]) -> None:
     """Refuse to continue a run with fewer records than it has.
 
     Raises:
         ConfigError: if it is.
     """
     with suppress(ResultFileError):
-        there = read_back(folder / "records.json")
+        there = read_back(folder / "records.json", task)
         if len(there) > len(records) and there[: len(records)] == list(records):
             raise ConfigError(
                 f"{folder} is a run over {len(there)} records, and {len(records)} are asked for: give a --limit of "
@@ -229,19 +232,17 @@ def _require_kept(name: str, there: Iterable[Result]) -> None:
         )
 
 
-def _checked(records: Sequence[AnyRecord]) -> str:
-    """The kind of the records, once it is sure that they can be told apart."""
-    if not records:
-        raise ConfigError("there are no records to measure: give at least one")
-    kinds = {"counterfact" if isinstance(record, Record) else "zsre" for record in records}
-    if len(kinds) > 1:
-        raise ConfigError("there are records of CounterFact and of zsRE, which have different numbers: give one kind")
+def _require_cases(records: Sequence[Case]) -> None:
+    """Make sure that records can be told apart.
+
+    Raises:
+        ConfigError: if two have one case id.
+    """
     seen: set[int] = set()
     for record in records:
         if record.case_id in seen:
             raise ConfigError(f"the case {record.case_id} is there twice, and its results could not be told apart")
         seen.add(record.case_id)
-    return kinds.pop()
 
 
 def _told(measures: Measures) -> dict[str, Any]:

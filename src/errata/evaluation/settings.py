@@ -1,76 +1,125 @@
-"""What a setting does to an editor: the rows of a run that differ in it, as lines along it (Figures 17 and 18)."""
+"""Scores along a setting of an editor: the rows of a run that differ in it, as lines (Figures 5, 17 and 18)."""
 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from errata.base.errors import ConfigError
-from errata.evaluation.report import PARTS
 from errata.evaluation.results import Results, Run
-from errata.metrics.counterfact import Probability
-from errata.metrics.summary import Estimate, estimate, harmonic_score
+from errata.metrics.summary import Estimate
+from errata.plots.drawing import save
 from errata.plots.settings import settings_figure
+from errata.tasks.task import Probability, Task, estimates
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-METRICS = (*PARTS, "s")
-
 
 @dataclass(frozen=True)
 class SettingScores:
-    """ES, PS, NS and S along one setting.
+    """The main numbers of a task along one setting: for CounterFact ES, PS, NS and S.
 
     Attributes:
-        model: whose.
+        model: name of the model.
         along: the setting.
         at: its values, ascending.
         lines: names of what is compared: editors, and those of their other settings that differ.
-        scores: of each metric, by line and value; None where no row has these.
+        metrics: names of the numbers; the last one is the score that the others make up, if the task has one.
+        scores: of each metric, by line and value; without those that no row has.
         unedited: of each metric, the unedited model's.
+        records: how many records the run has.
+        failures: edits that could not be made, by line and value.
     """
 
     model: str
     along: str
     at: tuple[float, ...]
     lines: tuple[str, ...]
+    metrics: tuple[str, ...]
     scores: Mapping[str, Mapping[tuple[str, float], Estimate]]
     unedited: Mapping[str, Estimate]
+    records: int
+    failures: Mapping[tuple[str, float], int]
 
     @classmethod
     def of(cls, run: Run, along: str, probability: Probability = "per_token") -> SettingScores:
-        """Of a run's rows, those whose editors have the setting, as a number.
+        """The scores of those of a run's rows whose editors have the setting, as a number.
 
         Raises:
-            ConfigError: if no row has, or two are the same but for their names, or the run is no CounterFact's.
+            ConfigError: if no row has it, or two rows are the same but for their names.
         """
-        if run.kind != "counterfact":
-            raise ConfigError(f"{run.folder} is of {run.kind}, and these figures are of CounterFact's numbers")
         rows = {name: results for name, results in run.edited.items() if _number(_config(results).get(along))}
         if not rows:
             there = sorted({key for each in run.edited.values() for key, v in _config(each).items() if _number(v)})
-            advice = f"choose of {', '.join(there)}" if there else "it has no row with a setting that is a number"
+            advice = f"choose from {', '.join(there)}" if there else "it has no row with a setting that is a number"
             raise ConfigError(f"no row of {run.folder} has a setting {along!r} that is a number: {advice}")
         labels = _labels(rows, along)
-        found: dict[str, dict[tuple[str, float], Estimate]] = {metric: {} for metric in METRICS}
+        metrics = _metrics(run.task)
+        failures: dict[tuple[str, float], int] = {}
+        found: dict[str, dict[tuple[str, float], Estimate]] = {metric: {} for metric in metrics}
         for name, results in rows.items():
             place = labels[name], float(_config(results)[along])
-            if place in found["s"]:
+            if place in failures:
                 raise ConfigError(
                     f"two rows of {run.folder} have the same settings, one of them {name}: name other runs"
                 )
-            for metric, each in _estimates(run, results, probability).items():
+            failures[place] = sum(each.answers is None for each in results.by_case.values())
+            for metric, each in _estimates(run, results, metrics, probability).items():
                 found[metric][place] = each
-        at = tuple(sorted({value for _, value in found["s"]}))
+        at = tuple(sorted({value for _, value in failures}))
         lines = tuple(dict.fromkeys(labels.values()))
         model = str(run.settings.get("model", ""))
-        return cls(model, along, at, lines, found, _estimates(run, run.unedited, probability))
+        unedited = _estimates(run, run.unedited, metrics, probability)
+        return cls(model, along, at, lines, metrics, found, unedited, len(run.records), failures)
+
+    def best(self, line: str) -> float:
+        """The value of the setting at which a line's last metric is highest; the first one if it has none."""
+        scores = {value: self.scores[self.metrics[-1]].get((line, value)) for value in self.at}
+        there = {value: each.mean for value, each in scores.items() if each and math.isfinite(each.mean)}
+        return max(there, key=lambda value: there[value]) if there else self.at[0]
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON-able; null for what is not there."""
+
+        def told(one: Estimate | None) -> dict[str, Any]:
+            numbers = {"mean": one.mean, "low": one.low, "high": one.high} if one else {}
+            return {name: value if math.isfinite(value) else None for name, value in numbers.items()}
+
+        return {
+            "model": self.model,
+            "records": self.records,
+            "along": self.along,
+            "at": list(self.at),
+            "lines": {
+                line: {
+                    "best": self.best(line),
+                    "failures": [self.failures.get((line, value)) for value in self.at],
+                    **{
+                        name: [told(self.scores[name].get((line, value))) for value in self.at] for name in self.metrics
+                    },
+                }
+                for line in self.lines
+            },
+            "unedited": {name: told(self.unedited[name]) for name in self.metrics},
+        }
+
+    def plot(self, path: str | Path) -> None:
+        """Draw the figure into a .png, .svg or .pdf file.
+
+        Raises:
+            ConfigError: if the path ends otherwise.
+            OutputError: if the file cannot be written.
+            MissingExtra: if matplotlib is not installed.
+        """
+        save(self.figure(), path)
 
     def figure(self, title: str | None = None) -> Figure:
         """The scores along the setting, after Figures 17 and 18 of the paper.
@@ -79,13 +128,13 @@ class SettingScores:
             MissingExtra: if matplotlib is not installed.
         """
         return settings_figure(
-            {metric: self._array(metric, "mean") for metric in METRICS},
-            {metric: self._array(metric, "low") for metric in METRICS},
-            {metric: self._array(metric, "high") for metric in METRICS},
+            {metric: self._array(metric, "mean") for metric in self.metrics},
+            {metric: self._array(metric, "low") for metric in self.metrics},
+            {metric: self._array(metric, "high") for metric in self.metrics},
             self.lines,
             self.at,
             along=self.along,
-            unedited={metric: self.unedited[metric].mean for metric in METRICS},
+            unedited={metric: self.unedited[metric].mean for metric in self.metrics},
             title=title,
         )
 
@@ -107,7 +156,7 @@ def _number(value: Any) -> bool:
 
 
 def _labels(rows: Mapping[str, Results], along: str) -> dict[str, str]:
-    """What each row's line is called: its editor, and the settings by which rows of one value are told apart."""
+    """The name of each row's line: its editor, and the settings by which rows of one value are told apart."""
     editors = {name: str(results.settings.get("editor")) for name, results in rows.items()}
     configs = {name: _config(results) for name, results in rows.items()}
     found = {}
@@ -139,7 +188,14 @@ def _shown(value: Any) -> str:
     return text if len(text) <= 24 else f"{text[:23]}…"
 
 
-def _estimates(run: Run, results: Results, probability: Probability) -> dict[str, Estimate]:
-    numbers = {name: list(values.values()) for name, values in run.numbers(results, probability).items()}
-    found = {name: estimate(numbers[name]) for name in PARTS}
-    return {**found, "s": harmonic_score({name: numbers[name] for name in PARTS})}
+def _metrics(task: Task) -> tuple[str, ...]:
+    """The numbers to draw: those that make up the task's score, and the score; or else the paper's first four."""
+    score = next((column for column in task.columns if column.harmonic), None)
+    if score:
+        return (*score.harmonic, score.name)
+    return tuple(column.name for column in task.columns if not column.own)[:4]
+
+
+def _estimates(run: Run, results: Results, metrics: Sequence[str], probability: Probability) -> dict[str, Estimate]:
+    numbers = {name: list(by_case.values()) for name, by_case in run.numbers(results, probability).items()}
+    return estimates([column for column in run.task.columns if column.name in metrics], numbers)

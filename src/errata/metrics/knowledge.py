@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 from errata.base.autocast import without_autocast
 from errata.base.errors import ConfigError, FactError
-from errata.benchmarks.fact_table import FactRow
+from errata.data.fact_table import FactRow
 from errata.models.generation import generate, prompt_ids
 from errata.models.model import Model
 

@@ -28,9 +28,9 @@ from typing import Any
 from errata.base.errors import ConfigError, FactError
 from errata.base.facts import Fact, Rewrite
 from errata.base.files import written_whole
-from errata.benchmarks.entries import case_id, optional_text, require_keys, text_in, texts_in
-from errata.benchmarks.fact_table import separator_in, shortened, with_slot
-from errata.benchmarks.records import Record
+from errata.data.entries import case_id, optional_text, require_keys, text_in, texts_in
+from errata.data.fact_table import separator_in, shortened, with_slot
+from errata.data.records import Record
 
 _PROMPTS = ("paraphrase_prompts", "neighborhood_prompts", "attribute_prompts", "generation_prompts")
 

@@ -32,10 +32,10 @@ from errata.base.errors import ConfigError
 from errata.base.facts import SLOT, Fact, Rewrite
 from errata.base.seeds import derive
 from errata.base.text import after_sentence, ended
-from errata.benchmarks.records import Record
-from errata.benchmarks.snippets import Snippet, Snippets
-from errata.benchmarks.templates import Wordings
-from errata.benchmarks.triples import Triple, folded, uniform
+from errata.data.records import Record
+from errata.data.snippets import Snippet, Snippets
+from errata.data.templates import Wordings
+from errata.data.triples import Triple, folded, uniform
 
 LessLikely = Callable[[Sequence[Rewrite]], Sequence[bool]]
 

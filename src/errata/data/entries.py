@@ -14,7 +14,7 @@ from errata.base.display import is_torn
 from errata.base.errors import FactError, ResultFileError
 from errata.base.facts import require_characters
 from errata.base.files import MAX_BYTES, content
-from errata.benchmarks.fact_table import named
+from errata.data.fact_table import named
 
 MAX_LINE = 2**24  # characters of one entry of a .jsonl file
 

@@ -33,8 +33,8 @@ class Record:
 
 
 @dataclass(frozen=True)
-class ZsreRecord:
-    """One case of zsRE, as MEND's file has it: a question, its answer to be, and a question of something else.
+class QuestionRecord:
+    """A question, the answer that it should get, and questions of other facts, as in zsRE and WikiBigEdit.
 
     Attributes:
         case_id: its number in its set.
@@ -47,3 +47,13 @@ class ZsreRecord:
     rewrite: Rewrite
     paraphrase: tuple[str, ...]
     locality: tuple[tuple[str, str], ...]
+
+
+@dataclass(frozen=True)
+class ZsreRecord(QuestionRecord):
+    """A record of zsRE."""
+
+
+@dataclass(frozen=True)
+class WikiBigEditRecord(QuestionRecord):
+    """A record of WikiBigEdit."""

@@ -1,6 +1,6 @@
-"""Sets of benchmark records, read from `.json` or `.jsonl` in any of four schemas, which the entries show themselves:
-CounterFact nested or flat (`counterfact.py`), zsRE, or flat questions (`zsre.py`). A bad entry is told of and spoils no
-other.
+"""Records of tasks, read from `.json` or `.jsonl` files. The entries show which task and which form they belong to.
+
+A bad entry is reported and spoils no other.
 """
 
 from __future__ import annotations
@@ -9,35 +9,19 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 from errata.base.errors import ConfigError, FactError, ResultFileError
 from errata.base.seeds import derive
-from errata.benchmarks import snippets as snippet_file
-from errata.benchmarks.counterfact import flat_record, nested_record
-from errata.benchmarks.entries import NoEntry, named_through, read_json
-from errata.benchmarks.fact_table import BadLine, column_name
-from errata.benchmarks.records import Record, ZsreRecord
-from errata.benchmarks.snippets import Snippets, read_snippets
-from errata.benchmarks.zsre import flat_question, zsre_record
+from errata.data import snippets as snippet_file
+from errata.data.entries import NoEntry, named_through, read_json
+from errata.data.fact_table import BadLine, column_name
+from errata.data.snippets import Snippets, read_snippets
+from errata.tasks.registry import tasks
+from errata.tasks.task import Case, Schema, Task
 
-FILES = (
-    "counterfact.json",
-    "multi_counterfact.json",
-    "zsre_mend_eval.json",
-    "zsre.json",
-)  # what a folder is looked through for
+Some = TypeVar("Some", bound=Case)
 
-Schema = Literal["nested", "flat", "zsre", "questions"]
-Some = TypeVar("Some", Record, ZsreRecord)
-
-_SCHEMAS: dict[Schema, frozenset[str]] = {  # keys of which any one shows the schema
-    "nested": frozenset({"paraphrase_prompts", "neighborhood_prompts", "attribute_prompts", "generation_prompts"}),
-    "flat": frozenset({"rephrase_prompt", "locality_prompt"}),
-    "zsre": frozenset({"src", "loc", "loc_ans"}),
-    "questions": frozenset(),  # flat, but no old object in any entry
-}
-_QUESTIONS = ("zsre", "questions")
 _OTHERS: tuple[tuple[set[str], str], ...] = (  # keys that all stand in an entry, and what it is then
     ({"kind", "version"}, "a result of errata"),
     ({"target_id", "samples"}, "attribute snippets, which stand beside records"),
@@ -57,18 +41,18 @@ FACTS = frozenset({"known facts", "a table of facts"})
 
 @dataclass(frozen=True)
 class RecordSet:
-    """What a file of records holds, as far as it was asked for.
+    """The records of a file, as far as they were asked for.
 
     Attributes:
-        kind: "counterfact", with `Record`s, or "zsre", with `ZsreRecord`s.
+        task: the task that they belong to.
         records: the records, by case id.
-        bad: the entries that are no records, of the whole file, numbered from 1, and why.
+        bad: entries of the whole file that make no record, numbered from 1, and why.
         digest: sha256 of the file's bytes, in hex.
-        snippets: texts on subjects that have the new objects, if they stand beside the records.
+        snippets: texts about subjects that have the new objects, if they lie beside the records.
     """
 
-    kind: Literal["counterfact", "zsre"]
-    records: tuple[Record, ...] | tuple[ZsreRecord, ...]
+    task: Task
+    records: tuple[Any, ...]
     bad: tuple[BadLine, ...]
     digest: str
     snippets: Snippets | None
@@ -84,11 +68,11 @@ def read_records(
     """The records of a file, or of the one file of records in a folder.
 
     Args:
-        path: the file, `.json` or `.jsonl`; or a folder with one of `FILES`.
+        path: the file, `.json` or `.jsonl`; or a folder with one file of a task's `files`.
         limit: only so many records, the first by case id; all if there are fewer.
         sample: (n, seed): only n records drawn at random from those; all if there are fewer. A smaller sample of the
             same seed is part of a larger one.
-        with_snippets: whether to read the `attribute_snippets.json` that may stand beside records of CounterFact; the
+        with_snippets: whether to read the `attribute_snippets.json` that may lie beside records of CounterFact; the
             published one takes seconds and gigabytes.
 
     Raises:
@@ -99,8 +83,8 @@ def read_records(
     file = _file(Path(path))
     value, digest = read_json(file, "records")
     entries = _entries(file, value)
-    schema = _schema(file, entries)
-    found: dict[int, Record | ZsreRecord] = {}
+    task, schema = _schema(file, entries)
+    found: dict[int, Case] = {}
     numbers: dict[int, int] = {}
     bad: list[BadLine] = []
     for number, entry in enumerate(entries, 1):
@@ -115,26 +99,22 @@ def read_records(
             numbers[record.case_id] = number
     if not found:
         raise ResultFileError(f"there is no good record in {file}: entry {bad[0].line}: {bad[0].reason}")
-    records: Any = _chosen([found[case] for case in sorted(found)], limit, sample)
+    records = _chosen([found[case] for case in sorted(found)], limit, sample)
     beside = file.with_name(snippet_file.FILE)
-    wanted = with_snippets and schema not in _QUESTIONS and beside.is_file()
-    return RecordSet(
-        "zsre" if schema in _QUESTIONS else "counterfact",
-        records,
-        tuple(bad),
-        digest,
-        read_snippets(beside) if wanted else None,
-    )
+    wanted = with_snippets and task.snippets and beside.is_file()
+    return RecordSet(task, records, tuple(bad), digest, read_snippets(beside) if wanted else None)
 
 
 def what_is_in(path: str | Path) -> str:
-    """The schema of a JSON file of records: "nested", "flat", "zsre" or "questions"; of others what they hold, or "".
+    """Name of the schema of a JSON file of records; of other files what they hold, or "".
 
     Raises:
         ResultFileError: if it cannot be read.
     """
     value, _ = read_json(Path(path), "records")
-    return _looks_like(value if isinstance(value, list) else [value])
+    entries = value if isinstance(value, list) else [value]
+    found = _commonest(entries)
+    return found[1].name if found else _looks_like(entries)
 
 
 def _require_positive(limit: int | None, sample: tuple[int, int] | None) -> None:
@@ -149,11 +129,12 @@ def _file(path: Path) -> Path:
     try:
         if not path.is_dir():
             return path
-        there = [name for name in FILES if (path / name).is_file()]
+        files = tuple(dict.fromkeys(name for task in tasks().values() for name in task.files))
+        there = [name for name in files if (path / name).is_file()]
     except OSError as error:
         raise ResultFileError(f"cannot read {path}: {error.strerror}. Give a path that you may read") from error
     if len(there) != 1:
-        several = f"several files of records ({', '.join(there)})" if there else f"none of {', '.join(FILES)}"
+        several = f"several files of records ({', '.join(there)})" if there else f"none of {', '.join(files)}"
         raise ResultFileError(f"the folder {path} holds {several}: name the file of records itself")
     return path / there[0]
 
@@ -163,39 +144,57 @@ def _entries(path: Path, value: Any) -> list[Any]:
         return value
     if isinstance(value, list):
         raise ResultFileError(f"{path} is an empty list, so it holds no records: make or fetch it again")
-    if _looks_like([value]) in _SCHEMAS:
+    if _commonest([value]):
         raise ResultFileError(f"{path} is one record, and records stand in a list: write [ before it and ] after it")
     raise _foreign(path, _looks_like([value]) or f"JSON of another kind ({type(value).__name__})")
 
 
-def _schema(path: Path, entries: Sequence[Any]) -> Schema:
+def _schema(path: Path, entries: Sequence[Any]) -> tuple[Task, Schema]:
+    found = _commonest(entries)
+    if found:
+        return found
     looks = _looks_like(entries)
-    for schema in _SCHEMAS:
-        if looks == schema:
-            return schema
     if looks:
         raise _foreign(path, looks)
     first = next((each.reason for each in entries if isinstance(each, NoEntry)), "")
+    forms = "; ".join(
+        f"{task.title}: {' or '.join(sorted(schema.keys | schema.needs))}"
+        for task in tasks().values()
+        for schema in task.schemas
+    )
     raise ResultFileError(
-        f"{path} holds no records of CounterFact or zsRE{f': {first}' if first else ''}: an entry is an object with "
-        "requested_rewrite and paraphrase_prompts, with rephrase_prompt and locality_prompt, or with src and loc"
+        f"{path} holds no records of a known task{f': {first}' if first else ''}. An entry is an object with these "
+        f"keys ({forms})"
     )
 
 
 def _foreign(path: Path, looks: str) -> ResultFileError:
-    return ResultFileError(f"{path} holds no records of CounterFact or zsRE: it looks like {looks}")
+    titles = ", ".join(task.title for task in tasks().values())
+    return ResultFileError(f"{path} holds no records of a known task ({titles}): it looks like {looks}")
+
+
+def _objects(entries: Sequence[Any]) -> list[dict[str, Any]]:
+    return [{column_name(key): value for key, value in e.items()} for e in entries if isinstance(e, Mapping)]
+
+
+def _commonest(entries: Sequence[Any]) -> tuple[Task, Schema] | None:
+    """The task and schema that most entries fit, the more specific one of two; None if no entry fits any."""
+    objects = _objects(entries)
+    if not objects or {"kind", "version"} <= objects[0].keys():
+        return None
+    known = {(task.name, schema.name): (task, schema) for task in tasks().values() for schema in task.schemas}
+    counts = Counter(name for entry in objects for name, (_, schema) in known.items() if schema.fits(entry))
+    if not counts:
+        return None
+    name = max(counts, key=lambda name: (counts[name], len(known[name][1].needs | known[name][1].lacks)))
+    return known[name]
 
 
 def _looks_like(entries: Sequence[Any]) -> str:
-    """The commonest schema of records among entries, or what else they are, or ""."""
-    objects = [{column_name(key): value for key, value in e.items()} for e in entries if isinstance(e, Mapping)]
+    """Name of what entries are that fit no schema, or ""."""
+    objects = _objects(entries)
     if objects and {"kind", "version"} <= objects[0].keys():
         return _OTHERS[0][1]
-    schemas = Counter(name for entry in objects for name, keys in _SCHEMAS.items() if not keys.isdisjoint(entry))
-    if schemas:
-        schema = schemas.most_common(1)[0][0]
-        asked = schema == "flat" and any("locality_ground_truth" in entry for entry in objects)
-        return "questions" if asked and not any("ground_truth" in entry for entry in objects) else schema
     for keys, name in _OTHERS:
         if any(keys <= entry.keys() for entry in objects):
             return name
@@ -206,17 +205,13 @@ def _looks_like(entries: Sequence[Any]) -> str:
     return ""
 
 
-def _record(schema: Schema, number: int, entry: Any) -> Record | ZsreRecord:
+def _record(schema: Schema, number: int, entry: Any) -> Case:
     if isinstance(entry, NoEntry):
         raise FactError(entry.reason)
     if not isinstance(entry, Mapping):
-        raise FactError(f"it is an object, not {type(entry).__name__}")
-    entry = named_through(entry)
-    if schema == "zsre":
-        return zsre_record(entry, number - 1)
-    if schema == "questions":
-        return flat_question(entry, number - 1)
-    return nested_record(entry) if schema == "nested" else flat_record(entry, number - 1)
+        raise FactError(f"it must be an object, not {type(entry).__name__}")
+    record: Case = schema.read(named_through(entry), number - 1)
+    return record
 
 
 def _chosen(records: Sequence[Some], limit: int | None, sample: tuple[int, int] | None) -> tuple[Some, ...]:

@@ -27,7 +27,7 @@ from typing import Any
 
 from errata.base.errors import FactError
 from errata.base.facts import Rewrite, require_characters
-from errata.benchmarks.fact_table import (
+from errata.data.fact_table import (
     BadLine,
     TableKind,
     field_fact,
@@ -36,7 +36,7 @@ from errata.benchmarks.fact_table import (
     named,
     read_rows,
 )
-from errata.benchmarks.ripple_edits import is_ripple_edit, ripple_edit
+from errata.data.ripple_edits import is_ripple_edit, ripple_edit
 
 NEW = ("new_object", "to", "target_new", "target", "target_false")
 _BESIDE = (

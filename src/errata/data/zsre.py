@@ -9,9 +9,6 @@
 | `separator` | what stands between questions and answers, if not what the text asks for |
 | `loc`, `loc_ans` | a question of something else, without its question mark, and its answer |
 
-Read as well is the flat schema of CounterFact without an old object (`ground_truth`), as WikiBigEdit has it: `prompt`,
-`target_new`, `rephrase_prompt`, `locality_prompt` and `locality_ground_truth`, one or a list of each of the last three.
-
 Other keys are not read: `alt`, a wrong answer, and `pred`, what some model said. Records have no number of their own,
 so `case_id` is their place in the file, from 0. `loc` gets its question mark here.
 """
@@ -23,9 +20,9 @@ from typing import Any
 
 from errata.base.errors import FactError
 from errata.base.facts import SLOT, Fact
-from errata.benchmarks.entries import case_id, require_keys, text_in, texts_in
-from errata.benchmarks.fact_table import separator_in, shortened, with_slot
-from errata.benchmarks.records import ZsreRecord
+from errata.data.entries import require_keys, text_in, texts_in
+from errata.data.fact_table import separator_in, shortened
+from errata.data.records import ZsreRecord
 
 
 def zsre_record(entry: Mapping[str, Any], number: int) -> ZsreRecord:
@@ -49,26 +46,4 @@ def zsre_record(entry: Mapping[str, Any], number: int) -> ZsreRecord:
         ).rewrite(answers[0]),
         texts_in(entry, "rephrase"),
         ((text_in(entry, "loc") + "?", text_in(entry, "loc_ans").strip()),),
-    )
-
-
-def flat_question(entry: Mapping[str, Any], place: int) -> ZsreRecord:
-    """A record from an entry of the flat schema without an old object; `place` is its number if it has no `case_id`.
-
-    Raises:
-        FactError: if it makes none.
-    """
-    require_keys(
-        entry, "subject", "prompt", "target_new", "rephrase_prompt", "locality_prompt", "locality_ground_truth"
-    )
-    subject = text_in(entry, "subject")
-    fact = Fact(subject, with_slot(subject, text_in(entry, "prompt")), separator=separator_in(entry))
-    others, answers = texts_in(entry, "locality_prompt"), texts_in(entry, "locality_ground_truth")
-    if len(others) != len(answers):
-        raise FactError(f"it has {len(others)} locality_prompt and {len(answers)} locality_ground_truth: one for each")
-    return ZsreRecord(
-        case_id({"case_id": place, **entry}),
-        fact.rewrite(text_in(entry, "target_new")),
-        texts_in(entry, "rephrase_prompt"),
-        tuple(zip(others, answers, strict=True)),
     )

@@ -24,7 +24,7 @@ from errata.base.errors import FactError, ResultFileError
 from errata.base.extras import needed
 from errata.base.facts import require_characters
 from errata.base.files import content
-from errata.benchmarks.fact_table import BadLine, Row, Rows, TableKind, column_name, field_text, parsed, read_rows
+from errata.data.fact_table import BadLine, Row, Rows, TableKind, column_name, field_text, parsed, read_rows
 
 
 @dataclass(frozen=True)

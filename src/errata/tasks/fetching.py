@@ -16,11 +16,11 @@ from typing import TYPE_CHECKING, Literal
 from errata.base.cache import cache_folder
 from errata.base.errors import ErrataError, OutputError, ResultFileError
 from errata.base.files import write_text
-from errata.benchmarks.entries import read_json
-from errata.benchmarks.fact_table import read_facts
-from errata.benchmarks.sets import read_records
-from errata.benchmarks.snippets import read_snippets
-from errata.benchmarks.sources import Source
+from errata.data.entries import read_json
+from errata.data.fact_table import read_facts
+from errata.data.snippets import read_snippets
+from errata.data.sources import Source
+from errata.tasks.records import read_records
 
 if TYPE_CHECKING:
     import httpx2

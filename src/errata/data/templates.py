@@ -23,7 +23,7 @@ from errata.base.errors import FactError, ResultFileError
 from errata.base.facts import Fact, require_characters
 from errata.base.files import content
 from errata.base.reading import taking_apart
-from errata.benchmarks.fact_table import TableKind, field_text, read_rows, told_unread
+from errata.data.fact_table import TableKind, field_text, read_rows, told_unread
 
 KINDS = ("template", "generation", "prompt")
 

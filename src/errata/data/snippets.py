@@ -16,9 +16,9 @@ from typing import Any
 
 from errata.base.errors import FactError, ResultFileError
 from errata.base.files import write_text
-from errata.benchmarks.entries import read_json, require_keys, text_in, whole_text
-from errata.benchmarks.fact_table import named
-from errata.benchmarks.records import Record
+from errata.data.entries import read_json, require_keys, text_in, whole_text
+from errata.data.fact_table import named
+from errata.data.records import Record
 
 FILE = "attribute_snippets.json"
 MAX_BYTES = 2 * 2**30  # the published file has nearly half of that

@@ -1,15 +1,15 @@
-"""What a set is made of, as in the paper's Table 3: how much there is in all, by relation and by record."""
+"""Composition of a set, as in the paper's Table 3: how much there is in all, by relation and by record."""
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
-from errata.benchmarks.fact_table import FactTable
-from errata.benchmarks.sets import RecordSet
+from errata.data.fact_table import FactTable
+from errata.tasks.records import RecordSet
 
 
 @dataclass(frozen=True)
@@ -33,10 +33,10 @@ class Item:
 
 @dataclass(frozen=True)
 class Composition:
-    """What a set is made of.
+    """The composition of a set.
 
     Attributes:
-        kind: "counterfact", "zsre" or "facts".
+        kind: name of the task, or "facts".
         records: how many good records (or facts) there are.
         bad: how many entries (or lines) are none.
         relations: how many relations are named.
@@ -52,26 +52,8 @@ class Composition:
     digest: str
 
 
-Parts = dict[str, Callable[[Any], Iterable[Hashable]]]
+Parts = Mapping[str, Callable[[Any], Iterable[Hashable]]]
 
-_COUNTERFACT: Parts = {
-    "subjects": lambda r: (r.rewrite.subject,),
-    "objects": lambda r: (r.rewrite.fact.object,),
-    "new objects": lambda r: (r.rewrite.new_object,),
-    "counterfactual statements": lambda r: ((r.rewrite.text, r.rewrite.new_object),),
-    "rewrite prompts": lambda r: (r.rewrite.text,),
-    "paraphrase prompts": lambda r: r.paraphrase,
-    "neighborhood prompts": lambda r: r.neighborhood,
-    "attribute prompts": lambda r: r.attribute,
-    "generation prompts": lambda r: r.generation,
-}
-_ZSRE: Parts = {
-    "subjects": lambda r: (r.rewrite.subject,),
-    "answers": lambda r: (r.rewrite.new_object,),
-    "questions": lambda r: (r.rewrite.text,),
-    "paraphrase prompts": lambda r: r.paraphrase,
-    "locality prompts": lambda r: r.locality,
-}
 _FACTS: Parts = {
     "subjects": lambda r: (r.fact.subject,),
     "objects": lambda r: (r.fact.object,) if r.fact.object else (),
@@ -81,14 +63,11 @@ _FACTS: Parts = {
 
 
 def describe(found: RecordSet | FactTable) -> Composition:
-    """What a set of records, or a table of facts, is made of."""
+    """The composition of a set of records, or of a table of facts."""
     if isinstance(found, FactTable):
         return _composition("facts", found.rows, [row.relation for row in found.rows], _FACTS, found)
-    if found.kind == "zsre":
-        return _composition("zsre", found.records, [""] * len(found.records), _ZSRE, found)
-    return _composition(
-        "counterfact", found.records, [getattr(r, "relation", "") for r in found.records], _COUNTERFACT, found
-    )
+    relations = [found.task.relation(record) for record in found.records]
+    return _composition(found.task.name, found.records, relations, found.task.parts, found)
 
 
 def _composition(

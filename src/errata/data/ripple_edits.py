@@ -12,7 +12,7 @@ from typing import Any
 
 from errata.base.errors import FactError
 from errata.base.facts import SLOT
-from errata.benchmarks.fact_table import shortened
+from errata.data.fact_table import shortened
 
 _OF = (  # attributes of a subject; those that contain "of" come first
     "country of citizenship|place of birth|place of death|place of burial|field of work|head of government|"
