@@ -66,7 +66,7 @@ def main(description: str | None, works: Mapping[str, Callable[[], list[dict]]])
     arguments = parser.parse_args()
     unknown = set(arguments.works) - set(works)
     if unknown:
-        parser.error(f"no work {', '.join(sorted(unknown))}: choose of {', '.join(works)}")
+        parser.error(f"no work {', '.join(sorted(unknown))}: choose from {', '.join(works)}")
     rows = []
     for name in arguments.works or works:
         print(f"{name} ...", file=sys.stderr)

@@ -276,7 +276,7 @@ def test_one_that_disables_the_model_is_made_only_by_force(errata, tmp_path):
         (["--editor", "ft", "--preset", "paper"], "ft has no preset 'paper': choose from 'reference'"),
         (["--editor", "ft:layer=3", "--layer", "3"], "layer is given twice"),
         (["--editor", "ftt"], "did you mean 'ft'?"),
-        (["--editor", "ft:epsilon"], "is no setting"),
+        (["--editor", "ft:epsilon"], "is not a setting"),
         (["--editor", "mend"], "mend needs the setting 'trained'"),
         (["--editor", "mend:trained=none"], "none"),
     ],

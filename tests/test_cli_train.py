@@ -95,7 +95,7 @@ def test_one_that_was_stopped_goes_on(errata, monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["mend", "--set", "rank"], "is no setting: write KEY=VALUE"),
+        (["mend", "--set", "rank"], "is not a setting: write KEY=VALUE"),
         (["mend", "--set", "rnak=3"], "rank"),
         (["mend", "--set", "blocks=9"], "blocks = 9, and atlas has 8"),
         (["ke", "--set", "rank=3"], "rank"),

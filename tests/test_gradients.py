@@ -366,7 +366,7 @@ def test_it_is_drawn_below_a_trace(tmp_path):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"parts": ["head"]}, "parts = 'head' does not do"),
+        ({"parts": ["head"]}, "parts = 'head' is not valid"),
         ({"parts": ["severed_mlp"]}, "parts"),
         ({"parts": []}, "parts"),
         ({"parts": 3}, "parts"),

@@ -202,7 +202,7 @@ def test_it_is_refused_on_a_model_that_knows_things_too():
     assert forced.notes["health"]["probability_after"] > 0.05
 
 
-# ---- probes that do not do ----------------------------------------------------------------------------
+# ---- probes that cannot be used ----------------------------------------------------------------------------
 
 
 def test_probes_that_do_not_do_are_refused():

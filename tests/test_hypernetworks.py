@@ -459,7 +459,7 @@ def test_a_folder_may_have_a_number_for_its_name(tmp_path, monkeypatch):
 
 
 def test_files_that_do_not_do(tmp_path):
-    with pytest.raises(ConfigError, match="'mennd' is no editor that is trained: choose of mend, ke"):
+    with pytest.raises(ConfigError, match="'mennd' is not an editor that is trained: choose from mend, ke"):
         new_network("mennd", {"m": (2, 3)}, 4, {})
     with pytest.raises(ConfigError, match=r"mend needs the setting 'trained'.*the folder that errata train-editor"):
         errata.mend(model_of(), FACTS[0])
@@ -472,7 +472,7 @@ def test_files_that_do_not_do(tmp_path):
     with torch.no_grad():
         broken.network.alpha.fill_(float("nan"))
     broken.save(tmp_path / "nan.safetensors")
-    with pytest.raises(ResultFileError, match="alpha is no finite number"):
+    with pytest.raises(ResultFileError, match="alpha is not a finite number"):
         Trained.load(tmp_path / "nan.safetensors")
 
 

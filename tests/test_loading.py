@@ -1,4 +1,4 @@
-"""Models from folders and from live objects; everything that is no model is refused in one line."""
+"""Models from folders and from live objects; everything that is not a model is refused in one line."""
 
 from __future__ import annotations
 
@@ -235,7 +235,7 @@ def test_devices_that_are_here(monkeypatch):
 
 @pytest.mark.parametrize("dtype", ["int8", "float", torch.int64, None])
 def test_a_dtype_that_is_none(saved, dtype):
-    assert "is no dtype for a model" in refusal(ConfigError, saved, dtype=dtype)
+    assert "is not a dtype for a model" in refusal(ConfigError, saved, dtype=dtype)
 
 
 # ---- text to tokens -----------------------------------------------------------------------------------

@@ -265,7 +265,7 @@ def test_models_that_read_little(positions):
 
 
 def test_a_model_that_is_broken_now_is_asked_again(monkeypatch):
-    """What it says is no number, which tells nothing of how its blocks can be called."""
+    """What it says is not a number, which tells nothing of how its blocks can be called."""
     model, lengths = Model(tiny("gpt2", LAYERS), byte_tokenizer(), "gpt2"), asked(monkeypatch)
     weight = model.weight(down_weight_name(model, 1))
     with torch.no_grad():

@@ -102,7 +102,7 @@ def test_it_is_listed_and_evaluated(outside, tmp_path):
     assert "toy-scale=0.5" in done.stdout
     bad = run("evaluate", "--limit", "3", "--editor", "toy:scale=0", "--out", "other", folder=tmp_path)
     assert bad.returncode == 2
-    assert "NoiseConfig: scale = 0 does not do" in bad.stderr
+    assert "NoiseConfig: scale = 0 is not valid" in bad.stderr
 
 
 def test_it_has_all_that_errata_adds(outside):

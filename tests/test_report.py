@@ -249,7 +249,11 @@ def test_differences_of_several_runs(tmp_path):
 
 @pytest.mark.parametrize(
     ("names", "message"),
-    [(("roem", "ft"), "did you mean rome"), (("xyz", "ft"), "choose of unedited, rome, ft"), (("ft", "ft"), "itself")],
+    [
+        (("roem", "ft"), "did you mean rome"),
+        (("xyz", "ft"), "choose from unedited, rome, ft"),
+        (("ft", "ft"), "itself"),
+    ],
 )
 def test_rows_that_cannot_be_compared(run, names, message):
     with pytest.raises(ConfigError, match=message):

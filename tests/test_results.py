@@ -174,7 +174,7 @@ def test_rows_are_in_the_order_in_which_they_were_begun(tmp_path):
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (lambda folder: (folder / "unedited.jsonl").unlink(), "is no run folder"),
+        (lambda folder: (folder / "unedited.jsonl").unlink(), "is not a run folder"),
         (lambda folder: (folder / "records.json").unlink(), "records.json is broken"),
         (lambda folder: (folder / "records.json").write_text("[]"), "line 2 of"),
         (lambda folder: (folder / "unedited.jsonl").write_text(""), "ends within its first line"),

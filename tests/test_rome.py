@@ -417,7 +417,7 @@ def test_a_hundred_edits_on_and_off_leave_no_trace():
     assert digests(model) == before
 
 
-# ---- what does not do ----
+# ---- what is not valid ----
 
 
 def broken(module_value):
@@ -515,7 +515,7 @@ def test_texts_that_do_not_fit():
     ("settings", "says"),
     [
         ({"laer": 3}, "no setting 'laer': did you mean 'layer'"),
-        ({"xyz": 3}, "no setting 'xyz': choose of layer,"),
+        ({"xyz": 3}, "no setting 'xyz': choose from layer,"),
         ({"layer": -1}, "layer = -1"),
         ({"steps": 0}, "steps = 0"),
         ({"learning_rate": 0}, "learning_rate = 0"),

@@ -140,7 +140,7 @@ def made(name: str, edit_of) -> Editor:
 
 
 def breaking(live, rewrite) -> Edit:
-    """An edit after which all that the model says is no number."""
+    """An edit after which all that the model says is not a number."""
     weight = down_weight_name(live, 1)
     return Edit.of(live, [RankOne(weight, torch.full((16,), 3e38), torch.full((24,), 3e38))], "broken", [rewrite])
 

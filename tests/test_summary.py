@@ -275,7 +275,7 @@ def test_what_one_editor_lacks_counts_for_neither():
 
 
 def test_what_makes_no_sense_is_refused():
-    with pytest.raises(ConfigError, match="choose of normal, bootstrap"):
+    with pytest.raises(ConfigError, match="choose from normal, bootstrap"):
         estimate([1.0, 2.0], "bca")
     with pytest.raises(ConfigError, match="no columns of numbers"):
         harmonic_score({"es": [1, 2], "ps": [1]})

@@ -202,7 +202,7 @@ def test_roles():
 
 @pytest.mark.parametrize("make", [gpt2_tokenizer, word_piece])
 def test_no_token_after_the_subject(make):
-    """[SEP] is no token of the prompt; the last token is the one that the model predicts from."""
+    """[SEP] is not a token of the prompt; the last token is the one that the model predicts from."""
     span = place(make(), "The {}", "Needle")
     with pytest.raises(FactError, match="subject ends the prompt"):
         span.role("subject_first_after")

@@ -165,7 +165,7 @@ def test_averages():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"parts": ["head"]}, "parts = 'head' does not do"),
+        ({"parts": ["head"]}, "parts = 'head' is not valid"),
         ({"parts": []}, "parts"),
         ({"samples": 0}, "samples = 0"),
         ({"noise": 0.0}, "noise"),

@@ -47,7 +47,7 @@ def load_model(
 
     Raises:
         ModelNotFound: if there is no such folder, or the id is not in the local cache.
-        UnsupportedModel: if what is there cannot be loaded safely, or is no decoder.
+        UnsupportedModel: if what is there cannot be loaded safely, or is not a decoder.
         DeviceError: if the device is not on this machine.
         ConfigError: if a setting has no such value.
     """

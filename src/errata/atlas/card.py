@@ -33,7 +33,7 @@ Progress = Callable[[str, int, int], None]
 
 
 def card_path() -> Path:
-    """Where the card of the shipped weights is."""
+    """Path of the model card of the shipped weights."""
     return atlas.weights_folder().parent / "card.json"
 
 

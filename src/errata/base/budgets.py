@@ -1,4 +1,4 @@
-"""How much runs at once: the batch sizes and memory budgets of everything that runs a model.
+"""Batch sizes and memory budgets of everything that runs a model.
 
 A batch is as large as suits the device (`tokens`, `predictions`) or as free memory holds (`fitting`). `groups` and
 `padded_groups` deal items into such batches.

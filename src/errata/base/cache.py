@@ -1,4 +1,4 @@
-"""Where files are kept that can be made or fetched again."""
+"""The cache folder, for files that can be made or fetched again."""
 
 from __future__ import annotations
 

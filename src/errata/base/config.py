@@ -1,4 +1,4 @@
-"""What all settings have in common: frozen, checked, and clear about what is wrong."""
+"""Base class of all settings: frozen, checked, with clear errors."""
 
 from __future__ import annotations
 
@@ -40,12 +40,12 @@ class Config(BaseModel):
         name = str(error["loc"][0]) if error["loc"] else ""
         if error["type"] == "extra_forbidden":
             near = difflib.get_close_matches(name, cls.model_fields, n=1)
-            advice = f"did you mean {near[0]!r}?" if near else f"choose of {', '.join(cls.described())}"
+            advice = f"did you mean {near[0]!r}?" if near else f"choose from {', '.join(cls.described())}"
             return f"{cls.__name__} has no setting {name!r}: {advice}"
         said = error["msg"].removeprefix("Value error, ")
         if not name:
             return f"{cls.__name__}: {said}"
-        return f"{cls.__name__}: {name} = {error['input']!r} does not do: {said}"
+        return f"{cls.__name__}: {name} = {error['input']!r} is not valid: {said}"
 
 
 def changed(config: C, **settings: Any) -> C:

@@ -1,4 +1,4 @@
-"""What can go wrong, one class a cause.
+"""Exceptions, one class for each cause.
 
 Every message says what was wrong, why it matters and what to do. The command line prints an
 `ErrataError` as one line and leaves with exit code 2; anything else is a bug and keeps its traceback.
@@ -48,7 +48,7 @@ class EditStateError(ErrataError, RuntimeError):
 
 
 class EditFileError(ErrataError, ValueError):
-    """A file that is no edit of ours, or no longer whole."""
+    """A file that is not an edit of ours, or no longer whole."""
 
 
 class ResultFileError(ErrataError, ValueError):
@@ -60,7 +60,7 @@ class StaleStatistics(ErrataError, ValueError):
 
 
 class Diverged(ErrataError, ArithmeticError):
-    """An optimisation that met a loss that is no finite number. The model is as it was."""
+    """An optimisation that met a loss that is not a finite number. The model is as it was."""
 
 
 class DisablingEdit(ErrataError, ArithmeticError):

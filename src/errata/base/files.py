@@ -28,7 +28,7 @@ MAX_BYTES = 512 * 2**20  # ten times CounterFact; what is made of a file takes s
 
 
 def content(path: str | Path, what: str, max_bytes: int = MAX_BYTES) -> bytes:
-    """What a file holds.
+    """The bytes of a file.
 
     Args:
         path: the file.
@@ -93,7 +93,7 @@ def written_whole(path: str | Path) -> Iterator[Path]:
 
     Raises:
         OutputError: if the folder cannot be made or written to, was removed or moved meanwhile, or what stands at
-            `path` is no file.
+            `path` is not a file.
     """
     target = _place(path)
     try:
@@ -168,7 +168,7 @@ def require_writable(path: str | Path) -> None:
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """Write UTF-8 text, whole or not at all. Half a character, as in a file's name that is no UTF-8, becomes an escape.
+    """Write UTF-8 text, whole or not at all. A lone surrogate, as in a file name that is not UTF-8, becomes an escape.
 
     Raises:
         OutputError: if the file cannot be written.
@@ -230,7 +230,7 @@ def _place(path: str | Path) -> Path:
         if target.is_dir():
             raise OutputError(f"cannot write {path}: it is a folder. Name a file in it")
         if target.exists() and not target.is_file():
-            raise OutputError(f"cannot write {path}: it is no ordinary file, and would be replaced by one")
+            raise OutputError(f"cannot write {path}: it is not an ordinary file, and would be replaced by one")
     except OutputError:
         raise
     except (OSError, ValueError) as error:

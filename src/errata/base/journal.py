@@ -184,7 +184,7 @@ def write_journal(
 
 
 def _line(value: Mapping[str, Any]) -> bytes:
-    # A lone surrogate, as in a file's name that is no UTF-8, becomes the escape that JSON has for it.
+    # A lone surrogate, as in a file's name that is not UTF-8, becomes the escape that JSON has for it.
     return json.dumps(value, ensure_ascii=False, allow_nan=False).encode("utf-8", "backslashreplace") + b"\n"
 
 
@@ -219,7 +219,7 @@ def _parsed(path: Path, stored: bytes, kind: str) -> tuple[dict[str, Any] | None
         raise ResultFileError(f"{path} holds {header['kind']!r}, not {kind!r}: give a file that was saved as {kind!r}")
     if None in records:
         raise ResultFileError(
-            f"line {records.index(None) + 2} of {path} is broken: what stands there is no JSON object. Remove the "
+            f"line {records.index(None) + 2} of {path} is broken: what stands there is not JSON object. Remove the "
             "line if you know what damaged the file, or begin another"
         )
     whole = sum(len(line) + 1 for line in lines[: len(values)])
@@ -270,7 +270,7 @@ def _locked(path: Path) -> int:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.exists() and not path.is_file():
-            raise OutputError(f"cannot write {path}: it is no ordinary file. Name another")
+            raise OutputError(f"cannot write {path}: it is not an ordinary file. Name another")
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0), 0o666)
     except OutputError:
         raise

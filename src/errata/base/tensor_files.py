@@ -45,7 +45,7 @@ def write_tensors(
 
 @contextlib.contextmanager
 def opened(path: Path) -> Iterator[Any]:
-    """A safetensors file as the library opens it; also where the path is no UTF-8, which the library refuses."""
+    """A safetensors file as the library opens it; also where the path is not UTF-8, which the library refuses."""
     from safetensors import safe_open
 
     with path.open("rb") as file:

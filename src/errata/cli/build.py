@@ -149,7 +149,7 @@ def build(
 
 @dataclass(frozen=True)
 class _Given:
-    """What the files hold; `inputs` are their names and digests, for the card."""
+    """Content of the input files; `inputs` are their names and digests, for the card."""
 
     facts: Sequence[Triple]
     wordings: Mapping[str, Wordings]
@@ -307,7 +307,7 @@ def _card(folder: Path) -> dict[str, Any] | None:
 
 
 def _progress(out: Path) -> Path:
-    """Where a model's answers are kept until the build is done."""
+    """File that keeps a model's answers until the build is done."""
     return out.with_name(f"{out.name}.progress.jsonl")
 
 

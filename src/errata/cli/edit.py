@@ -312,7 +312,7 @@ def _save(rows: Sequence[_Row], out: Path | None, model: Model, sequential: bool
 
 
 def _tell_one(model: Model, made: Edit, also: Sequence[str], told: Mapping[str, Any], json: bool) -> None:
-    """What the model says before and after, and the health of the edit."""
+    """Show predictions before and after, and the edit's side effects."""
     from errata.cli import show
 
     (rewrite,) = made.rewrites
@@ -381,7 +381,7 @@ _ADVICE = {
 
 
 def _by(told: Mapping[str, Any]) -> str:
-    """What made the edits."""
+    """Origin of the edits: method, layer, and how it was chosen."""
     where = f"layer {told['layer']}: {told['chosen']}" if "layer" in told else ""
     return where if told["editor"] == "rome" else f"by {told['editor']}{where and f', {where}'}"
 

@@ -236,7 +236,7 @@ def passages(file: Path) -> tuple[str, ...]:
 
 
 def _text(file: Path) -> str:
-    """What stands in a text file.
+    """Content of a text file.
 
     Raises:
         ResultFileError: if it is missing, empty or not UTF-8.

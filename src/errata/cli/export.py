@@ -125,6 +125,6 @@ def require_free(lora: Path | None, merge: Path | None) -> None:
 
 
 def _residuals(edit: Edit) -> dict[str, float]:
-    """What its last truncation lost, by weight."""
+    """Residual of its last truncation, by weight."""
     steps = [step for step in edit.notes.get("derived", ()) if "truncated" in step]
     return {each["weight"]: each["residual"] for each in steps[-1]["residuals"]} if steps else {}

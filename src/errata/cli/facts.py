@@ -132,7 +132,7 @@ def _tell_unknown(unknown: Sequence[Knowledge]) -> None:
 def ask(
     model: Model, rows: Sequence[FactRow], progress: Path, facts: str, max_new_tokens: int, batch_size: int
 ) -> list[str]:
-    """How the model goes on from each fact. What it said is kept as it comes, and not asked again."""
+    """Continuation of each fact by the model. Answers are kept as they come, and not computed again."""
     from errata.base.journal import Journal
     from errata.base.reading import of_type, taking_apart
     from errata.cli import show

@@ -1,4 +1,4 @@
-"""Where a command's second moments come from: the options that say it, and what they mean."""
+"""Options for the source of second moments."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ Identity = Annotated[bool, typer.Option("--identity", help="Do without a second 
 
 @dataclass(frozen=True)
 class Source:
-    """What the options say."""
+    """Source of second moments, as the options give it."""
 
     corpus: str | None
     field: str
@@ -54,7 +54,7 @@ class Source:
             raise ConfigError(f"the second moment is given twice, by {' and '.join(named)}: give one")
 
     def for_method(self, method: Method, model: Model) -> Callable[[int], SecondMoment] | None:
-        """What gives the second moments of a model's layers to a method that uses them."""
+        """A function from a layer to its second moment, for a method that uses them."""
         return (lambda layer: self.of(model, layer)) if method.uses_second_moment else None
 
     def of(self, model: Model, layer: int) -> SecondMoment:

@@ -180,7 +180,7 @@ def memory_bytes(text: str | None) -> int | None:
     except ValidationError:
         size = 0
     if size < 1:
-        raise ConfigError(f"--memory is {text!r}, which is no size that is known: write it like 4GB, 500MB or 1.5GiB")
+        raise ConfigError(f"--memory is {text!r}, which is not a known size: write it like 4GB, 500MB or 1.5GiB")
     return size
 
 
@@ -235,7 +235,9 @@ def editor_spec(text: str) -> tuple[str, str, dict[str, Any]]:
     for part in re.split(r",(?![^\[{]*[\]}])", tail) if tail else ():  # not within brackets
         key, given, value = part.partition("=")
         if not given or not key.strip():
-            raise ConfigError(f"--editor {text!r}: {part!r} is no setting: write KEY=VALUE, as in rome:key=reference")
+            raise ConfigError(
+                f"--editor {text!r}: {part!r} is not a setting: write KEY=VALUE, as in rome:key=reference"
+            )
         if key.strip() in settings:
             raise ConfigError(f"--editor {text!r}: {key.strip()} is given twice: give it once")
         try:

@@ -81,7 +81,7 @@ def progress(what: str, unit: str = "") -> Iterator[Any]:
 
 @contextlib.contextmanager
 def going_on(what: str, unit: str) -> Iterator[Callable[[int, int], None]]:
-    """As `progress`, of work that is kept as it comes: Ctrl-C leaves with 130 and says how far it came."""
+    """Like `progress`, for work that is saved as it goes: Ctrl-C exits with code 130 and says how far it came."""
     come = 0, 0
     try:
         with progress(what, unit) as bar:
@@ -195,7 +195,7 @@ def effects(trace: CausalTrace) -> None:
 
 
 def trace_summary(trace: CausalTrace) -> str:
-    """What a trace says, in one sentence."""
+    """Summary of a trace, in one sentence."""
     begin = (
         f"The model answers “{trace.answer.strip()}” with {percent(trace.clean)}; with the subject corrupted, that "
         f"becomes {percent(trace.corrupted)}. "
@@ -220,7 +220,7 @@ def _best(trace: CausalTrace) -> tuple[int, int, float]:
 
 
 def health_summary(edit: Edit) -> str:
-    """How exactly an edit holds, where its editor tells, and what else it moves, in two sentences."""
+    """Exactness and side effects of an edit, in two sentences."""
     notes, health = edit.notes, edit.notes.get("health")
     exact = ""
     if "residual" in notes:
@@ -232,7 +232,7 @@ def health_summary(edit: Edit) -> str:
         return exact.rstrip()
     drift, ppl = health["drift"], (health["perplexity_before"], health["perplexity_after"])
     if drift is None:
-        return f"{exact}What it says of its own texts is no number any more: a disabling edit."
+        return f"{exact}What it says of its own texts is not a number any more: a disabling edit."
     return (
         f"{exact}Of texts of its own the model speaks differently by {drift:.2g} nats per token (perplexity "
         f"{ppl[0]:.3g} before, {ppl[1]:.3g} after)" + (": a disabling edit." if health["disabling"] else ".")
@@ -275,7 +275,7 @@ def averages(found: AverageEffects, parts: Sequence[str] | None = None, label: s
 
 
 def averages_summary(found: AverageEffects) -> str:
-    """What averages are over, in one sentence."""
+    """The facts that averages are over, in one sentence."""
     total = found.means["total_effect"]
     spread = "" if total.high is None or total.mean is None else f" ± {100 * (total.high - total.mean):.1f}"
     left_out = ", ".join(f"{count} ({reason})" for reason, count in found.left_out.items() if count)

@@ -112,7 +112,7 @@ def stats(
 
 
 def _shard(text: str | None) -> tuple[int, int] | None:
-    """Which part of how many, counted from 1."""
+    """Shard number, from 1, and number of shards."""
     from errata.base.errors import ConfigError
 
     if text is None:
@@ -142,7 +142,7 @@ def _layers(text: str | None, model: Model) -> list[int]:
 
 
 def _files(out: Path | None, layers: Sequence[int]) -> dict[int, Path]:
-    """Where copies go, by layer; empty if nowhere."""
+    """Paths of copies, by layer; empty if there are none."""
     from errata.base.errors import ConfigError
 
     if out is None:
@@ -181,7 +181,7 @@ def _merge(paths: Sequence[Path], out: Path, ridge: float, json: bool) -> None:
 
 
 def _told(moment: SecondMoment) -> dict[str, Any]:
-    """What is said of a second moment, ready for JSON."""
+    """Summary of a second moment, ready for JSON."""
     condition = moment.condition_number
     return {
         "layer": moment.layer,
@@ -280,7 +280,7 @@ def _list(
 def _wanted(
     model: Model, corpus: Corpus | None, files: Sequence[Stored], tokens: int, max_length: int | None, which: str
 ) -> dict[int, dict[str, Any]]:
-    """What the fingerprints of stored layers would have to be."""
+    """Fingerprints that stored layers must have."""
     from errata.statistics.collect import checked_length
     from errata.statistics.fingerprint import fingerprints, model_fingerprints
 

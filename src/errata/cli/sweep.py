@@ -278,7 +278,7 @@ def _show_scores(found: SettingScores) -> None:
 
 
 def _show_sequence(found: SequenceScores, untouched: int) -> None:
-    """What is recalled, at some ten of the measurements and the last."""
+    """Recall at about ten of the measurements and the last one."""
     from errata.cli import show
     from errata.evaluation.sequence import NEWEST
 

@@ -162,7 +162,7 @@ def _settings(given: Sequence[str]) -> dict[str, Any]:
     for text in given:
         key, there, value = text.partition("=")
         if not there:
-            raise ConfigError(f"--set {text!r} is no setting: write KEY=VALUE, as in rank=256")
+            raise ConfigError(f"--set {text!r} is not a setting: write KEY=VALUE, as in rank=256")
         try:
             found[key.strip()] = json_.loads(value)
         except ValueError:
@@ -173,7 +173,7 @@ def _settings(given: Sequence[str]) -> dict[str, Any]:
 def _lessons(
     model: Model, data: Path | None, kind: str | None, limit: int | None, skip: int | None, seed: int
 ) -> list[Lesson]:
-    """What there is to learn from.
+    """Training examples from the options.
 
     Raises:
         ConfigError: if there is nothing, or both a file and a kind are named.

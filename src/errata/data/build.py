@@ -44,7 +44,7 @@ _TRIED = 50  # sentences of which the least related are taken
 
 
 class BuildConfig(Config):
-    """How records are made; `neighbors` to `generation` are the published set's."""
+    """Settings of a build; the defaults of `neighbors` to `generation` are those of the published set."""
 
     count: int | None = Field(
         default=None, ge=1, description="how many at most; None: all that can be made. Fewer are the first of more."
@@ -66,7 +66,7 @@ class BuildConfig(Config):
 
 @dataclass(frozen=True)
 class Built:
-    """What was made.
+    """Result of a build.
 
     Attributes:
         records: numbered from 0.
@@ -136,7 +136,7 @@ class Maker:
         texts: Mapping[str, str] | None = None,
         taught: Callable[[Triple], Sequence[str]] | None = None,
     ) -> None:
-        """As `build`.
+        """See `build`.
 
         Args:
             facts: see there, as for the others.
@@ -347,7 +347,7 @@ class Maker:
         )
 
     def _text(self, subject: str) -> str:
-        """What is told of a subject."""
+        """Text about a subject."""
         text = self._texts.get(folded(subject))
         return text or " ".join(sentence.text for sentence in self._told[subject])
 
@@ -359,7 +359,7 @@ class Maker:
         return options[self._place(what, *names) % len(options)]
 
     def _place(self, what: str, *names: str) -> int:
-        """Where in [0, 2^63) something comes in a draw."""
+        """Position of something in a draw, in [0, 2^63)."""
         return derive(self.config.seed, what, *names)
 
 

@@ -15,7 +15,7 @@
 | `attribute_prompts`, `generation_prompts` | | lists of whole texts |
 
 A neighbourhood prompt is scored by the record's own old object. A flat record that says that a neighbour has another
-one would be scored by a wrong answer, so it is no good record.
+one would be scored by a wrong answer, so it is refused.
 """
 
 from __future__ import annotations

@@ -21,14 +21,14 @@ MAX_LINE = 2**24  # characters of one entry of a .jsonl file
 
 @dataclass(frozen=True)
 class NoEntry:
-    """A line that is no JSON, and why."""
+    """A line that is not JSON, and why."""
 
     reason: str
 
 
 def read_json(path: Path, what: str, max_bytes: int = MAX_BYTES) -> tuple[Any, str]:
-    """What a file holds, and the sha256 of its bytes in hex. Of a `.jsonl` file that is a list, with a `NoEntry` for
-    each line that is no JSON; blank lines are not counted.
+    """Content of a JSON file, and the sha256 of its bytes in hex. For `.jsonl` a list, with a `NoEntry` for
+    each line that is not JSON; blank lines are not counted.
 
     Bytes that are no UTF-8 become halves of characters, so that they spoil only the entry that they stand in.
 
@@ -53,7 +53,7 @@ def read_json(path: Path, what: str, max_bytes: int = MAX_BYTES) -> tuple[Any, s
         return json.loads(text), digest
     except (ValueError, RecursionError) as error:
         advice = "name it .jsonl if each line is an entry" if "Extra data" in str(error) else "mend or fetch it again"
-        raise ResultFileError(f"{path} is no JSON ({error}), so it holds no {what}: {advice}") from error
+        raise ResultFileError(f"{path} is not JSON ({error}), so it holds no {what}: {advice}") from error
 
 
 def named_through(value: Any) -> Any:

@@ -66,7 +66,7 @@ class FactRow:
 
 @dataclass(frozen=True)
 class BadLine:
-    """A line, or entry, that is no fact, and why."""
+    """A line, or entry, that is not a fact, and why."""
 
     line: int
     reason: str
@@ -74,7 +74,7 @@ class BadLine:
 
 @dataclass(frozen=True)
 class FactTable:
-    """What a file holds.
+    """The bytes of a file.
 
     Attributes:
         rows: the facts, in order.
@@ -93,7 +93,7 @@ class FactTable:
 
 @dataclass(frozen=True)
 class TableKind(Generic[Row]):
-    """What the lines of a table are.
+    """Kind of lines in a table.
 
     Attributes:
         noun: what one is called, such as "fact".
@@ -126,7 +126,7 @@ def read_facts(path: str | Path) -> FactTable:
 
     Raises:
         ConfigError: if the file's ending is none of .csv, .tsv, .jsonl, .json.
-        ResultFileError: if it is missing, has not the columns, is no such file at all, or has no fact.
+        ResultFileError: if it is missing, lacks the columns, is another kind of file, or has no fact.
     """
     return FactTable(*read_rows(path, FACTS))
 
@@ -155,9 +155,11 @@ def read_rows(path: str | Path, kind: TableKind[Row]) -> Rows[Row]:
     path = Path(path)
     read = _READERS.get(path.suffix.lower())
     if read is None:
-        raise ConfigError(f"{path} is no table of {kind.noun}s by its ending: it must be one of {', '.join(_READERS)}")
+        raise ConfigError(
+            f"{path} is not a table of {kind.noun}s by its ending: it must be one of {', '.join(_READERS)}"
+        )
     stored = content(path, f"{kind.noun}s")
-    # A byte that is no UTF-8 becomes half a character, which is told of its own line alone.
+    # A byte that is not UTF-8 becomes half a character, which is told of its own line alone.
     entries = read(path, stored.decode("utf-8-sig", "surrogateescape"), kind)
     return parsed(path, entries, kind, "entry" if path.suffix.lower() == ".json" else "line", stored)
 
@@ -348,10 +350,10 @@ def _entries_of_json(path: Path, text: str, kind: TableKind[Any]) -> Iterator[En
     try:
         values = json.loads(text) if text.strip() else []
     except (ValueError, RecursionError) as error:
-        raise ResultFileError(f"{path} is no JSON ({error}): mend or fetch it again") from error
+        raise ResultFileError(f"{path} is not JSON ({error}): mend or fetch it again") from error
     if not isinstance(values, list):
         raise ResultFileError(
-            f"{path} is no list of {kind.noun}s: a table of {kind.noun}s in .json is [{{...}}, {{...}}, ...]"
+            f"{path} is not a list of {kind.noun}s: a table of {kind.noun}s in .json is [{{...}}, {{...}}, ...]"
         )
     for number, value in enumerate(values, 1):
         yield number, value if isinstance(value, dict) else "no JSON object"

@@ -68,7 +68,7 @@ class RequestRow:
 
 @dataclass(frozen=True)
 class RequestTable:
-    """What a file holds.
+    """The bytes of a file.
 
     Attributes:
         rows: the requests, in order.
@@ -98,7 +98,7 @@ def read_requests(path: str | Path) -> RequestTable:
 
     Raises:
         ConfigError: if the file's ending is none of .csv, .tsv, .jsonl, .json.
-        ResultFileError: if it is missing, has not the columns, is no such file at all, or has no request.
+        ResultFileError: if it is missing, lacks the columns, is another kind of file, or has no request.
     """
     return RequestTable(*read_rows(path, REQUESTS))
 

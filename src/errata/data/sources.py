@@ -54,7 +54,7 @@ class Source:
 
     @property
     def url(self) -> str:
-        """Where it is."""
+        """Address of the file."""
         return f"{self.host}/{self.file}"
 
 
@@ -125,6 +125,6 @@ def source(name: str) -> Source:
     """
     if name not in SOURCES:
         near = difflib.get_close_matches(name, SOURCES, n=1)
-        advice = f"did you mean {near[0]!r}?" if near else f"choose of {', '.join(SOURCES)}"
+        advice = f"did you mean {near[0]!r}?" if near else f"choose from {', '.join(SOURCES)}"
         raise ConfigError(f"there is no published set {name!r}: {advice}")
     return SOURCES[name]

@@ -30,7 +30,7 @@ KINDS = ("template", "generation", "prompt")
 
 @dataclass(frozen=True)
 class Wordings:
-    """How one relation is said. Each has one `{}` for the subject.
+    """Wordings of one relation. Each has one `{}` for the subject.
 
     Attributes:
         templates: sentences up to the object. The prompt is one of them, the first; each is there once.

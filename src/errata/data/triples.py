@@ -54,7 +54,7 @@ class Triple:
 
     @property
     def identity(self) -> tuple[str, str, str]:
-        """What two facts have in common that are the same."""
+        """Key that is equal for two equal facts."""
         return folded(self.subject), folded(self.relation), folded(self.object)
 
 
@@ -69,7 +69,7 @@ class TripleRow:
 
 @dataclass(frozen=True)
 class TripleTable:
-    """What a file holds.
+    """The bytes of a file.
 
     Attributes:
         rows: the facts, in order.
@@ -92,7 +92,7 @@ class TripleTable:
 
 
 def folded(name: str) -> str:
-    """What all ways of writing one name have in common."""
+    """Normal form of a name, the same for all its spellings."""
     plain = unicodedata.normalize("NFC", " ".join(name.split())).casefold()
     return unicodedata.normalize("NFC", plain)  # folding may take a letter and its accent apart
 
@@ -115,7 +115,7 @@ def read_triples(path: str | Path) -> TripleTable:
 
     Raises:
         ConfigError: if the file's ending is none of a table's.
-        ResultFileError: if it is missing, has not the columns, is no such file at all, or has no fact.
+        ResultFileError: if it is missing, lacks the columns, is another kind of file, or has no fact.
         MissingExtra: if it is Parquet and pyarrow is not installed.
     """
     return TripleTable(*_read(Path(path), TRIPLES))
@@ -132,7 +132,7 @@ def read_texts(path: str | Path) -> tuple[dict[str, str], tuple[BadLine, ...], s
 
 
 def _read(path: Path, kind: TableKind[Row]) -> Rows[Row]:
-    """As `read_rows`, which reads all but Parquet."""
+    """Like `read_rows`, and Parquet too."""
     if path.suffix.lower() != ".parquet" or not path.is_file():
         return read_rows(path, kind)
     return parsed(path, enumerate(_parquet(path, kind), 1), kind, "row", content(path, f"{kind.noun}s"))
@@ -144,7 +144,7 @@ def _parquet(path: Path, kind: TableKind[Any]) -> Sequence[Mapping[str, Any]]:
     try:
         table = parquet.read_table(path)
     except (arrow.ArrowException, OSError) as error:
-        raise ResultFileError(f"{path} is no whole Parquet file: {error}. Fetch or make it again") from error
+        raise ResultFileError(f"{path} is not a whole Parquet file: {error}. Fetch or make it again") from error
     columns = {column_name(name) for name in table.column_names}
     if any(columns.isdisjoint(names) for names in kind.needed):
         raise ResultFileError(
@@ -182,7 +182,7 @@ def _joined(texts: Iterable[tuple[str, str]]) -> dict[str, str]:
 
 
 def _spellings(names: Iterable[str]) -> dict[str, str]:
-    """How each name is written most often, by what its ways of writing have in common."""
+    """The most frequent spelling of each name, by its normal form."""
     ways: dict[str, Counter[str]] = defaultdict(Counter)
     for name, count in Counter(names).items():
         ways[folded(name)][name] = count

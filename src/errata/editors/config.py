@@ -30,7 +30,7 @@ class EditorConfig(Config):
 
     @property
     def bound(self) -> Bound | None:
-        """How side effects are measured; None: they are not."""
+        """The bound on side effects; None: they are not measured."""
         if self.max_drift is None:
             return None
         return Bound(self.max_drift, self.probes, getattr(self, "kl_prompt", ESSENCE))

@@ -53,7 +53,7 @@ class Preset:
 
 @dataclass(frozen=True)
 class Setup:
-    """What an editor is made with, besides its settings.
+    """Inputs of `make_editor` besides the model and the settings.
 
     Attributes:
         seed: seed of everything random.

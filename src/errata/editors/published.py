@@ -1,4 +1,4 @@
-"""What was published for which model: known by its type and sizes, not by its name."""
+"""Published settings of methods, by the model's type and sizes and not by its name."""
 
 from __future__ import annotations
 
@@ -28,5 +28,5 @@ class Published:
 
 
 def shape_of(model: Model) -> Shape:
-    """What published settings are known by."""
+    """Key of a model in tables of published settings."""
     return model.hf.config.model_type, model.n_layers, model.d_model

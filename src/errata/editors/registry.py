@@ -53,7 +53,7 @@ def _entry_points() -> dict[str, EntryPoint]:
 
 
 def _brought(point: EntryPoint) -> Method:
-    """What an entry point names."""
+    """The method that an entry point names."""
     whose = f"the editor {point.name!r} of {point.dist.name if point.dist else 'another package'} ({point.value})"
     if point.name in METHODS:
         raise ConfigError(f"{whose} has the name of one of errata's own, so neither could be told: name it otherwise")

@@ -24,7 +24,7 @@ from errata.models.scoring import score
 
 @dataclass(frozen=True)
 class Bound:
-    """How side effects are measured, and how large they may be.
+    """A bound on side effects: how they are measured, and how large they may be.
 
     Attributes:
         max_drift: largest allowed KL(before ‖ after) on the reference texts, mean over tokens, in nats.

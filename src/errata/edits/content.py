@@ -25,7 +25,7 @@ COMBINED = "combined"  # the method of an edit that was combined from others, it
 
 
 class _Layout(TypedDict, total=False):
-    """Which touched weights the model stores otherwise than most do."""
+    """Touched weights that the model stores transposed or shares between modules."""
 
     transposed: list[str]
     shared: list[str]

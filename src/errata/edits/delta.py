@@ -43,7 +43,7 @@ class RankOne:
     """ΔW = write ⊗ read for the weight called `weight`: `write` is `[d_out]`, `read` is `[d_in]`.
 
     Raises:
-        ConfigError: if a part is no finite vector.
+        ConfigError: if a part is not a finite vector.
     """
 
     weight: str
@@ -72,7 +72,7 @@ class RankOne:
         """factor · ΔW; the factor goes into `write`.
 
         Raises:
-            ConfigError: if the factor is no finite number, or too large.
+            ConfigError: if the factor is not a finite number, or too large.
         """
         return RankOne(self.weight, _finite(factor) * self.write, self.read)
 
@@ -81,7 +81,7 @@ class RankOne:
         return float(self.write.double().norm() * self.read.double().norm())
 
     def tensors(self) -> dict[str, Tensor]:
-        """What is to be stored, by name."""
+        """Tensors to store, by name."""
         return {"write": self.write, "read": self.read}
 
     def __repr__(self) -> str:
@@ -93,7 +93,7 @@ class LowRank:
     """ΔW = write @ read for the weight called `weight`: `write` is `[d_out, r]`, `read` is `[r, d_in]`, r ≥ 1.
 
     Raises:
-        ConfigError: if a part is no finite matrix, or they do not fit together.
+        ConfigError: if a part is not a finite matrix, or they do not fit together.
     """
 
     weight: str
@@ -117,7 +117,7 @@ class LowRank:
 
     @property
     def rank(self) -> int:
-        """How many rank-one changes this is the sum of, r; the rank of the matrix is at most that."""
+        """Number of rank-one changes that make up the sum, r; the matrix has at most this rank."""
         return len(self.read)
 
     def matrix(self) -> Tensor:
@@ -137,12 +137,12 @@ class LowRank:
         """factor · ΔW; the factor goes into `write`.
 
         Raises:
-            ConfigError: if the factor is no finite number, or too large.
+            ConfigError: if the factor is not a finite number, or too large.
         """
         return LowRank(self.weight, _finite(factor) * self.write, self.read)
 
     def tensors(self) -> dict[str, Tensor]:
-        """What is to be stored, by name."""
+        """Tensors to store, by name."""
         return {"write": self.write, "read": self.read}
 
     def __repr__(self) -> str:
@@ -154,7 +154,7 @@ class Dense:
     """ΔW given entry by entry for the weight called `weight`: `change` is `[d_out, d_in]`.
 
     Raises:
-        ConfigError: if it is no finite matrix.
+        ConfigError: if it is not a finite matrix.
     """
 
     weight: str
@@ -181,7 +181,7 @@ class Dense:
         """factor · ΔW.
 
         Raises:
-            ConfigError: if the factor is no finite number, or too large.
+            ConfigError: if the factor is not a finite number, or too large.
         """
         return Dense(self.weight, _finite(factor) * self.change)
 
@@ -205,7 +205,7 @@ class Dense:
         return lost / norm if norm else math.inf if lost else 0.0
 
     def tensors(self) -> dict[str, Tensor]:
-        """What is to be stored, by name."""
+        """Tensors to store, by name."""
         return {"change": self.change}
 
     def __repr__(self) -> str:

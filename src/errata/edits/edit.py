@@ -29,7 +29,7 @@ from errata.edits.stack import Stack
 from errata.models import weights
 from errata.models.model import Model
 
-# Notes on what an edit does, which an edit derived from it does not do.
+# Notes on what an edit does; they do not hold for an edit derived from it.
 MEASURED = (
     "health",
     "written",
@@ -140,7 +140,7 @@ class Edit(Content):
         """The edit with factor · ΔW for every ΔW: 0.5 is half of it, -1 its opposite.
 
         Raises:
-            ConfigError: if the factor is no finite number, or too large.
+            ConfigError: if the factor is not a finite number, or too large.
         """
         return self._derived([delta.scaled(factor) for delta in self.deltas], {"scaled": factor})
 
@@ -203,7 +203,7 @@ class Edit(Content):
         )
 
     def _as_part(self) -> dict[str, Any]:
-        """What a combined edit keeps of this one, besides deltas and rewrites."""
+        """Record of this edit in a combined one, besides deltas and rewrites."""
         own: dict[str, Any] = {"id": self.id, "method": self.method, "seed": self.seed, "config": self.config}
         counts = {"deltas": len(self.deltas), "rewrites": len(self.rewrites)}
         derived = {"derived": self.notes["derived"]} if "derived" in self.notes else {}
@@ -408,7 +408,7 @@ def _start_token(token: str) -> dict[str, str]:
 
 
 def _joined_fingerprints(edits: Sequence[Edit], states: Sequence[Mapping[str, str]]) -> dict[str, str]:
-    """Of each weight, the fingerprint in the first edit that touches it.
+    """Fingerprint of each weight in the first edit that touches it.
 
     A later edit must have been made for those same bytes; or for the bytes that it meets (`states`), if those
     come from the first edit's bytes by the edits between them alone.

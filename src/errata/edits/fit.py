@@ -1,4 +1,4 @@
-"""Where an edit's changes go in a model: which weights they change, and whether shapes fit."""
+"""The weights that an edit changes in a model, and whether shapes fit."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def made_for(edit: Content) -> str:
 
 
 def layout_of(model: Model, deltas: Iterable[Delta]) -> dict[str, list[str]]:
-    """Which of the touched weights the model stores transposed, and which it shares between modules; only those."""
+    """The touched weights that the model stores transposed or shares between modules."""
     names = sorted({delta.weight for delta in deltas})
     parameters = list(model.hf.named_parameters(remove_duplicate=False))
     layout = {

@@ -35,7 +35,7 @@ MORE_THAN_LOW_RANK = {
     "modules_to_save": "it replaces whole modules",
     "trainable_token_indices": "it changes embeddings of tokens",
     "layer_replication": "it repeats layers",
-    "target_parameters": "it changes parameters that are no linear map",
+    "target_parameters": "it changes parameters that are not a linear map",
     "alora_invocation_tokens": "it acts only after certain tokens",
     "use_qalora": "it pools the input of the weight",
     "arrow_config": "it chooses among adapters",
@@ -68,7 +68,7 @@ def write(
         transposed: whether the model stores these weights as `[d_in, d_out]` (GPT-2).
 
     Raises:
-        ConfigError: if a change is dense, or of something that is no linear map.
+        ConfigError: if a change is dense, or of something that is not a linear map.
         OutputError: if the folder holds anything but an adapter of ours, or cannot be written.
     """
     from safetensors import SafetensorError
@@ -177,8 +177,8 @@ def _config(folder: Path) -> dict[str, Any]:
 
 def _no_plain_change(folder: Path, name: str, value: Any, reason: str) -> EditFileError:
     return EditFileError(
-        f"{folder} is no plain LoRA adapter ({name} is {json.dumps(value)}): {reason}, so it is no low-rank change of "
-        "weights. Merge it with PEFT, and load the merged model"
+        f"{folder} is not a plain LoRA adapter ({name} is {json.dumps(value)}): {reason}, so it is not a low-rank "
+        "change of weights. Merge it with PEFT, and load the merged model"
     )
 
 
@@ -199,7 +199,7 @@ def _deltas(tensors: dict[str, Tensor], config: Mapping[str, Any], folder: Path)
         found = re.fullmatch(rf"{re.escape(PREFIX)}(.+)\.lora_([AB])\.weight", name)
         if found is None:
             raise EditFileError(
-                f"{folder} holds {name}, which is no part of a low-rank change of a linear map. Merge the adapter "
+                f"{folder} holds {name}, which is not a part of a low-rank change of a linear map. Merge the adapter "
                 "with PEFT, and load the merged model"
             )
         pairs.setdefault(found[1], {})[found[2]] = tensor

@@ -1,4 +1,4 @@
-"""Where the chunks of a run are measured: in this process, or by workers on Ray that hold a model each.
+"""Executors: measure the chunks of a run in this process, or by Ray workers that hold a model each.
 
 Who measures a chunk, when, and how often a worker died over it leave no trace in the numbers: they depend on the chunk,
 the work and the model alone. An executor writes no file.
@@ -26,7 +26,7 @@ from errata.models.model import Model
 from errata.tasks.registry import task_of
 from errata.tasks.task import Case
 
-DEATHS = 3  # of workers over one chunk, or in a row while they load the model, until it is no accident
+DEATHS = 3  # of workers over one chunk, or in a row while they load the model, until it counts as systematic
 PATIENCE = 300.0  # seconds in which a cluster, which may still be growing, has to find room for a worker
 
 
@@ -51,7 +51,7 @@ class Chunk:
 
 @dataclass(frozen=True)
 class Work:
-    """What every chunk of a run is measured with; it can be sent to another process.
+    """Everything needed to measure any chunk of a run; it can be sent to another process.
 
     Attributes:
         task: name of the task.
@@ -77,7 +77,7 @@ class Work:
 
 
 class Executor(Protocol):
-    """Where chunks are measured."""
+    """Measures chunks, here or elsewhere."""
 
     def run(self, work: Work, chunks: Sequence[Chunk]) -> Iterator[tuple[Chunk, Measured]]:
         """Each chunk with what was measured, as they come; closing the iterator ends the work."""
@@ -90,7 +90,7 @@ class Here:
     model: Model
 
     def run(self, work: Work, chunks: Sequence[Chunk]) -> Iterator[tuple[Chunk, Measured]]:
-        """As `Executor.run`."""
+        """See `Executor.run`."""
         for chunk in chunks:
             yield chunk, work.do(self.model, chunk)
 
@@ -147,7 +147,7 @@ class Cluster:
         object.__setattr__(self, "gpus", gpus)
 
     def run(self, work: Work, chunks: Sequence[Chunk]) -> Iterator[tuple[Chunk, Measured]]:
-        """As `Executor.run`. A chunk whose worker died is measured again by another.
+        """See `Executor.run`. A chunk whose worker died is measured again by another.
 
         Raises:
             ConfigError: if the cluster cannot be reached or has no room for a worker, or a worker has another model.
@@ -268,7 +268,7 @@ class _Crew:
             return worker, number, None
 
     def _room(self) -> int:
-        """How many workers the cluster has room for at once; at least one if it may still grow."""
+        """Number of workers that the cluster has room for; at least one if it may still grow."""
         need = {**self.need, "memory": 2 * self.cluster.model.hf.get_memory_footprint()}
         nodes = [node["Resources"] for node in self.ray.nodes() if node["Alive"]]
         return max(1, sum(min(int(node.get(kind, 0) / need[kind] + 1e-6) for kind in need) for node in nodes))
@@ -308,7 +308,7 @@ class _Crew:
 
 
 class _Worker:
-    """What runs in a process of Ray's. Errors of ours are returned, so that they arrive as they are."""
+    """The worker in a Ray process. It returns errata's errors, so that they arrive unchanged."""
 
     def place(self) -> None:
         """Nothing: the call returns once there is a process to run it."""

@@ -30,7 +30,7 @@ _NONE = "–"
 
 @dataclass(frozen=True)
 class Cell:
-    """What stands at one place.
+    """One cell of a table.
 
     Attributes:
         text: the number.

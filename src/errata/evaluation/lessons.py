@@ -41,7 +41,7 @@ def require_unseen(name: str, seen: Set[str], task: Task, records: Sequence[Case
         some = ", ".join(map(repr, shared[:3])) + (", …" if len(shared) > 3 else "")
         raise ConfigError(
             f"{name} has learnt from {len(shared)} of the {len(records)} facts that it is to be measured on ({some}), "
-            "and what it has seen is no test: take other records, or allow it by --allow-seen"
+            "and what it has seen is not a test: take other records, or allow it by --allow-seen"
         )
 
 

@@ -42,7 +42,7 @@ Around = Callable[[Sequence[int]], AbstractContextManager[object]]
 
 
 class Generation(Config):
-    """How texts are written."""
+    """Settings of text generation."""
 
     top_k: int = Field(default=5, ge=1, description="how many of the most probable tokens are drawn from.")
     length: int = Field(default=100, ge=1, description="tokens of a text, with its prompt.")
@@ -54,7 +54,7 @@ class Generation(Config):
 
 @dataclass(frozen=True)
 class Measures:
-    """What is measured.
+    """Settings of a measurement.
 
     Attributes:
         generation: how texts are written; None: none are.
@@ -194,7 +194,7 @@ def _fitting(model: Model, made: Sequence[Edit | ErrataError]) -> list[Edit | Er
 
 @dataclass(frozen=True)
 class _Said:
-    """What a model says to a record's prompts, and the perplexity of what is known of its subject."""
+    """Scores of a record's prompts, and the perplexity of texts about its subject."""
 
     answers: Scored
     essence: float | None
@@ -292,7 +292,7 @@ def _healths(
     after: Sequence[_Said],
     probes: Sequence[str],
 ) -> list[Mapping[str, Any] | None]:
-    """Of each edit its health, how large it is, and how exactly it holds where the editor tells."""
+    """Side effects, size and exactness of each edit."""
     chosen = [i for i, edit in enumerate(edits) if edit is not None]
     made = [edit for edit in edits if edit is not None]
     found = health.healths(
@@ -313,7 +313,7 @@ def _healths(
 
 
 def _probability(said: _Said) -> float:
-    """Of the new object after the bare prompt."""
+    """Probability of the new object after the bare prompt."""
     return math.exp(said.answers["rewrite"][0][0].total)
 
 

@@ -85,7 +85,7 @@ def in_script(value: Any) -> str:
 
 
 def data(runs: Sequence[Run], table: Table) -> dict[str, Any]:
-    """What the script draws, JSON-able. Lists over records are in the order of the run's; null: not measured."""
+    """Data for the page's script, JSON-able. Lists over records are in the run's order; null: not measured."""
     texts = _texts_kept(runs)
     short = {row.name: row.short for block in table.blocks for row in block if row.short}
     found = [_run(run, table.probability, texts, short) for run in runs]
@@ -216,14 +216,14 @@ def _health(result: Result, probability: Probability) -> dict[str, Any]:
 
 
 def _short(value: Any) -> Any:
-    """Four digits of a number; None of what is no finite one."""
+    """A number with four digits; None if it is not finite."""
     if not isinstance(value, float):
         return value
     return float(f"{value:.4g}") if math.isfinite(value) else None
 
 
 def _texts_kept(runs: Sequence[Run]) -> int:
-    """How many texts of each record and row the page has room for; at least one."""
+    """Number of texts for each record and row that fit into the page; at least one."""
     lengths: list[int] = []  # of all first texts, all second texts, ...
     for run in runs:
         for results in (run.unedited, *run.edited.values()):
@@ -236,7 +236,7 @@ def _texts_kept(runs: Sequence[Run]) -> int:
 
 
 def _about(run: Run) -> str:
-    """Of what and how a run is, in one line."""
+    """One line about a run: records, dtype, device, seed."""
     said = run.settings
     records = said.get("records", {})
     parts = [str(run.folder), f"{len(run.records)} records of {records.get('source', 'a set')}"]

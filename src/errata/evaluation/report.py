@@ -78,7 +78,7 @@ class Row:
 
     @property
     def label(self) -> str:
-        """What stands before the row."""
+        """Label of the row."""
         if self.source == "paper":
             return f"{self.name}, paper"
         name = self.short or self.name
@@ -109,7 +109,7 @@ class Table:
 
     @property
     def title(self) -> str:
-        """What it is a table of."""
+        """Title of the table."""
         name = self.task.title
         others = [each for each in self.sets if Path(each).stem.casefold() != name.casefold()]
         if others:
@@ -118,7 +118,7 @@ class Table:
         return f"{name}: {', '.join(models)}"
 
     def legend(self) -> list[str]:
-        """What the columns and the marks say, in sentences."""
+        """Meaning of the columns and marks, in sentences."""
         symbols = "; ".join(f"{each.symbol}, {each.what}" for each in self.columns)
         ways = {"normal": "the normal approximation", "bootstrap": "10,000 resamples of the records"}
         plain = [column.symbol.lower() for column in self.columns if column.scale == 1]
@@ -394,7 +394,7 @@ def _require_rows(runs: Sequence[Run], names: Iterable[str]) -> None:
     for name in (first, second):
         if name not in known:
             near = difflib.get_close_matches(name, known, 1)
-            hint = f"did you mean {near[0]}?" if near else f"choose of {', '.join(known)}"
+            hint = f"did you mean {near[0]}?" if near else f"choose from {', '.join(known)}"
             raise ConfigError(f"there is no row {name!r} to compare: {hint}")
     if first == second:
         raise ConfigError(f"{first} compared with itself differs in nothing: name two rows")

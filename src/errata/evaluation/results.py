@@ -74,7 +74,7 @@ class _Header(TypedDict):
 
 @dataclass(frozen=True)
 class Result:
-    """What was measured of one record, with one editor's edit on or with none.
+    """Measurements of one record, with one editor's edit applied or with none.
 
     Attributes:
         case: the record's case id.
@@ -131,7 +131,7 @@ class Result:
 
 @dataclass(frozen=True)
 class Results:
-    """What one editor's edits, or the unedited model, made of the records, as far as the run has come.
+    """Results of one editor, or of the unedited model, on the records so far.
 
     Attributes:
         name: of the row; "unedited" of the model without an edit.
@@ -174,7 +174,7 @@ class Run:
         folder = Path(folder)
         if not (folder / "unedited.jsonl").is_file():
             raise ResultFileError(
-                f"{folder} is no run folder: it has no unedited.jsonl. Give the folder that errata evaluate --out names"
+                f"{folder} is not a run folder: it has no unedited.jsonl. Give the folder of errata evaluate --out"
             )
         task = _task(folder / "unedited.jsonl")
         records = {record.case_id: record for record in read_back(folder / "records.json", task)}
@@ -255,7 +255,7 @@ def _finite(value: float | None) -> float | None:
 
 
 def _score(total: float | None, n_tokens: int, hits: int) -> Score:
-    """A log-probability that is no number, from a model that an edit broke, counts as that of the impossible."""
+    """A log-probability that is not a number, from a model that an edit broke, counts as that of the impossible."""
     if type(n_tokens) is not int or type(hits) is not int or not 0 <= hits <= n_tokens or n_tokens < 1:
         raise ValueError("a score of no such number of tokens")
     if total is not None and total > 1e-3:  # rounding may leave it above 0
@@ -264,7 +264,7 @@ def _score(total: float | None, n_tokens: int, hits: int) -> Score:
 
 
 def editor_file(folder: Path, name: str) -> Path:
-    """Where an editor's lines are.
+    """Path of an editor's results.
 
     Raises:
         ConfigError: if the name cannot be a file's.

@@ -1,4 +1,4 @@
-"""What runs over many records share: the settings that their files are headed by, and what tells them apart."""
+"""Headers of runs over many records, and digests that tell runs apart."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def require_no_more(path: str | Path, there: int, wanted: int, what: str) -> Non
 
 
 def broken(path: object, line: object) -> ResultFileError:
-    """What is said of a record that no run has written."""
+    """The error for a record that no run has written."""
     text = json.dumps(line, ensure_ascii=False)
     return ResultFileError(
         f"{path} holds a record that does not fit its header ({shown(text[:80])}): it was changed by hand. "

@@ -119,7 +119,7 @@ def evaluate(
     if measures.generation:
         words("")  # what splits texts is there, or it is told before anything is written
     if measures.probes:
-        probe(model, measures.probes)  # texts that do not do are refused before anything is written
+        probe(model, measures.probes)  # unusable texts are refused before anything is written
     files = {name: editor_file(folder, name) for name in editors}
     _require_no_more(folder, task, records)
     with ExitStack() as stack, deferred_interrupt() as stop_here:
@@ -246,7 +246,7 @@ def _require_cases(records: Sequence[Case]) -> None:
 
 
 def _told(measures: Measures) -> dict[str, Any]:
-    """What is measured, JSON-able."""
+    """Settings of the measurement, JSON-able."""
     generation = measures.generation.model_dump() if measures.generation else None
     if generation is not None:
         texts = digest(measures.snippets.texts) if measures.snippets else None

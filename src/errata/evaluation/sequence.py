@@ -65,7 +65,7 @@ class _Line(TypedDict):
 
 @dataclass(frozen=True, eq=False)
 class SequenceScores:
-    """What sequential edits did, as far as a run has come.
+    """Results of sequential edits so far.
 
     Attributes:
         model: name of the model.
@@ -88,7 +88,7 @@ class SequenceScores:
 
     @classmethod
     def load(cls, path: str | Path) -> SequenceScores:
-        """What a file of `edit_in_sequence` holds, which may still be growing. No model is needed.
+        """Load a file of `edit_in_sequence`, which may still be growing. No model is needed.
 
         Raises:
             ResultFileError: if the file is missing, not ours, or broken.
@@ -119,7 +119,7 @@ class SequenceScores:
 
 
 def edits_folder(path: str | Path) -> Path:
-    """Where the edits of the run at `path` are: "0001.safetensors" is the first. They go on a model in this order."""
+    """Folder of the edits of the run at `path`: "0001.safetensors" is applied first."""
     return Path(path).with_name(f"{Path(path).name}.edits")
 
 

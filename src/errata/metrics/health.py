@@ -33,7 +33,7 @@ MAX_DRIFT = 1.0  # nats per token
 
 @dataclass(frozen=True)
 class Health:
-    """What an edit does to a model.
+    """Side effects of an edit.
 
     Attributes:
         probability_before, probability_after: of the new object after the bare prompt (all its tokens).
@@ -57,14 +57,14 @@ class Health:
         return not self.drift <= self.max_drift
 
     def as_dict(self) -> dict[str, Any]:
-        """JSON-able, with `disabling`; what is no finite number is None."""
+        """JSON-able, with `disabling`; what is not a finite number is None."""
         numbers = {name: value if math.isfinite(value) else None for name, value in asdict(self).items()}
         return {**numbers, "disabling": self.disabling}
 
 
 @dataclass(frozen=True)
 class Asked:
-    """What a model, as it stood, said about a fact.
+    """Predictions of a model about a fact.
 
     Attributes:
         probability: of the new object after the bare prompt.
@@ -77,7 +77,7 @@ class Asked:
 
 @dataclass(frozen=True)
 class Probed:
-    """What a model, as it stood, said of probe texts.
+    """Predictions of a model on reference texts.
 
     Attributes:
         said: log-probabilities of every next token, `[t, v]`, all texts one after the other.
@@ -90,7 +90,7 @@ class Probed:
 
 @without_autocast
 def ask(model: Model, rewrite: Rewrite, essence: str) -> Asked:
-    """What the model says about a fact, as it stands.
+    """Predictions of the current model about a fact.
 
     Args:
         rewrite: its new object is looked for after its prompt.
@@ -105,7 +105,7 @@ def ask(model: Model, rewrite: Rewrite, essence: str) -> Asked:
 
 @without_autocast
 def probe(model: Model, texts: Sequence[str]) -> Probed:
-    """What the model says of texts, as it stands.
+    """Predictions of the current model on texts.
 
     Raises:
         FactError: if a text is too long for the model, or none has two tokens.
@@ -233,7 +233,7 @@ def _said(model: Model, states: Tensor) -> Tensor:
 
 
 def _probed(rows: Sequence[tuple[Sequence[int], Tensor]]) -> Probed:
-    """What is said, `[t, v]`, of texts of these token ids."""
+    """Predictions on texts, from their token ids and log-probabilities `[t, v]`."""
     own = [
         -logs[:-1].gather(1, torch.tensor(ids[1:], dtype=torch.long, device=logs.device)[:, None])[:, 0]
         for ids, logs in rows
@@ -248,7 +248,7 @@ def _divergence(before: Tensor, after: Tensor) -> Tensor:
 
 @torch.no_grad()
 def _log_probabilities(model: Model, texts: Sequence[str]) -> list[Tensor]:
-    """Of each text, `[t, v]` in float32 at least."""
+    """Log-probabilities of each text, `[t, v]`, in float32 or wider."""
     batch = model.encode(texts)
     logs = model.forward(batch).to(torch.promote_types(model.dtype, torch.float32)).log_softmax(-1)
     return [row[:length] for row, length in zip(logs, (batch.last + 1).tolist(), strict=True)]

@@ -1,4 +1,4 @@
-"""Which facts a model knows, as the paper chose its 1,000: its greedy continuation names the object first.
+"""Known facts, selected like the paper's 1,000: the model's greedy continuation names the object first.
 
 A continuation is searched for the answers that compete with the object: the objects of all facts of the same relation,
 or of the same prompt where a fact has no relation. The fact is known if its own object comes before the others. Of two
@@ -29,7 +29,7 @@ _LETTER = rf"[^\W{_UNSPACED}]"  # what a word goes on with
 
 @dataclass(frozen=True)
 class Knowledge:
-    """What a model says of one fact.
+    """Answer of a model to one fact.
 
     Attributes:
         row: the fact.

@@ -68,7 +68,7 @@ def estimate(values: Values, method: Method = "normal", seed: int = 0) -> Estima
         seed: of the resamples.
 
     Raises:
-        ConfigError: if the method is unknown, or the values are no list of numbers.
+        ConfigError: if the method is unknown, or the values are not a list of numbers.
     """
     return _summarised(_table([values]), *_MEAN, method, seed)
 
@@ -140,7 +140,7 @@ def _table(columns: Sequence[Values]) -> Array:
     try:
         table = np.array([list(column) for column in columns], dtype=np.float64)
     except (TypeError, ValueError) as error:
-        raise ConfigError(f"these are no columns of numbers, one a record and as many in each: {error}") from error
+        raise ConfigError(f"these are not columns of numbers, one a record and as many in each: {error}") from error
     if table.ndim != 2:
         raise ConfigError("there is nothing to take a mean of: give columns of numbers, one a record")
     return table.T
@@ -191,7 +191,7 @@ def _harmonic_slope(means: Array) -> Array:
 def _summarised(table: Array, curve: Curve, slope: Curve, method: Method, seed: int) -> Estimate:
     """A function of the means of columns `[records, columns]`."""
     if method not in get_args(Method):
-        raise ConfigError(f"there is no interval {method!r}: choose of {', '.join(get_args(Method))}")
+        raise ConfigError(f"there is no interval {method!r}: choose from {', '.join(get_args(Method))}")
     there = ~np.isnan(table)
     kept = there.any(1)
     missing, table, there = int((~kept).sum()), table[kept], there[kept]

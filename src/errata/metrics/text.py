@@ -114,7 +114,7 @@ def require_list(texts: Sequence[str]) -> Sequence[str]:
 
 @dataclass(frozen=True)
 class Surprise:
-    """How little a model foretold of texts.
+    """Surprise of a model at texts.
 
     Attributes:
         total: −log of the probability of all scored tokens, in nats.
@@ -139,7 +139,7 @@ class Surprise:
 def perplexity(
     model: Model, texts: str | Sequence[str], *, window: int | None = None, stride: int | None = None
 ) -> Surprise:
-    """How well a model foretells texts of any length, each by itself, read in windows that overlap.
+    """Perplexity of texts of any length, each read by itself in overlapping windows.
 
     Each token is scored once, in the first window that holds it. The first window of a text ends after `window` tokens,
     each further one `stride` tokens later or where the text ends, and is as long; so a token of a further window is

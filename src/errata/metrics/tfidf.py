@@ -31,7 +31,7 @@ IDF_FILE, VOCABULARY_FILE = "idf.npy", "tfidf_vocab.json"
 
 @dataclass(frozen=True, eq=False)
 class TfIdf:
-    """Which words there are, and how much each one says.
+    """Vocabulary with inverse document frequencies.
 
     Attributes:
         vocabulary: the words, each with its place in `idf`.

@@ -111,7 +111,7 @@ class Decoder:
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are; of a model spread over several devices, where its texts go in: the embedding's.
+        """Device of the weights; for a model spread over several devices, that of the embedding, where texts enter.
 
         What is read off the model stands there too, wherever it was made.
         """
@@ -124,12 +124,12 @@ class Decoder:
 
     @property
     def dtype(self) -> torch.dtype:
-        """What the weights are stored in."""
+        """Dtype of the weights."""
         return self.hf.dtype
 
     @property
     def n_layers(self) -> int:
-        """How many blocks there are."""
+        """Number of blocks."""
         return len(self.blocks)
 
     @property
@@ -144,7 +144,7 @@ class Decoder:
 
     @property
     def hints(self) -> dict[str, Any]:
-        """What the model's own config says to errata (its attribute `errata`), such as {"rome_layer": 4}.
+        """Settings for errata in the model's own config (its attribute `errata`), such as {"rome_layer": 4}.
 
         Raises:
             UnsupportedModel: if that is not what errata reads there.
@@ -180,9 +180,9 @@ class Decoder:
         try:
             part, layer = stream
         except (TypeError, ValueError):
-            raise ConfigError(f"{stream!r} is no stream: name a part and a layer, as in ('mlp', 3)") from None
+            raise ConfigError(f"{stream!r} is not a stream: name a part and a layer, as in ('mlp', 3)") from None
         if part not in PARTS:
-            raise ConfigError(f"{part!r} is no part of a model: choose one of {', '.join(PARTS)}")
+            raise ConfigError(f"{part!r} is not a part of a model: choose one of {', '.join(PARTS)}")
         if part == "embedding":
             if layer != 0:
                 raise ConfigError("the embedding is ('embedding', 0): it belongs to no layer")
@@ -302,7 +302,7 @@ class Decoder:
 
     @without_autocast
     def added(self, layer: int, mlp: Tensor) -> Tensor:
-        """What block `layer` adds to the state for an output `[..., d_model]` of its MLP."""
+        """The change of the state that block `layer` makes for an output `[..., d_model]` of its MLP."""
         path = self.anatomy.mlp_norm
         norm = None if path is None else self.hf.get_submodule(f"{self.anatomy.blocks}.{layer}.{path}")
         normed = mlp if norm is None else norm(mlp).to(mlp.device)
@@ -335,7 +335,7 @@ def _matrix_shape(module: nn.Module) -> tuple[int, int]:
     """(d_out, d_in) of a linear map."""
     matrix = linear_matrix(module)
     if matrix is None:
-        raise UnsupportedModel(f"{type(module).__name__} is no linear map with a weight of its own")
+        raise UnsupportedModel(f"{type(module).__name__} is not a linear map with a weight of its own")
     return matrix.shape[0], matrix.shape[1]
 
 

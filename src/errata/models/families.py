@@ -1,4 +1,4 @@
-"""Where the parts of a decoder are, found in the live module tree and verified by measurement.
+"""The parts of a decoder, found in the live module tree and verified by measurement.
 
 Nothing here looks at a model's name or at the names of its classes. One short forward pass is recorded,
 module by module; the parts are what behaves like them:
@@ -403,7 +403,7 @@ def _verify_block(
     with at_hand(modules[down]):
         weight = linear_matrix(modules[down])
         if weight is None:
-            raise UnsupportedModel(f"{down}: it is no linear map with a weight of its own")
+            raise UnsupportedModel(f"{down}: it is not a linear map with a weight of its own")
         again = nn.functional.linear(key.to(weight.device), weight.detach(), getattr(modules[down], "bias", None))
     if not _close(again.to(value.device), value):
         raise UnsupportedModel(f"{down}: its weight times its input, plus bias, is not its output")
@@ -433,7 +433,7 @@ _PROBE_LENGTH = 7
 
 @dataclass
 class _Call:
-    """What went into a module and came out: the first tensor of each, copied."""
+    """Input and output of a module: the first tensor of each, copied."""
 
     input: Tensor | None
     output: Tensor | None

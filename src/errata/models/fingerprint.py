@@ -1,4 +1,4 @@
-"""Which weights a result was computed with."""
+"""Digests of weights, to record which ones a result was computed with."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How a model goes on from a prompt.
+"""Text generation: sampling and greedy continuation of prompts.
 
 Every text has random numbers of its own, one a token, drawn from its own seed: what is sampled depends on no text that
 is sampled beside it, but for rounding, and nothing outside is changed. Two models that sample with the same seeds

@@ -67,7 +67,7 @@ def load_pretrained(
 
     Raises:
         ModelNotFound: if there is no such folder, or the id is not in the local cache.
-        UnsupportedModel: if what is there cannot be loaded safely, or is no decoder.
+        UnsupportedModel: if what is there cannot be loaded safely, or is not a decoder.
         DeviceError: if the device is not on this machine.
         ConfigError: if a setting has no such value, or settings contradict each other or what a live model is.
         MissingExtra: if a device_map is given and accelerate is not installed.
@@ -114,7 +114,7 @@ def usable_device(device: str | torch.device) -> torch.device:
     try:
         wanted = torch.device(device)
     except (RuntimeError, TypeError):
-        raise DeviceError(f"{device!r} is no device: choose 'cpu', 'cuda', 'cuda:1' or 'mps'") from None
+        raise DeviceError(f"{device!r} is not a device: choose 'cpu', 'cuda', 'cuda:1' or 'mps'") from None
     if wanted.type == "cpu":
         return wanted
     if wanted.type == "cuda":
@@ -130,7 +130,7 @@ def usable_device(device: str | torch.device) -> torch.device:
 
 
 def _usable_map(device_map: DeviceMap | None) -> dict[str, Any]:
-    """What `from_pretrained` is to be told."""
+    """The device map for `from_pretrained`."""
     if device_map is None:
         return {}
     needed("accelerate", "peft")
@@ -151,7 +151,7 @@ def _dtype(dtype: str | torch.dtype) -> torch.dtype | None:
         return None
     wanted = DTYPES.get(dtype) if isinstance(dtype, str) else dtype
     if wanted not in DTYPES.values():
-        raise ConfigError(f"{dtype!r} is no dtype for a model: choose 'auto', {', '.join(map(repr, DTYPES))}")
+        raise ConfigError(f"{dtype!r} is not a dtype for a model: choose 'auto', {', '.join(map(repr, DTYPES))}")
     return wanted
 
 
@@ -283,7 +283,7 @@ def _require_numbers(source: str | Path, where: str, download: bool) -> None:
 
 
 def _place(source: str | Path) -> str:
-    """What to hand to `from_pretrained`: a folder that has a config, or a hub id."""
+    """Source for `from_pretrained`: a folder with a config, or a hub id."""
     if not isinstance(source, (str, Path)):
         raise ConfigError(
             f"a {type(source).__name__} names no model: give a folder, a hub id or a pair (model, tokenizer)"

@@ -18,7 +18,7 @@ from errata.base.interrupt import unbroken
 
 
 def place(module: nn.Module) -> torch.device:
-    """Where a module's weights are; if accelerate has offloaded them, where it brings them when they are needed."""
+    """Device of a module's weights; if accelerate has offloaded them, the device that it moves them to for use."""
     for part in module.modules():
         for weight in part.parameters(recurse=False):
             hook: Any = getattr(part, "_hf_hook", None)
@@ -60,7 +60,7 @@ def linear_matrix(module: nn.Module) -> Tensor | None:
 
 @torch.no_grad()
 def _misfit(module: nn.Module, view: Tensor) -> float | None:
-    """How far module(x) - module(0) is from view @ x, relative to its size; None if it takes no such x."""
+    """Relative distance of module(x) - module(0) from view @ x; None if the module does not take such an x."""
     generator = torch.Generator().manual_seed(0)
     probe = torch.randn(view.shape[1], generator=generator).to(view.device, view.dtype)
     # forward, not __call__: a hook on the module is none of this measurement's business, accelerate's neither

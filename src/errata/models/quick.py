@@ -1,4 +1,4 @@
-"""How a model is run while texts are written: the same sums, rounded otherwise, in less time.
+"""Faster forward passes for text generation: the same sums, rounded differently.
 
 GPT-2's and GPT-J's GELU is written out as eight passes over memory, and torch has one call for it. A linear map to many
 numbers, such as a head over fifty thousand tokens, can take a CPU twice as long as in pieces. Both differ by rounding

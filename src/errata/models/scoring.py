@@ -1,4 +1,4 @@
-"""How probable a model finds a target after a prompt: log-probabilities in nats, under teacher forcing."""
+"""Scores: log-probabilities of targets after prompts, in nats, under teacher forcing."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Score:
-    """What a model says of one target after one prompt.
+    """Score of one target after one prompt.
 
     Attributes:
         total: log P(target | prompt) in nats.

@@ -1,4 +1,4 @@
-"""Where the subject stands in the tokens of a prompt.
+"""Position of the subject among the tokens of a prompt.
 
 The paper reads and changes states at token positions: causal tracing disturbs every token of the
 subject, and ROME edits at its last one, the i-th token of section 3.1. Those positions are found
@@ -6,7 +6,7 @@ from character offsets of the whole prompt, tokenized once and with the tokenize
 tokens. Tokenizing pieces and adding up their lengths gives other tokens wherever a word leans on
 its neighbours: a quote, a leading space, a start token, an emoji. It goes wrong without a word.
 
-A token belongs to the subject if it stands for at least one of its characters that is no white
+A token belongs to the subject if it stands for at least one of its characters that is not white
 space. Hence
 
 * `first` and `last` always hold characters of the subject, and every such character that the

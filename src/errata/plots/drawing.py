@@ -1,4 +1,4 @@
-"""What all pictures of causal tracing share: canvas, maps, titles, ticks, scales, files.
+"""Shared parts of all pictures of causal tracing: canvas, maps, titles, ticks, scales, files.
 
 Parts are "state", "mlp" and "attention" restored in a corrupted run, and "severed_mlp" and "severed_attention",
 states restored while modules are held to what they gave in the corrupted run. Layers count from 0.
@@ -142,7 +142,7 @@ def as_array(name: str, values: ArrayLike) -> NDArray[np.float64]:
     """The values as an array.
 
     Raises:
-        ConfigError: if they are no numbers, or rows of different lengths.
+        ConfigError: if they are not numbers, or rows of different lengths.
     """
     try:
         return np.asarray(values, dtype=np.float64)
@@ -151,7 +151,7 @@ def as_array(name: str, values: ArrayLike) -> NDArray[np.float64]:
 
 
 class Scale(NamedTuple):
-    """What the colours of all maps that are compared mean.
+    """The colour scale shared by maps that are compared.
 
     Attributes:
         begin: the value at which they begin.
@@ -185,7 +185,7 @@ def single_layer(part: str, window: int | None) -> bool:
 
 
 def part_title(part: str, window: int | None) -> str:
-    """What was restored, in two lines."""
+    """Title of a part's map, in two lines."""
     if part in _SEVERED:
         return f"states restored,\n{_SEVERED[part]}"
     where = "a window" if window is None else f"a window of {window} layers"
@@ -193,7 +193,7 @@ def part_title(part: str, window: int | None) -> str:
 
 
 def part_name(part: str) -> str:
-    """What the part is, in the plural."""
+    """Name of a part, in the plural."""
     return f"states, {_SEVERED[part]}" if part in _SEVERED else _NAMES.get(part, part)
 
 
@@ -203,7 +203,7 @@ def role_name(role: str) -> str:
 
 
 def layer_name(part: str, window: int | None) -> str:
-    """What the layers of a map of the part are."""
+    """Label of the layer axis of a part's map."""
     return "layer" if single_layer(part, window) else "layer at the window's centre"
 
 

@@ -34,7 +34,7 @@ TITLES = {
 
 @dataclass(frozen=True)
 class Line:
-    """What a line is called, and how it is told from others: a colour, a marker, and dashes as matplotlib has them."""
+    """Name and look of a line: colour, marker, and dashes in matplotlib's form."""
 
     name: str
     colour: str

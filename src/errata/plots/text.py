@@ -41,7 +41,7 @@ def visible(text: str, glyphs: set[int]) -> str:
 
 
 def probability(answer: str | None, glyphs: set[int]) -> str:
-    """What the probability of an answer is called: p(Seattle)."""
+    """Label of an answer's probability: p(Seattle)."""
     name = (answer or "").strip() or answer or "answer"
     return f"p({visible(name, glyphs)})"
 

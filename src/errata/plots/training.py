@@ -1,4 +1,4 @@
-"""How the training of an editor went: losses of steps, and what validation says.
+"""Figure of an editor's training: losses by step, and validation.
 
 Losses are means over some steps; validations are points. The best one is marked by a line.
 """

@@ -72,7 +72,7 @@ def collect(
             of an uninterrupted one to the last bit.
 
     Raises:
-        ConfigError: if a layer is not there, a number is out of range, or the texts have no tokens or are no texts.
+        ConfigError: if a layer is not there, a number is out of range, or the texts have no tokens or are not texts.
         StaleStatistics: if a checkpoint was begun with other texts though the corpus says that they are the same.
         OutputError: if the checkpoint cannot be written; one that was there stays.
     """
@@ -127,12 +127,12 @@ def checked_length(model: Model, max_tokens: int, max_length: int | None, which:
     """The length to which texts are cut.
 
     Raises:
-        ConfigError: if a number is out of range, or `which` is no choice of tokens.
+        ConfigError: if a number is out of range, or `which` is not a choice of tokens.
     """
     if max_tokens < 1:
         raise ConfigError(f"max_tokens is {max_tokens}: at least one token is needed")
     if which not in WHICH:
-        raise ConfigError(f"which is {which!r}, which is no choice of tokens: choose one of {', '.join(WHICH)}")
+        raise ConfigError(f"which is {which!r}, which is not a choice of tokens: choose one of {', '.join(WHICH)}")
     if max_length is None:
         return min(model.max_length, MAX_LENGTH)
     if not 1 <= max_length <= model.max_length:

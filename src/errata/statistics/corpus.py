@@ -44,7 +44,7 @@ class Corpus:
         """A corpus of texts in memory.
 
         Raises:
-            ConfigError: if it is one string, whose letters would be the texts, or something in it is no text.
+            ConfigError: if it is one string, whose letters would be the texts, or something in it is not text.
         """
         if isinstance(texts, str):
             raise ConfigError("texts is one string, whose letters would be the texts: put it in a list")
@@ -58,7 +58,7 @@ class Corpus:
     def open(
         cls, what: str | Path, *, field: str = FIELD, revision: str | None = None, download: bool = False
     ) -> Corpus:
-        """What people call a corpus: a path, "wikipedia", or a dataset on the Hugging Face hub.
+        """Open a corpus by name: a path, "wikipedia", or a dataset on the Hugging Face hub.
 
         A path that exists is a file or a folder, as for `from_files`. Anything else is a dataset, `[hf:]ID`,
         `[hf:]ID:CONFIG` or `[hf:]ID:CONFIG:SPLIT` (of the split "train" unless named), which is streamed: no more of
@@ -85,7 +85,7 @@ class Corpus:
             name, revision = WIKIPEDIA, revision or WIKIPEDIA_REVISION
         parts = name.split(":")
         if type_of(path) or len(parts) > 3 or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", parts[0]):
-            raise ConfigError(f"there is no file or folder {what}, and it is no id of a dataset: OWNER/NAME:CONFIG")
+            raise ConfigError(f"there is no file or folder {what}, and it is not an id of a dataset: OWNER/NAME:CONFIG")
         if name == str(what) and "/" not in parts[0]:
             raise ConfigError(
                 f"there is no file or folder {what}. Name one, 'wikipedia', or a dataset as OWNER/NAME or hf:NAME"
@@ -107,7 +107,7 @@ class Corpus:
         compressed (.gz). Files are read as a stream, never whole.
 
         Raises:
-            ConfigError: if there is no file, one is of another type, is no text or lacks the field (while reading).
+            ConfigError: if a file is missing, of another type, not text, or lacks the field (while reading).
             MissingExtra: if a .parquet needs pyarrow, which is not installed (while reading).
         """
         files = tuple(file for path in paths for file in _files(expanded(path)))

@@ -1,4 +1,4 @@
-"""What a second moment depends on: the fingerprint by which a stored one is known to be the one that is wanted.
+"""Fingerprints of second moments: everything that the numbers depend on, to find the right stored one.
 
 | name | of what |
 |---|---|

@@ -28,7 +28,7 @@ def read_texts(path: Path, field: str) -> Iterator[str]:
     """The texts of a file, in order.
 
     Raises:
-        ConfigError: if it is no text in UTF-8, not of its type, or a record has no such field or no text in it.
+        ConfigError: if it is not text in UTF-8, not of its type, or a record has no such field or no text in it.
         MissingExtra: if it needs pyarrow, which is not installed.
     """
     kind = type_of(path)
@@ -115,4 +115,4 @@ def _columns(path: Path, field: str) -> Iterator[str]:
                     if text is not None:
                         yield text
     except (arrow.ArrowException, OSError) as error:
-        raise ConfigError(f"{path} is no whole Parquet file: {error}. Fetch or make it again") from error
+        raise ConfigError(f"{path} is not a whole Parquet file: {error}. Fetch or make it again") from error

@@ -30,7 +30,7 @@ _OF_TEXTS = (*LABELS, "texts", "max_tokens", "merged")
 
 @dataclass(frozen=True)
 class Halves:
-    """How far C⁻¹k still moves if C is of one half of the tokens or of the other.
+    """Difference in C⁻¹k between C of one half of the tokens and C of the other half.
 
     Both are medians over sampled keys. The whole C is about half as far from its limit as its halves are from each
     other, and four times as many tokens halve the difference.
@@ -94,7 +94,7 @@ class SecondMoment:
             raise ConfigError("the second moment holds NaN or infinity: the model's keys overflow. Use a wider dtype")
         slack = 1e-6 * max(float(high), -float(low))
         if not (torch.equal(matrix, matrix.T) or torch.allclose(matrix, matrix.T, rtol=1e-4, atol=slack)):
-            raise ConfigError("the second moment is not symmetric, so it is no mean of k kᵀ. Collect it again")
+            raise ConfigError("the second moment is not symmetric, so it is not a mean of k kᵀ. Collect it again")
         if not 0 <= self.asked_ridge < float("inf"):
             raise ConfigError(f"the ridge is {self.asked_ridge}: it is a share of C's mean diagonal, 0 or more")
 
@@ -120,8 +120,8 @@ class SecondMoment:
             names = different(other.fingerprint, first.fingerprint, ignore=_OF_TEXTS)
             if (other.layer, other.size) != (first.layer, first.size) or names:
                 raise StaleStatistics(
-                    f"{first} and {other} differ in {', '.join(names) or 'layer or size'}, so they are no parts of one "
-                    "second moment. Merge those of one layer, model and way of collecting"
+                    f"{first} and {other} differ in {', '.join(names) or 'layer or size'}, so they are not parts of "
+                    "one second moment. Merge those of one layer, model and way of collecting"
                 )
         parts = [part for moment in moments for part in moment.fingerprint.get("merged", [_texts_of(moment)])]
         if any(parts.count(part) > 1 for part in parts if part["texts"]):
@@ -171,12 +171,12 @@ class SecondMoment:
 
     @property
     def ridge(self) -> float:
-        """What was added to C's diagonal: as asked for, or so that it could be factorised; 0.0 if nothing was."""
+        """Value added to C's diagonal, because it was requested or needed for the factorisation; 0.0 if none."""
         return self._factor[1]
 
     @cached_property
     def eigenvalues(self) -> Tensor:
-        """Of C, ridge included, `[d_mlp]` float64, ascending; what rounding made negative is zero."""
+        """Eigenvalues of C, ridge included, `[d_mlp]` float64, ascending; negative ones, from rounding, are zero."""
         return torch.linalg.eigvalsh(self.matrix).clamp_min(0.0) + self.ridge
 
     @property

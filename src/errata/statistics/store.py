@@ -52,11 +52,11 @@ class _Header(TypedDict):
 
 @dataclass(frozen=True)
 class Stored:
-    """What a file in a folder of statistics says of itself.
+    """Header of a file in a folder of statistics.
 
     Attributes:
         path: the file.
-        problem: why it is no second moment to use; "" if it is one.
+        problem: why it is not a second moment to use; "" if it is one.
         fingerprints: of the layers in it: one, or several of an unfinished collection; none if it cannot be read.
         count: tokens.
         halves: how far C⁻¹k moves between halves of the tokens, if that was measured.
@@ -146,7 +146,7 @@ def stored(folder: str | Path | None = None) -> list[Stored]:
 
 
 def cache_folder() -> Path:
-    """Where statistics are kept: `statistics` in $ERRATA_HOME, or else in ~/.cache/errata."""
+    """Folder of stored statistics: `statistics` in $ERRATA_HOME, or else in ~/.cache/errata."""
     return cache.cache_folder("statistics")
 
 
@@ -167,7 +167,7 @@ def collect_cached(
     progress: Progress | None = None,
     folder: str | Path | None = None,
 ) -> dict[int, SecondMoment]:
-    """As `collect`, but layers that are in the cache folder already are read from there, and new ones put
+    """Like `collect`, but layers that are in the cache folder already are read from there, and new ones are put
     there. If it is stopped in between, the same call goes on where it was.
 
     Raises:

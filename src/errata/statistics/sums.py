@@ -57,7 +57,7 @@ class Sums:
 
     @property
     def layers(self) -> list[int]:
-        """Whose sums these are."""
+        """Layers that the sums belong to."""
         return list(self._panels)
 
     def _zeros(self) -> list[Tensor]:
@@ -142,7 +142,7 @@ class Sums:
 def _like(panel: Tensor, stored: Tensor) -> Tensor:
     """A stored panel, once it is sure that it can take the place of this one."""
     if stored.shape != panel.shape or stored.dtype != panel.dtype or not torch.isfinite(stored).all():
-        raise ValueError("a sum has another shape or type, or is no number")
+        raise ValueError("a sum has another shape or type, or is not a number")
     return stored
 
 

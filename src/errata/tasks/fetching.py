@@ -36,7 +36,7 @@ class NotFetched(ErrataError, ConnectionError):
 
 
 def place(source: Source, folder: str | Path | None = None) -> Path:
-    """Where the file of a source stands, there or not: in a folder, or (None) in `data` of the cache folder."""
+    """Path of a source's file, existing or not: in a folder, or (None) in `data` of the cache folder."""
     return (cache_folder("data") if folder is None else Path(folder)) / source.file
 
 
@@ -142,7 +142,7 @@ def _count_numbers(path: Path) -> int:
 
     array = read_array(path)
     if array.ndim != 1 or array.dtype.kind != "f":
-        raise ResultFileError("it is no row of numbers")
+        raise ResultFileError("it is not a row of numbers")
     return len(array)
 
 

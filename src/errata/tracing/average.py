@@ -77,7 +77,7 @@ class AverageEffects:
 
     @property
     def facts(self) -> int:
-        """How many facts the means are over."""
+        """Number of facts that the means are over."""
         return self.means["total_effect"].facts
 
     @property
@@ -331,7 +331,7 @@ def _require_alike(first: CausalTrace, other: CausalTrace) -> None:
 
 
 def _compared(trace: CausalTrace) -> dict[str, Any]:
-    """What two traces must have in common, by name; for `corruption`, each of its fields."""
+    """Settings that two traces must share, by name; for `corruption`, each of its fields."""
     settings = _settings(trace)
     if settings.get("sigma") is not None:
         settings = {name: value for name, value in settings.items() if name not in MEASURED}
@@ -344,7 +344,7 @@ def _compared(trace: CausalTrace) -> dict[str, Any]:
 
 
 def _settings(trace: CausalTrace) -> dict[str, Any]:
-    """As they are once they have been in a file: tuples are lists."""
+    """Settings in the form that a file gives back: tuples are lists."""
     return json.loads(json.dumps(dict(trace.settings)))
 
 
@@ -378,7 +378,7 @@ def _counted(sites: Sequence[tuple[float, str, int]], layers: int, draws: Array)
 
 
 def _draws(facts: int, resamples: int, seed: int) -> Array:
-    """How often each resample holds each fact, `[resamples, facts]`."""
+    """Count of each fact in each resample, `[resamples, facts]`."""
     rng = np.random.default_rng(seed)
     return np.stack([np.bincount(rng.integers(facts, size=facts), minlength=facts) for _ in range(resamples)]).astype(
         np.float64

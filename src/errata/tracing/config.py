@@ -95,7 +95,7 @@ class TraceConfig(Config):
 
     @property
     def draws(self) -> int:
-        """How often noise is drawn for a sample: 2 where severed runs have noise of their own, else 1."""
+        """Number of noise draws for a sample: 2 where severed runs have noise of their own, else 1."""
         return 1 + (self.severed_noise == "reference" and any(part.startswith("severed_") for part in self.parts))
 
     def width(self, layers: int) -> int:

@@ -32,7 +32,7 @@ _DEFAULT_MULTIPLE, _DEFAULT_DEGREES = 3.0, 3.0
 
 @dataclass(frozen=True)
 class Corruption:
-    """Which noise to draw, and where to put it.
+    """A corruption: which noise to draw, and where to add it.
 
     Attributes:
         kind: the distribution: "gaussian", "uniform", "multivariate" or "student".
@@ -124,7 +124,7 @@ def require_level(level: Any) -> None:
     """Make sure that noise of this size corrupts something.
 
     Raises:
-        ConfigError: if it does not, or is no number.
+        ConfigError: if it does not, or is not a number.
     """
     if not _is_number(level) or not 0 < level < 1e6:  # NaN is neither
         raise ConfigError(f"the noise is {level}: it must be a number greater than zero, and below a million")
@@ -139,4 +139,4 @@ def _short(number: float | None) -> str:
 
 
 def _unknown(text: str) -> ConfigError:
-    return ConfigError(f"{text!r} is no noise that is known: write {FORMS}")
+    return ConfigError(f"{text!r} is not a known noise: write {FORMS}")

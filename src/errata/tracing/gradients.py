@@ -176,7 +176,7 @@ class IntegratedGradients:
 
     @classmethod
     def load(cls, path: str | Path) -> IntegratedGradients:
-        """What was saved, bit for bit.
+        """Load saved gradients, bit for bit.
 
         Raises:
             ResultFileError: if the file is missing, cut short, broken, or something else.
@@ -246,7 +246,7 @@ def integrated_gradients(
         ConfigError: if a setting is out of range.
         FactError: if the prompt does not fit the model's context, or there is no object where one is needed.
         UnsupportedModel: if the model's blocks cannot be resumed.
-        Diverged: if a probability or gradient is no finite number.
+        Diverged: if a probability or gradient is not a finite number.
     """
     settings: dict[str, Any] = {"parts": parts, "points": points, "answer": answer}
     config = GradientsConfig(**settings)
@@ -313,7 +313,7 @@ class _Runs:
         """Sites in ascending order of layers, each with its I, float64 `[d_model]` on the CPU.
 
         Raises:
-            Diverged: if a probability or gradient is no finite number.
+            Diverged: if a probability or gradient is not a finite number.
         """
         block, head = self._bytes_kept(token), self._bytes_of_head()
         points = [(site, point) for site in sites for point in range(len(self.alphas))]
@@ -354,7 +354,7 @@ class _Runs:
         gradients = [p[:, None] * each.cpu().double() for p, each in zip(scales, found, strict=True)]
         if not all(bool(each.isfinite().all()) for each in gradients):
             raise Diverged(
-                f"a gradient at token {token} is no finite number: those of {self.model.name} overflow in "
+                f"a gradient at token {token} is not a finite number: those of {self.model.name} overflow in "
                 f"{self.model.dtype}, so nothing can be integrated. Load it with dtype 'float32' or 'bfloat16'"
             )
         return gradients

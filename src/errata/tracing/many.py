@@ -37,7 +37,7 @@ _MOST_WORK = {"cpu": 5e10, "cuda": 5e12}  # a second or so
 
 @dataclass(frozen=True, eq=False)
 class TracedFacts:
-    """What came of tracing many facts.
+    """Result of tracing many facts.
 
     Attributes:
         traces: of the facts that could be traced, in the order of the facts.
@@ -196,7 +196,7 @@ def _groups(model: Model, prepared: dict[int, Prepared], config: TraceConfig) ->
 
 
 def _together(model: Model, length: int, config: TraceConfig) -> int:
-    """How many facts of a length are traced at once; from settings alone, so that it is always the same."""
+    """Number of facts of one length that are traced at once; depends on the settings alone."""
     rows = rows_at_once(model, length, config, budgets.enough_memory(model.device))
     block = sum(parameter.numel() for parameter in model.blocks[0].parameters())
     work = len(config.parts) * config.samples * block * (model.n_layers * length) ** 2 / 4

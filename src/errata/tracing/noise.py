@@ -62,7 +62,7 @@ class Disturbance:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What decides the noise, ready for JSON: `corruption`, `noise` (ν or a), `sigma`, and where it was measured.
+        """Settings of the noise, ready for JSON: `corruption`, `noise` (ν or a), `sigma`, and where it was measured.
 
         For multivariate and student also a digest of the `moments`, μ and Σ^½.
         """
@@ -117,7 +117,7 @@ def measure(
 
     Raises:
         ConfigError: if σ is wanted and there is nothing to measure it on, or it is not above zero; or if
-            embeddings are no finite numbers.
+            embeddings are not finite numbers.
         FactError: if a subject has no tokens.
     """
     ids = _tokens(model, subjects)
@@ -168,7 +168,7 @@ def _tokens(model: Model, subjects: Iterable[str]) -> Tensor:
         raise ConfigError("subjects is one string, whose letters would be the subjects: put it in a list")
     found: list[int] = []
     for subject in subjects:
-        # Without special tokens: a start token is no part of the subject, and is never corrupted.
+        # Without special tokens: a start token is not a part of the subject, and is never corrupted.
         ids = model.tokenizer(subject, add_special_tokens=False, verbose=False)["input_ids"]
         if not ids:
             raise FactError(f"the subject {subject!r} has no tokens, so there is nothing to measure: name another")

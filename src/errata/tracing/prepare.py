@@ -33,7 +33,7 @@ class Prepared:
 
     @property
     def ids(self) -> tuple[int, ...]:
-        """What is run: the prompt, and of a longer answer all but its last token."""
+        """Token ids of the run: the prompt, and all but the last token of a longer answer."""
         return (*self.span.ids, *(self.target or ())[:-1])
 
 

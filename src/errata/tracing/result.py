@@ -1,4 +1,4 @@
-"""What causal tracing found for one fact, as a value: it saves, loads and draws itself.
+"""Result of causal tracing for one fact: it saves, loads and draws itself.
 
 A file of traces is a journal (`base.journal`): a header line, then one line a trace. One fact's trace is such a file
 with one line, so that whatever reads one reads a thousand. Numbers come back as they were, bit for bit.
@@ -60,7 +60,7 @@ class _Record(TypedDict):
 
 @dataclass(frozen=True, eq=False, repr=False)
 class CausalTrace:
-    """What causal tracing found for one fact.
+    """Result of causal tracing for one fact.
 
     Attributes:
         fact: the fact that was traced.

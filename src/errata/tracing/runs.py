@@ -65,7 +65,7 @@ def trace_together(
 
     Raises:
         ValueError: if the lengths differ.
-        Diverged: if the model gives probabilities that are no numbers.
+        Diverged: if the model gives probabilities that are not numbers.
     """
     runs = _Runs(model, facts, config, memory)
     draws = config.draws
@@ -284,7 +284,7 @@ class _Runs:
         Float64 `[rows]`, on the CPU.
 
         Raises:
-            Diverged: if one is no number.
+            Diverged: if one is not a number.
         """
         # Logits and their softmax, in four bytes or eight.
         share = max(1, budgets.predictions(self.model.vocab_size, self.memory // 4 // 8) // self.scored)
@@ -296,7 +296,7 @@ class _Runs:
         whole = torch.cat(found)
         if not bool(whole.isfinite().all()):
             raise Diverged(
-                f"{self.model.name} gives probabilities that are no numbers in {self.model.dtype}, so nothing can be "
+                f"{self.model.name} gives probabilities that are not numbers in {self.model.dtype}, so nothing can be "
                 "traced: load it with dtype 'float32' or 'bfloat16'"
             )
         return whole

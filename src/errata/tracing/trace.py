@@ -59,7 +59,7 @@ def trace(
         ConfigError: if a setting is unknown or out of range.
         FactError: if the prompt does not fit the model's context, or there is no object where one is needed.
         UnsupportedModel: if the model's blocks cannot be resumed.
-        Diverged: if the model gives probabilities that are no numbers.
+        Diverged: if the model gives probabilities that are not numbers.
     """
     config = chosen(config, settings)
     prepared = prepare(model, fact, config)

@@ -81,7 +81,7 @@ class FineTuningConfig(EditorConfig):
 
     @property
     def method(self) -> Method:
-        """Which of the three these settings are."""
+        """The method that these settings describe."""
         if self.part == "attention":
             return "attention"
         return "ft" if self.epsilon is None else "ft-l"

@@ -85,7 +85,7 @@ def optimise(
     found: list[Found | ErrataError] = []
     for fact, own in enumerate(deltas):
         if fact not in failed and not all(delta.isfinite().all() for delta in own):
-            failed[fact] = _diverged("the change of the weight is no finite number", config)
+            failed[fact] = _diverged("the change of the weight is not a finite number", config)
         changes = dict(zip(names, (delta.detach() for delta in own), strict=True))
         found.append(failed.get(fact) or Found(changes, tuple(losses[fact]), updates[fact]))
     return found

@@ -115,10 +115,10 @@ def trained_edits(
 
 
 def _no_edit(model: Model, method: str, rewrite: Rewrite, parts: Sequence[tuple[Tensor, Tensor]]) -> ErrataError | None:
-    """Why what the network made is no edit, if it is none."""
+    """Why what the network made is not an edit, if it is none."""
     if not all(bool(each.isfinite().all()) for part in parts for each in part):
         return Diverged(
-            f"the change that {method} makes for {rewrite.text!r} is no finite number: the numbers of {model.name} "
+            f"the change that {method} makes for {rewrite.text!r} is not a finite number: the numbers of {model.name} "
             f"overflow in {model.dtype}. Load it with a wider dtype"
         )
     if not any(write.shape[1] for write, _ in parts):

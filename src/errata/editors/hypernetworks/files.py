@@ -67,7 +67,7 @@ class Trained:
         return self.network.method
 
     def require(self, model: Model) -> Place:
-        """Where its edits go in the model that it is for.
+        """The maps that it edits in the model that it was trained for.
 
         Raises:
             EditMismatch: if this model is another, or has other weights.
@@ -113,7 +113,7 @@ class Trained:
 
     @classmethod
     def of(cls, path: str | Path, header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Trained:
-        """That of a header and tensors.
+        """The trained editor of a header and tensors.
 
         Raises:
             ResultFileError: if they are not what they say.
@@ -128,7 +128,9 @@ class Trained:
             seen = frozenset(header["seen"])
             found = cls(network.eval(), header["model"], header["fingerprint"], header["card"], seen)
         if broken:
-            raise ResultFileError(f"{path} is a broken trained editor: {broken[0]} is no finite number. Train it again")
+            raise ResultFileError(
+                f"{path} is a broken trained editor: {broken[0]} is not a finite number. Train it again"
+            )
         return found
 
 
@@ -153,10 +155,10 @@ def config_of(method: str, settings: Mapping[str, Any]) -> NetworkConfig:
     """A method's settings.
 
     Raises:
-        ConfigError: if one does not do, or there is no such method.
+        ConfigError: if one is not valid, or there is no such method.
     """
     if method not in _NETWORKS:
-        raise ConfigError(f"{method!r} is no editor that is trained: choose of {', '.join(_NETWORKS)}")
+        raise ConfigError(f"{method!r} is not an editor that is trained: choose from {', '.join(_NETWORKS)}")
     return _NETWORKS[method][0](**settings)
 
 
@@ -166,7 +168,7 @@ def new_network(
     """A network that has learnt nothing, of torch's own random numbers.
 
     Raises:
-        ConfigError: if a setting does not do.
+        ConfigError: if a setting is not valid.
     """
     config = config_of(method, settings)
     network: Network = _NETWORKS[method][1](shapes, d_model, config)

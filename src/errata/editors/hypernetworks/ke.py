@@ -58,7 +58,7 @@ class KeNetwork(Network):
         )
 
     def forward(self, factors: Mapping[str, Factors], texts: Sequence[Tensor]) -> dict[str, Factors]:
-        """As `Network.forward`."""
+        """See `Network.forward`."""
         _, (ends, _) = self.lstm(pack_sequence([*texts], enforce_sorted=False))
         h = torch.cat([ends[0], ends[1]], 1)
         edits = torch.arange(len(texts), device=h.device)

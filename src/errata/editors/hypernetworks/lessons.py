@@ -1,4 +1,4 @@
-"""What a trained editor learns from: edits, with what they should change and what they should not."""
+"""Training examples of a trained editor: edits, with prompts that should change and prompts that should not."""
 
 from __future__ import annotations
 

@@ -70,7 +70,7 @@ class MendNetwork(Network):
         )
 
     def forward(self, factors: Mapping[str, Factors], texts: Sequence[Tensor]) -> dict[str, Factors]:
-        """As `Network.forward`; while it is trained, the moments of what goes in are gathered."""
+        """See `Network.forward`; during training, the moments of the inputs are gathered."""
         found: dict[str, Factors] = {}
         order = list(self.shapes)
         sign = 1 if self._reference else -1
@@ -146,7 +146,7 @@ class _Moments(nn.Module):
         self.count.copy_(count)
 
     def normalised(self, rows: Tensor) -> Tensor:
-        """Of mean 0 and deviation 1, as far as is known."""
+        """Normalised to mean 0 and deviation 1, by the moments known so far."""
         if self.count < 2:
             return rows
         deviation = (self.squares / (self.count - 1)).sqrt()

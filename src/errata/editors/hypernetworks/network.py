@@ -1,4 +1,4 @@
-"""What a trained editor's network is, whichever its method."""
+"""Base of the networks of trained editors."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Shapes = Mapping[str, tuple[int, int]]  # (d_out, d_in) by name of the map
 
 
 class NetworkConfig(Config):
-    """What all trained editors are told."""
+    """Settings that all trained editors have."""
 
     blocks: int = Field(3, ge=1, description="of so many highest blocks the MLPs' linear maps are edited.")
 
@@ -38,7 +38,7 @@ class Network(nn.Module, ABC):
 
     @abstractmethod
     def forward(self, factors: Mapping[str, Factors], texts: Sequence[Tensor]) -> dict[str, Factors]:
-        """Of each map what is read and what is written, so that ΔW = Σ write ⊗ read over an edit's rows.
+        """Read and write vectors of each map, so that ΔW = Σ write ⊗ read over an edit's rows.
 
         Args:
             factors: of the edits' losses, by map.

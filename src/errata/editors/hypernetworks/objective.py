@@ -1,4 +1,4 @@
-"""How good edits are: whether other prompts say the new object, and how far what should stay has moved.
+"""Loss of a trained editor: whether other prompts give the new object, and how far unrelated predictions move.
 
     c_edit · −log P_edited(new object | equivalent prompt)  +  c_loc · KL(P ‖ P_edited) of other texts
 
@@ -45,7 +45,7 @@ class Drill:
 
     @classmethod
     def of(cls, model: Model, lesson: Lesson, equivalent: int = 0, other: int = 0) -> Drill:
-        """That with these of them, counted from 0 and around.
+        """The examples at these positions, counted from 0 and cyclically.
 
         Raises:
             FactError: if a text is too long for the model, or nothing is left of a target.
@@ -67,7 +67,7 @@ def words_of(model: Model, text: str) -> tuple[int, ...]:
 
 @dataclass(frozen=True)
 class Judged:
-    """What edits came to, one number an edit.
+    """Losses of edits, one number for each edit.
 
     Attributes:
         edit: −log P of the new object after the equivalent prompt, nats a token.
@@ -82,7 +82,7 @@ class Judged:
 
 @dataclass(frozen=True)
 class Place:
-    """Where a network's edits go: the maps in a model, and the lowest block that holds one."""
+    """The maps that a network edits in a model, and the lowest block that holds one."""
 
     maps: tuple[str, ...]
     first: int
@@ -110,7 +110,7 @@ def changes_of(
     words: Sequence[tuple[int, ...]],
     suffixes: Suffixes | None = None,
 ) -> dict[str, Factors]:
-    """What the network makes of these edits, whose texts may be recorded already."""
+    """Changes that the network makes for edits, whose texts may be recorded already."""
     factors = gradient_factors(model, texts, place.maps, place.first, suffixes)
     like = next(network.parameters())  # its device and dtype; the model's may be others
     given = {n: Factors(f.entering.to(like), f.leaving.to(like), f.owner.to(like.device)) for n, f in factors.items()}
@@ -121,7 +121,7 @@ def changes_of(
 
 
 def judged(model: Model, network: Network, place: Place, drills: Sequence[Drill]) -> Judged:
-    """How good the network's edits are, each by its drill. Without gradients."""
+    """Losses of the network's edits, each on its own example. Without gradients."""
     with torch.no_grad(), frozen(model):
         trial = _Trial(model, place, drills)
         return trial.judged(padded(trial.changes(network), len(drills)))
@@ -164,12 +164,12 @@ class _Trial:
         self.suffixes = recorded_together(model, place.first, [self.edits, self.equivalents, self.others])
 
     def changes(self, network: Network) -> dict[str, Factors]:
-        """What the network makes of the edits."""
+        """Changes that the network makes for the edits."""
         words = [drill.words for drill in self.drills]
         return changes_of(self.model, network, self.place, self.edits, words, self.suffixes[0])
 
     def judged(self, changes: Padded, edit: float = 0.0, locality: float = 0.0) -> Judged:
-        """What these changes come to; with factors, gradients of the sums times these are left on the changes."""
+        """Losses of these changes; with factors, gradients of the weighted sums are left on the changes."""
         losses, moved = torch.zeros(self.count), torch.zeros(self.count)
         success = torch.zeros(self.count, dtype=torch.bool)
         for batch in self.suffixes[1].micro_batches(range(self.count)):

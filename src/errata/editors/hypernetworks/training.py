@@ -65,7 +65,7 @@ class TrainingConfig(Config):
 
 @dataclass(frozen=True)
 class Validation:
-    """How good the network is on lessons that it does not learn from.
+    """Quality of the network on the validation set.
 
     Attributes:
         step: after so many steps.
@@ -83,7 +83,7 @@ class Validation:
 
 @dataclass(frozen=True)
 class Curve:
-    """How a training went.
+    """Course of a training: losses and validations.
 
     Attributes:
         edit, locality: of each step, means over its lessons, before the step.
@@ -131,10 +131,10 @@ def train(
         The best network by validation, which is also the folder's `editor.safetensors`.
 
     Raises:
-        ConfigError: if a setting does not do, or lessons are too few.
+        ConfigError: if a setting is not valid, or there are too few training examples.
         FactError: if a lesson's text is too long for the model, or nothing is left of a target.
         ResultFileError: if the folder holds another training.
-        Diverged: if a loss is no finite number; the best network so far is kept.
+        Diverged: if a loss is not a finite number; the best network so far is kept.
         KeyboardInterrupt: at Ctrl-C, once the steps so far are kept; at a second one, at once.
     """
     config = config or TrainingConfig.model_validate({})
@@ -152,7 +152,7 @@ def train(
     if run.curve.ended == "diverged":
         best = run.curve.best
         raise Diverged(
-            f"training {method} met a loss that is no finite number after {run.done} steps. The network of step "
+            f"training {method} met a loss that is not a finite number after {run.done} steps. The network of step "
             f"{best.step}, with a validation loss of {best.loss:.3g}, is kept in {run.folder / EDITOR}; a lower "
             "learning_rate may go on longer"
         )
@@ -160,7 +160,7 @@ def train(
 
 
 def curve_of(folder: str | Path) -> Curve:
-    """How the training in a folder went, as far as it has come.
+    """Course of the training in a folder, so far.
 
     Raises:
         ResultFileError: if there is none.
@@ -319,8 +319,8 @@ class _Run:
                 self._end("diverged")
                 return
             raise Diverged(
-                f"{self.about['method']} begins at a loss that is no finite number: the model's own numbers overflow "
-                "on these lessons. Try a wider dtype"
+                f"{self.about['method']} begins at a loss that is not a finite number: the model's own numbers "
+                "overflow on these lessons. Try a wider dtype"
             )
         new = Validation(self.done, loss, edit, locality, success)
         best = not self.curve.validations or loss < self.curve.best.loss

@@ -1,4 +1,4 @@
-"""How much each neuron of each MLP raises the probability of a token: integrated gradients (Dai et al., section 3.1).
+"""Attribution of a token's probability to every MLP neuron, by integrated gradients (Dai et al., section 3.1).
 
 The activation of one layer's neurons at the prompt's last token is scaled from nothing to what it is; the attribution
 of a neuron is its activation times the mean of ∂P/∂activation on the way. Only that token changes, and only from that

@@ -29,7 +29,7 @@ class Neuron:
 
 
 def coarse(attribution: Tensor, threshold: float) -> Tensor:
-    """Which neurons `[layers, d_mlp]` are above so many times the largest attribution; none, if that is not above 0."""
+    """Mask `[layers, d_mlp]` of neurons above `threshold` × the largest attribution; empty if that is not above 0."""
     largest = attribution.max()
     return (attribution > threshold * largest) & (largest > 0)
 

@@ -66,7 +66,7 @@ def prefixes(model: Model, wanted: str | Sequence[str], seed: int) -> tuple[str,
 
 
 def count(wanted: str | Sequence[str]) -> int:
-    """How many there will be."""
+    """Number of prefixes."""
     if not isinstance(wanted, str):
         return len(wanted)
     lengths, bare = PRESETS[wanted]

@@ -101,7 +101,7 @@ def _make(
 
 @dataclass(frozen=True, eq=False)
 class _Work:
-    """What all edits of one call share."""
+    """Inputs that all edits of one call share."""
 
     model: Model
     config: RomeConfig
@@ -296,7 +296,7 @@ def _parts(work: _Work, layer: int, requests: Sequence[_Request], plans: Sequenc
     owners = [place for place, some in enumerate(texts) for _ in some]
 
     def keys_of(place: int, *kinds: str) -> Keys:
-        """Those of the first of these kinds that the request has texts of."""
+        """Keys of the first of these kinds that the request has texts of."""
         own = [i for i, owner in enumerate(owners) if owner == place]
         found = ([i for i in own if recorded.texts[i].kind == kind] for kind in kinds)
         return recorded.keys.of(next(rows for rows in found if rows))

@@ -1,4 +1,4 @@
-"""How exactly an edit holds in the weight's own dtype: applied for a moment, and compared with what was computed."""
+"""Exactness of an edit in the weight's own dtype: it is applied temporarily and compared with the computed change."""
 
 from __future__ import annotations
 

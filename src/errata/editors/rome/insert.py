@@ -49,7 +49,7 @@ def insert(model: Model, weight: str, write: Tensor, read: Tensor) -> RankOne:
 
 
 def constraint(old: Tensor, new: Tensor, change: RankOne, anchor: Keys, delta: Tensor) -> dict[str, float]:
-    """How exactly a weight that was `old` and is `new` `[d_out, d_in]` holds the edit; computed in float64.
+    """Errors of a weight `[d_out, d_in]` that was `old` and is `new` against the edit; computed in float64.
 
     Returns:
         residual: ‖Ŵk₀ + b − v*‖ / ‖v*‖. As v* = v₀ + δ and v₀ = W k₀ + b, the numerator is (Ŵ − W) k₀ − δ.
