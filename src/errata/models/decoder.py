@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from errata.base.autocast import without_autocast
 from errata.base.errors import ConfigError, FactError, UnsupportedModel
-from errata.models.families import Anatomy, find_anatomy, softcapped, verify
+from errata.models.anatomy import Anatomy, find_anatomy, softcapped, verify
 from errata.models.modules import linear_matrix, place
 from errata.models.tokens import encode
 

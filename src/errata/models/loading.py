@@ -20,7 +20,7 @@ from errata.base.autocast import without_autocast
 from errata.base.errors import ConfigError, DeviceError, ErrataError, ModelNotFound, UnsupportedModel
 from errata.base.extras import needed
 from errata.base.files import expanded, resolved
-from errata.models.families import require_runnable
+from errata.models.anatomy import require_runnable
 from errata.models.model import Model
 from errata.models.quantised import method_of, refusal
 from errata.models.start_token import with_start_token

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from errata.models.anatomy import Anatomy
 from errata.models.decoder import Batch, Decoder, Stream
-from errata.models.families import Anatomy
 from errata.models.generation import generate
 
 if TYPE_CHECKING:

@@ -26,7 +26,7 @@ from transformers import (
 from transformers.pytorch_utils import Conv1D
 
 from errata.base.errors import ConfigError, EditMismatch, UnsupportedModel
-from errata.models.families import Anatomy, find_anatomy, verify
+from errata.models.anatomy import Anatomy, find_anatomy, verify
 from errata.models.model import Model
 from errata.models.modules import linear_matrix
 from errata.models.weights import add_, down_weight_name, matrix
