@@ -72,9 +72,9 @@ CALLS = {
     "collect: model": lambda m, e, p: errata.second_moments(WRONG, [1], TEXTS),
     "texts is one string": lambda m, e, p: errata.second_moments(m, [1], WRONG),
     "SecondMoment.merged: moments": lambda m, e, p: SecondMoment.merged(WRONG),
-    "evaluate: records": lambda m, e, p: errata.evaluate(m, WRONG, {}, p),
+    "records are of class str": lambda m, e, p: errata.evaluate(m, WRONG, {}, p),
     "edit_in_sequence: rewrites": lambda m, e, p: errata.edit_in_sequence(m, WRONG, [], p, second_moment=None),
-    "sweep: records": lambda m, e, p: errata.sweep(m, WRONG, p),
+    "records are of class": lambda m, e, p: errata.sweep(m, WRONG, p),
     "Rewrite: fact": lambda m, e, p: errata.Rewrite(WRONG, "Paris"),
 }
 

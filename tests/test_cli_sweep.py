@@ -75,7 +75,7 @@ def test_sweep_of_another_model_with_records_from_a_file(tmp_path, other):
     command = ["sweep", "--model", "other", "--out", tmp_path / "s", "--data", tmp_path / "r.json", "--identity"]
     command += ["--editor", "rome:prefixes=none,steps=2", "--layers", "0-1", "--tokens", "last", "--json"]
     done = errata(*command, code=1)
-    assert "r.json, entry 2: target_new is empty" in done.stderr
+    assert "r.json, entry 2: its target_new is empty" in done.stderr
     assert done.stderr.splitlines()[-1] == "left out: 1 of the file's entries"
     said = json.loads(done.stdout)
     assert (said["model"], said["records"], said["at"]) == ("other", 2, [0, 1])

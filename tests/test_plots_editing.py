@@ -129,9 +129,9 @@ def test_values_without_a_score_have_no_point():
     figure = layers(mean=mean, unedited=None)
     assert [len(line.get_xdata()) for line in lines(figure.axes[0])] == [7, 8]
     assert [text.get_text() for text in figure.legends[0].get_texts()] == [
-        "subject_first",
         "subject_last",
         "subject_first_after",
+        "subject_first",
     ]
     nothing = {metric: np.full((4, 8), np.nan) for metric in METRICS}
     assert not layers(mean=nothing, unedited=None).legends

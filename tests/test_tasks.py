@@ -150,7 +150,7 @@ def test_a_task_from_outside_on_the_command_line(outside, tmp_path):
     layers = ("--layers", "4", "--tokens", "subject_last", "--identity", "--editor", "rome:steps=2,prefixes=none")
     done = run("sweep", "--data", "recall.json", *layers, "--out", "run", "--json")
     assert done.returncode == 1, done.stderr
-    assert "recall.json, entry 2: subject is empty" in done.stderr
+    assert "recall.json, entry 2: its subject is empty" in done.stderr
     assert set(json.loads(done.stdout)["unedited"]) == {"new", "kept"}
     done = run("report", "run", "--page", "page.html", "--format", "json")
     assert done.returncode == 0, done.stderr
@@ -227,7 +227,7 @@ def test_questions_and_answers_are_in_one_order():
 
 
 def test_records_of_no_task():
-    with pytest.raises(ConfigError, match="a str is not a record of a known task"):
+    with pytest.raises(ConfigError, match="records are of class str, which belongs to no known task"):
         task_of_records(["x"])
 
 

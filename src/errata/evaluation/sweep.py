@@ -16,6 +16,7 @@ from errata.evaluation.runner import evaluate
 from errata.models.model import Model
 from errata.models.tokens import Role
 from errata.statistics.store import known_second_moment
+from errata.tasks.registry import task_of_records
 from errata.tasks.task import Case
 
 TOKENS: tuple[Role, ...] = get_args(Role)
@@ -65,6 +66,7 @@ def sweep(
     for name in _SWEPT:
         if name in (settings or {}):
             raise ConfigError(f"a sweep goes through values of {name!r}: leave it out of the editor's settings")
+    task_of_records(records)  # raises if they are of none
     numbers = list(range(model.n_layers) if layers is None else layers)
     _require(numbers, range(model.n_layers), "layer")
     _require(tokens, TOKENS, "token role")

@@ -78,7 +78,10 @@ def task_of_records(records: Sequence[Case]) -> Task:
     other = next((each for each in classes if each not in known), None)
     if other is not None:
         titles = ", ".join(task.title for task in known.values())
-        raise ConfigError(f"a {other.__name__} is not a record of a known task ({titles}): read records of one")
+        raise ConfigError(
+            f"records are of class {other.__name__}, which belongs to no known task ({titles}): read them from a file "
+            "with errata.read_records"
+        )
     if len(classes) > 1:
         titles = ", ".join(sorted(known[each].title for each in classes))
         raise ConfigError(f"there are records of several tasks ({titles}), whose numbers differ: give one kind")
