@@ -35,8 +35,8 @@ from errata.evaluation import measure
 from errata.evaluation.executors import Cluster, Here
 from errata.evaluation.measure import Generation, Measures
 from errata.evaluation.runner import TOGETHER, evaluate
-from errata.metrics.asking import ask_together
 from errata.metrics.health import sampled_probes
+from errata.metrics.requests import score_requests
 from errata.models.model import Model
 from errata.models.weights import add_, down_weight_name, matrix
 from errata.statistics import SecondMoment
@@ -86,7 +86,7 @@ def edits_of(model: Model, count: int, seed: int = 0) -> list[Edit]:
 @torch.no_grad()
 def plain_answers(model: Model, record: Record) -> list[float]:
     """Log-probability of the new object, then of the old, after each prompt."""
-    asked = [(question.prompt, target) for question in COUNTERFACT.questions(record) for target in question.targets]
+    asked = [(request.prompt, target) for request in COUNTERFACT.requests(record) for target in request.targets]
     ids = [model.tokenizer(f"{prompt} {target}")["input_ids"] for prompt, target in asked]
     ends = [len(model.tokenizer(prompt)["input_ids"]) for prompt, _ in asked]
     width = max(map(len, ids))
@@ -128,10 +128,10 @@ def plain(model: Model, record: Record, edit: Edit) -> list[float]:
 
 def ours(model: Model, some: Sequence[Record], *editors: Sequence[Edit]) -> list[list[float]]:
     """As `plain`, of each record with the first editor's edits; what is unedited is measured once for all editors."""
-    asked = [question for record in some for question in COUNTERFACT.questions(record)]
-    owners = [i for i, record in enumerate(some) for _ in COUNTERFACT.questions(record)]
+    asked = [request for record in some for request in COUNTERFACT.requests(record)]
+    owners = [i for i, record in enumerate(some) for _ in COUNTERFACT.requests(record)]
     variants = [[None] * len(asked), *([edits[i] for i in owners] for edits in editors)]
-    before, after, *_ = ask_together(model, asked, variants)
+    before, after, *_ = score_requests(model, asked, variants)
     if some[0].generation:
         settings = Measures(generation=Generation())
         for each in ([None] * len(some), *editors):

@@ -14,7 +14,7 @@ from errata.data.counterfact import nested_record
 from errata.data.records import Record
 from errata.edits.delta import Dense, RankOne
 from errata.edits.edit import Edit
-from errata.metrics.asking import Answers, ask_together
+from errata.metrics.requests import Scores, score_requests
 from errata.models.generation import generate
 from errata.models.model import Model
 from errata.models.scoring import Score, score
@@ -49,7 +49,7 @@ def as_answers(record: Record, told: dict) -> Scored:
     return COUNTERFACT.scored(record, [(Score(-new, 1, 0), Score(-old, 1, 0)) for new, old in published(told)])
 
 
-def nll(answers: list[Answers]) -> np.ndarray:
+def nll(answers: list[Scores]) -> np.ndarray:
     return np.array([[-each.mean for each in one] for one in answers])
 
 
@@ -65,8 +65,8 @@ def test_every_prompt_s_numbers_are_the_published_ones(dtype):
     model = goldens.tiny_np(dtype)
     for record, told in zip(records(), golden()["results"], strict=True):
         assert told["case_id"] == record.case_id
-        wanted, asked = published(told[COLUMNS[dtype]]), COUNTERFACT.questions(record)
-        [together] = ask_together(model, asked, [[None] * len(asked)])
+        wanted, asked = published(told[COLUMNS[dtype]]), COUNTERFACT.requests(record)
+        [together] = score_requests(model, asked, [[None] * len(asked)])
         assert largest(nll(together), wanted) < TOLERANCE[dtype]
         prompts, targets = [q.prompt for q in asked for _ in q.targets], [t for q in asked for t in q.targets]
         plain = score(model, prompts, targets)
@@ -95,13 +95,13 @@ def edits_of(model: Model) -> dict[str, list[Edit]]:
 def test_numbers_before_and_after_an_edit_are_the_published_ones():
     """Both records' edits at once, and the unedited model beside them; the edits are the published weight changes."""
     model, wanted = goldens.tiny_np(), golden()["pre_post_after_rome_cov"]
-    asked = [COUNTERFACT.questions(record) for record in records()]
-    flat = [question for each in asked for question in each]
+    asked = [COUNTERFACT.requests(record) for record in records()]
+    flat = [request for each in asked for request in each]
 
     def spread(edits: list) -> list:
         return [edit for edit, own in zip(edits, asked, strict=True) for _ in own]
 
-    before, *after = ask_together(model, flat, [spread(each) for each in ([None, None], *edits_of(model).values())])
+    before, *after = score_requests(model, flat, [spread(each) for each in ([None, None], *edits_of(model).values())])
     pre, post = ([pair for told in wanted for pair in published(told[when])] for when in ("pre", "post"))
     assert largest(nll(before), pre) < TOLERANCE[torch.float32]
     assert len(after) == 2

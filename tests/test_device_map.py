@@ -21,8 +21,8 @@ from errata.editors.rome import RomeConfig, rome
 from errata.edits.delta import Dense, LowRank
 from errata.edits.edit import Edit
 from errata.metrics import health
-from errata.metrics.asking import Question, ask_together
 from errata.metrics.edited import Plan
+from errata.metrics.requests import Request, score_requests
 from errata.models.fingerprint import weights_digest
 from errata.models.generation import generate
 from errata.models.loading import load_pretrained
@@ -108,7 +108,7 @@ def compare_edited(whole: Model, split: Model, made: list[list[Edit]]) -> None:
     Args:
         made: of each model, two edits of one block.
     """
-    questions = [Question(prompt, (target, "Rome", "Pa")) for prompt, target in zip(PROMPTS, TARGETS, strict=True)]
+    requests = [Request(prompt, (target, "Rome", "Pa")) for prompt, target in zip(PROMPTS, TARGETS, strict=True)]
     rewrites, answers, texts, healths = [edit.rewrites[0] for edit in made[0]], [], [], []
     there = [layer for layer in (2, 3) if not split.hf.get_parameter(down_weight_name(split, layer)).is_meta]
     for model, (first, second) in zip((whole, split), made, strict=True):
@@ -117,7 +117,7 @@ def compare_edited(whole: Model, split: Model, made: list[list[Edit]]) -> None:
         wide = Edit.of(model, [*second.deltas, LowRank(name, change.write[:, None] * 3, change.read[None])], "made up")
         dense = Edit.of(model, [Dense(change.weight, change.matrix() * 2)], "made up")
         variants = [[None, None], [first, wide], [wide, None], [dense, first]]
-        answers.append([s.total for said in ask_together(model, questions, variants) for one in said for s in one])
+        answers.append([s.total for said in score_requests(model, requests, variants) for one in said for s in one])
         changes = Plan.of(model, [first, wide]).changes
 
         def around(rows, model=model, changes=changes):

@@ -14,7 +14,7 @@ from errata.editors.rome.texts import texts_of
 from errata.editors.texts import text_of
 from errata.edits.delta import RankOne
 from errata.edits.edit import Edit
-from errata.metrics.asking import Question
+from errata.metrics.requests import Request
 from errata.models.generation import generate
 from errata.models.scoring import score, target_ids
 from errata.models.tokens import after_prefix, encode, locate
@@ -329,7 +329,7 @@ def test_what_is_scored_traced_and_edited_is_one_text(fact):
     assert [*trained.ids, trained.targets[-1]] == ids
     context, *_ = texts_of(model, [fact.rewrite(fact.object)], [""], RomeConfig(kl_factor=0))
     assert [*context.ids, context.targets[-1]] == ids
-    (asked,) = Question(fact.text, (fact.object,), fact.separator).rows(model)
+    (asked,) = Request(fact.text, (fact.object,), fact.separator).rows(model)
     assert asked == (ids, n_prompt)
 
 

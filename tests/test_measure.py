@@ -23,7 +23,7 @@ from errata.edits.delta import Delta, Dense, LowRank, RankOne
 from errata.edits.edit import Edit
 from errata.evaluation.measure import Generation, Measured, Measures, measure
 from errata.evaluation.results import UNEDITED, Result
-from errata.metrics import asking, health
+from errata.metrics import health, requests
 from errata.metrics.text import ESSENCE_LENGTH, as_scored, essence_perplexity, generation_entropy
 from errata.metrics.tfidf import TfIdf
 from errata.models import generation
@@ -532,7 +532,7 @@ def test_nor_are_they_others_after_it_was_cut_short(place, kind, raised, monkeyp
     model = model_of("gpt2", torch.float32)
     module, name = {
         "asking": (PackedPasses, "step"),
-        "scoring": (asking, "_said"),
+        "scoring": (requests, "_token_scores"),
         "writing": (generation._Draw, "__call__"),
         "healths": (PackedPasses, "step"),
     }[place]

@@ -14,15 +14,15 @@ import torch
 
 import errata
 from errata.base.facts import Fact
-from errata.metrics.asking import ask_together as ask
+from errata.metrics.requests import score_requests
 from errata.models.generation import generate
 from errata.models.loading import load_pretrained
 from errata.models.model import Model
 from errata.models.modules import linear_matrix
 from errata.passes.block_call import MaskValues
 from errata.statistics import collect
-from helpers.asking import QUESTIONS, one_by_one, same, variants_of
 from helpers.plain_effects import MIDDLE, PARTS, SAMPLES, largest_difference, plainly, require_something_moved, some
+from helpers.scoring_requests import REQUESTS, one_by_one, same, variants_of
 from plain_trace import plain_run
 from tiny import HYBRIDS, OTHER_FAMILIES, TEXT, byte_tokenizer, tiny
 
@@ -150,7 +150,7 @@ def test_other_editors_edit_too(family, method):
 def test_many_edits_in_one_pass_are_each_on_its_own(family):
     model = model_of(family)
     variants = variants_of(model)
-    for got, edits in zip(ask(model, QUESTIONS, variants), variants, strict=True):
+    for got, edits in zip(score_requests(model, REQUESTS, variants), variants, strict=True):
         same(got, one_by_one(model, edits), 5e-5)
 
 

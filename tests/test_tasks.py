@@ -217,8 +217,8 @@ def test_every_task_describes_itself(task):
 
 def test_questions_and_answers_are_in_one_order():
     record = ZsreRecord(0, Fact("Rome", "Where is {}?").rewrite("Paris"), ("a", "b"), (("c", "x"),))
-    asked = ZSRE.questions(record)
-    assert [question.prompt for question in asked] == ["Where is Rome?", "a", "b", "c"]
+    asked = ZSRE.requests(record)
+    assert [request.prompt for request in asked] == ["Where is Rome?", "a", "b", "c"]
     assert ZSRE.scored(record, asked) == {
         "rewrite": (asked[0],),
         "paraphrase": tuple(asked[1:3]),

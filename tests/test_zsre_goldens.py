@@ -18,7 +18,7 @@ import goldens
 from errata.base.facts import SLOT
 from errata.data.records import ZsreRecord
 from errata.data.zsre import zsre_record
-from errata.metrics.asking import ask_together
+from errata.metrics.requests import score_requests
 from errata.metrics.summary import estimate
 from errata.models.model import Model
 from errata.models.scoring import score, target_ids
@@ -41,8 +41,8 @@ def records() -> list[ZsreRecord]:
 def answers_of(model: Model) -> list[Scored]:
     found = []
     for record in records():
-        asked = ZSRE.questions(record)
-        [said] = ask_together(model, asked, [[None] * len(asked)])
+        asked = ZSRE.requests(record)
+        [said] = score_requests(model, asked, [[None] * len(asked)])
         found.append(ZSRE.scored(record, said))
     return found
 

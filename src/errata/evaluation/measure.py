@@ -28,8 +28,8 @@ from errata.editors.editor import Editor
 from errata.edits.edit import Edit
 from errata.evaluation.results import UNEDITED, Result
 from errata.metrics import health
-from errata.metrics.asking import Passage, Question, ask_together
 from errata.metrics.edited import Plan, alike
+from errata.metrics.requests import PassageRequest, Request, score_requests
 from errata.metrics.text import ESSENCE_LENGTH, as_scored, generation_entropy
 from errata.metrics.tfidf import TfIdf
 from errata.models.generation import generate, prompt_ids
@@ -117,9 +117,9 @@ def measure(
 def _refusal(model: Model, task: Task, record: Case, measures: Measures) -> str | None:
     """Why not all that is measured of a record can be asked on a model."""
     try:
-        for question in task.questions(record):
-            for ids, _ in question.rows(model):
-                model.require_room(ids, question.prompt)
+        for request in task.requests(record):
+            for ids, _ in request.rows(model):
+                model.require_room(ids, request.prompt)
         if measures.probes:
             essence = Fact(record.rewrite.subject, health.ESSENCE).text
             model.require_room(model.ids(essence), essence)
@@ -153,9 +153,9 @@ def _measured(
     rows |= edits
 
     begin = time.perf_counter()
-    asked = _asked(model, task, records, list(rows.values()), measures)
+    scored = _scored(model, task, records, list(rows.values()), measures)
     per_row = (time.perf_counter() - begin) * share / len(rows)
-    said = dict(zip(rows, asked, strict=True))
+    scores = dict(zip(rows, scored, strict=True))
     found: dict[str, list[Result]] = {}
     for name, with_edits in rows.items():
         if name == UNEDITED and not before:
@@ -169,10 +169,10 @@ def _measured(
         healths: list[Mapping[str, Any] | None] = [None] * len(records)
         if measures.probes and name != UNEDITED:
             begin = time.perf_counter()
-            healths = _healths(model, records, with_edits, said[UNEDITED], said[name], measures.probes)
+            healths = _healths(model, records, with_edits, scores[UNEDITED], scores[name], measures.probes)
             times["health"] = (time.perf_counter() - begin) * share
         found[name] = [
-            _result(task, record, each, said[name][i], texts[i], healths[i], times, measures)
+            _result(task, record, each, scores[name][i], texts[i], healths[i], times, measures)
             for i, (record, each) in enumerate(zip(records, made.get(name, with_edits), strict=True))
         ]
     return Measured(found, edits)
@@ -193,43 +193,43 @@ def _fitting(model: Model, made: Sequence[Edit | ErrataError]) -> list[Edit | Er
 
 
 @dataclass(frozen=True)
-class _Said:
+class _RecordScores:
     """Scores of a record's prompts, and the perplexity of texts about its subject."""
 
     answers: Scored
     essence: float | None
 
 
-def _asked(
+def _scored(
     model: Model,
     task: Task,
     records: Sequence[Case],
     variants: Sequence[Sequence[Edit | None]],
     measures: Measures,
-) -> list[list[_Said]]:
-    questions: list[Question | Passage] = []
+) -> list[list[_RecordScores]]:
+    requests: list[Request | PassageRequest] = []
     owners: list[int] = []
     essences: dict[int, int] = {}
     for i, record in enumerate(records):
-        own: list[Question | Passage] = []
-        own += task.questions(record)
+        own: list[Request | PassageRequest] = []
+        own += task.requests(record)
         text = " ".join(each.text for each in _about(task, record, measures))
-        passage = Passage(text, min(ESSENCE_LENGTH, model.max_length))
+        passage = PassageRequest(text, min(ESSENCE_LENGTH, model.max_length))
         if text and len(passage.rows(model)[0][0]) > 1:
-            essences[i] = len(questions) + len(own)
+            essences[i] = len(requests) + len(own)
             own.append(passage)
-        questions += own
+        requests += own
         owners += [i] * len(own)
-    answers = ask_together(model, questions, [[edits[owner] for owner in owners] for edits in variants])
+    scores = score_requests(model, requests, [[edits[owner] for owner in owners] for edits in variants])
     return [
         [
-            _Said(
-                task.scored(record, [each for each, owner in zip(said, owners, strict=True) if owner == i]),
-                _perplexity(said[essences[i]][0], measures.essence == "reference") if i in essences else None,
+            _RecordScores(
+                task.scored(record, [each for each, owner in zip(row, owners, strict=True) if owner == i]),
+                _perplexity(row[essences[i]][0], measures.essence == "reference") if i in essences else None,
             )
             for i, record in enumerate(records)
         ]
-        for said in answers
+        for row in scores
     ]
 
 
@@ -288,8 +288,8 @@ def _healths(
     model: Model,
     records: Sequence[Case],
     edits: Sequence[Edit | None],
-    before: Sequence[_Said],
-    after: Sequence[_Said],
+    before: Sequence[_RecordScores],
+    after: Sequence[_RecordScores],
     probes: Sequence[str],
 ) -> list[Mapping[str, Any] | None]:
     """Side effects, size and exactness of each edit."""
@@ -312,16 +312,16 @@ def _healths(
     return told
 
 
-def _probability(said: _Said) -> float:
+def _probability(scores: _RecordScores) -> float:
     """Probability of the new object after the bare prompt."""
-    return math.exp(said.answers["rewrite"][0][0].total)
+    return math.exp(scores.answers["rewrite"][0][0].total)
 
 
 def _result(
     task: Task,
     record: Case,
     made: Edit | ErrataError | None,
-    said: _Said,
+    scores: _RecordScores,
     texts: tuple[str, ...],
     its_health: Mapping[str, Any] | None,
     seconds: Mapping[str, float],
@@ -331,11 +331,11 @@ def _result(
         return Result(record.case_id, None, error=str(made), seconds={"edit": seconds["edit"]})
     return Result(
         record.case_id,
-        said.answers,
+        scores.answers,
         texts=texts,
         entropy=generation_entropy(as_scored(texts)) if texts else None,
         reference=_similarity(task, record, texts, measures),
-        essence=said.essence,
+        essence=scores.essence,
         health=its_health,
         seconds=seconds,
     )

@@ -146,7 +146,7 @@ def _record(task: Task, record: Case) -> dict[str, Any]:
         "new": rewrite.new_object,
         "old": rewrite.fact.object,
         "relation": task.relation(record),
-        "prompts": [[question.prompt for question in kind] for kind in prompts.values()],
+        "prompts": [[request.prompt for request in kind] for kind in prompts.values()],
         "targets": [[None if one.targets == pair else one.targets for one in kind] for kind in prompts.values()],
         "generation": task.generation(record),
     }

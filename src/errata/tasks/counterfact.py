@@ -18,13 +18,13 @@ from statistics import fmean
 from errata.base.autocast import without_autocast
 from errata.data.counterfact import flat_record, nested_record
 from errata.data.records import Record
-from errata.metrics.asking import Question
+from errata.metrics.requests import Request
 from errata.models.model import Model
 from errata.models.scoring import Score, score
 from errata.tasks.task import Column, Measurement, PaperRows, Probability, Schema, Scored, Task, Training, Value
 
 
-def _prompts(record: Record) -> dict[str, tuple[Question, ...]]:
+def _prompts(record: Record) -> dict[str, tuple[Request, ...]]:
     """Every prompt with the new and the old object."""
     targets, separator = (record.rewrite.new_object, record.rewrite.fact.object), record.rewrite.separator
     kinds = {
@@ -33,7 +33,7 @@ def _prompts(record: Record) -> dict[str, tuple[Question, ...]]:
         "neighborhood": record.neighborhood,
         "attribute": record.attribute,
     }
-    return {kind: tuple(Question(text, targets, separator) for text in texts) for kind, texts in kinds.items()}
+    return {kind: tuple(Request(text, targets, separator) for text in texts) for kind, texts in kinds.items()}
 
 
 def probability_of(score: Score, probability: Probability) -> float:
@@ -247,8 +247,8 @@ def score_record(model: Model, record: Record, probability: Probability = "per_t
     Raises:
         FactError: if a prompt or an object cannot be scored.
     """
-    asked = COUNTERFACT.questions(record)
-    each = [(question.prompt, target, question.separator) for question in asked for target in question.targets]
+    asked = COUNTERFACT.requests(record)
+    each = [(request.prompt, target, request.separator) for request in asked for target in request.targets]
     flat = score(model, *map(list, zip(*each, strict=True)))
     answers = COUNTERFACT.scored(record, list(zip(flat[::2], flat[1::2], strict=True)))
     return COUNTERFACT.numbers(_Scored(answers), probability)

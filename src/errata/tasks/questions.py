@@ -13,17 +13,17 @@ All tokens of a kind's targets count alike within a record; then the mean over r
 from __future__ import annotations
 
 from errata.data.records import QuestionRecord
-from errata.metrics.asking import Question
+from errata.metrics.requests import Request
 from errata.tasks.task import Column, Measurement, Probability, Training, Value
 
 
-def prompts(record: QuestionRecord) -> dict[str, tuple[Question, ...]]:
+def prompts(record: QuestionRecord) -> dict[str, tuple[Request, ...]]:
     """The questions of a record, each with its one answer."""
     new, separator = (record.rewrite.new_object,), record.rewrite.separator
     return {
-        "rewrite": (Question(record.rewrite.text, new, separator),),
-        "paraphrase": tuple(Question(text, new, separator) for text in record.paraphrase),
-        "locality": tuple(Question(text, (answer,), separator) for text, answer in record.locality),
+        "rewrite": (Request(record.rewrite.text, new, separator),),
+        "paraphrase": tuple(Request(text, new, separator) for text in record.paraphrase),
+        "locality": tuple(Request(text, (answer,), separator) for text, answer in record.locality),
     }
 
 

@@ -9,11 +9,11 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Protocol
 
 from errata.base.facts import Rewrite
-from errata.metrics.asking import Answers, Question
+from errata.metrics.requests import Request, Scores
 from errata.metrics.summary import Estimate, Method, Values, estimate, harmonic_score
 
 Probability = Literal["per_token", "total"]
-Scored = Mapping[str, tuple[Answers, ...]]  # scores of each prompt's targets, by the kind of prompt
+Scored = Mapping[str, tuple[Scores, ...]]  # scores of each prompt's targets, by the kind of prompt
 
 
 class Case(Protocol):
@@ -211,7 +211,7 @@ class Task:
     title: str
     record: type[Any]
     schemas: tuple[Schema, ...]
-    prompts: Callable[[Any], Mapping[str, tuple[Question, ...]]]
+    prompts: Callable[[Any], Mapping[str, tuple[Request, ...]]]
     columns: tuple[Column, ...]
     training: Callable[[Any], Training]
     relation: Callable[[Any], str] = lambda record: ""
@@ -223,16 +223,16 @@ class Task:
     paper: Mapping[str, PaperRows] = field(default_factory=dict)
     snippets: bool = False
 
-    def questions(self, record: Any) -> list[Question]:
-        """All prompts of a record, kind after kind."""
-        return [question for kind in self.prompts(record).values() for question in kind]
+    def requests(self, record: Any) -> list[Request]:
+        """Scoring requests of a record, kind after kind."""
+        return [request for kind in self.prompts(record).values() for request in kind]
 
-    def scored(self, record: Any, answers: Sequence[Answers]) -> Scored:
-        """Answers to `questions`, by kind."""
+    def scored(self, record: Any, scores: Sequence[Scores]) -> Scored:
+        """Scores of `requests`, by kind."""
         found, begin = {}, 0
-        for kind, asked in self.prompts(record).items():
-            found[kind] = tuple(answers[begin : begin + len(asked)])
-            begin += len(asked)
+        for kind, requests in self.prompts(record).items():
+            found[kind] = tuple(scores[begin : begin + len(requests)])
+            begin += len(requests)
         return found
 
     def numbers(self, measurement: Measurement, probability: Probability = "per_token") -> dict[str, float | None]:

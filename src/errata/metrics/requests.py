@@ -1,4 +1,4 @@
-"""Many questions to many edited models at once: how probable each finds the targets after a prompt.
+"""Scoring requests: log-probabilities of targets after prompts, for many edited models in one run.
 
 A prompt is run once for all its targets, and the head once for all that is read off one state. `models.scoring.score`
 is the plain way, and gives the same.
@@ -23,7 +23,7 @@ from errata.passes.packing import PackedBatch, PackedSequence
 
 
 @dataclass(frozen=True)
-class Question:
+class Request:
     """A prompt, and the targets that may follow it, at least one; between them `separator`, as of `target_ids`."""
 
     prompt: str
@@ -36,7 +36,7 @@ class Question:
 
 
 @dataclass(frozen=True)
-class Passage:
+class PassageRequest:
     """A text of two tokens or more, cut to `max_tokens`: its one target is all of it behind its first token."""
 
     text: str
@@ -47,55 +47,55 @@ class Passage:
         return [(model.ids(self.text)[: self.max_tokens], 1)]
 
 
-Answers = tuple[Score, ...]  # of a question's targets, in order
+Scores = tuple[Score, ...]  # of a request's targets, in order
 
 
 @without_autocast
-def ask_together(
-    model: Model, questions: Sequence[Question | Passage], variants: Sequence[Sequence[Edit | None]]
-) -> list[list[Answers]]:
-    """For each variant the answers to all questions, in order.
+def score_requests(
+    model: Model, requests: Sequence[Request | PassageRequest], variants: Sequence[Sequence[Edit | None]]
+) -> list[list[Scores]]:
+    """Scores of all requests for each variant, in order.
 
     Args:
         model: as it stands; left as it was.
-        questions: prompts with their targets.
-        variants: for each, the edit that is on the model for each question; None: the model as it stands.
+        requests: prompts with their targets.
+        variants: for each, the edit that is on the model for each request; None: the model as it stands.
 
-    The numbers of one variant are the same, bit for bit, whichever others are asked for.
+    The numbers of one variant are the same, bit for bit, whatever else is scored.
 
     Raises:
         FactError: if a target is blank, or a text is too long for the model.
         UnsupportedModel: if the model's blocks cannot be called one by one.
         EditMismatch: if an edit that is put on was made for other weights.
     """
-    if not questions:
+    if not requests:
         return [[] for _ in variants]
     sequences: list[PackedSequence] = []
-    places: list[_Place] = []
+    places: list[_Target] = []
     counts: list[int] = []
-    for number, question in enumerate(questions):
-        here, needed = _placed(model, number, question, len(sequences))
+    for number, request in enumerate(requests):
+        here, needed = _positions(model, number, request, len(sequences))
         counts.append(len(here))
         places += here
         sequences += needed
-    of_sequence: list[list[_Place]] = [[] for _ in sequences]
+    of_sequence: list[list[_Target]] = [[] for _ in sequences]
     for place in places:
         of_sequence[place.sequence].append(place)
-    edits = [[of[some[0].question] for some in of_sequence] for of in variants]
+    edits = [[of[some[0].request] for some in of_sequence] for of in variants]
     found: list[dict[tuple[int, int], Score]] = [{} for _ in variants]
     with closing(run_edited(model, sequences, edits)) as parts:
         for variant, batch, hidden in parts:
             wanted = [place for row in batch.members for place in of_sequence[row]]
             found[variant].update(_scores(model, batch, hidden, wanted))
     return [
-        [tuple(said[number, target] for target in range(count)) for number, count in enumerate(counts)]
-        for said in found
+        [tuple(scores[number, target] for target in range(count)) for number, count in enumerate(counts)]
+        for scores in found
     ]
 
 
 @dataclass(frozen=True)
-class _Place:
-    """Position of a question's target among the sequences.
+class _Target:
+    """Position of a request's target among the sequences.
 
     Attributes:
         sequence: which of them; continuation: which of its continuations, None for the prefix.
@@ -103,7 +103,7 @@ class _Place:
         ids: of the whole text; n_prompt: how many are the prompt's.
     """
 
-    question: int
+    request: int
     target: int
     sequence: int
     continuation: int | None
@@ -119,12 +119,12 @@ class _Place:
             yield (*place, self.ids[position + 1])
 
 
-def _placed(
-    model: Model, number: int, question: Question | Passage, next_sequence: int
-) -> tuple[list[_Place], list[PackedSequence]]:
-    """Positions of a question's targets, and the sequences that they need: one, unless their first tokens differ."""
-    rows = question.rows(model)
-    places: list[_Place] = []
+def _positions(
+    model: Model, number: int, request: Request | PassageRequest, next_sequence: int
+) -> tuple[list[_Target], list[PackedSequence]]:
+    """Positions of a request's targets, and the sequences that they need: one, unless their first tokens differ."""
+    rows = request.rows(model)
+    places: list[_Target] = []
     prefixes: list[tuple[int, ...]] = []
     continuations: list[list[tuple[int, tuple[int, ...]]]] = []
     for target in sorted(range(len(rows)), key=lambda i: -len(rows[i][0])):  # the longest is the prefix
@@ -141,7 +141,7 @@ def _placed(
         if at < len(read):
             continuation = len(continuations[sequence])
             continuations[sequence].append((at, read[at:]))
-        places.append(_Place(number, target, next_sequence + sequence, continuation, at, tuple(ids), n_prompt))
+        places.append(_Target(number, target, next_sequence + sequence, continuation, at, tuple(ids), n_prompt))
     wanted = min(n_prompt for _, n_prompt in rows) - 1
     return places, [
         PackedSequence(prefix, tuple(some), wanted) for prefix, some in zip(prefixes, continuations, strict=True)
@@ -149,8 +149,10 @@ def _placed(
 
 
 @torch.no_grad()
-def _scores(model: Model, batch: PackedBatch, hidden: Tensor, places: Sequence[_Place]) -> dict[tuple[int, int], Score]:
-    """Scores by question and target, with the head run once for a state that several targets are read off."""
+def _scores(
+    model: Model, batch: PackedBatch, hidden: Tensor, places: Sequence[_Target]
+) -> dict[tuple[int, int], Score]:
+    """Scores by request and target, with the head run once for a state that several targets are read off."""
     row_of = {sequence: row for row, sequence in enumerate(batch.members)}
     index: dict[tuple[int, int | None, int], int] = {}
     wanted: list[list[tuple[int, int]]] = []  # of each place: which state, which token
@@ -164,19 +166,19 @@ def _scores(model: Model, batch: PackedBatch, hidden: Tensor, places: Sequence[_
     for each in wanted:
         for state, token in each:
             tokens[state].append(token)
-    said: list[dict[int, tuple[float, bool]]] = []
+    token_scores: list[dict[int, tuple[float, bool]]] = []
     for group in budgets.groups([1] * len(states), budgets.predictions(model.vocab_size)):
         some = slice(group.start, group.stop)
-        said += _said(model.unembed(states[some]), tokens[some])
+        token_scores += _token_scores(model.unembed(states[some]), tokens[some])
     scores = {}
     for place, each in zip(places, wanted, strict=True):
-        found = [said[state][token] for state, token in each]
+        found = [token_scores[state][token] for state, token in each]
         total, hits = sum(log for log, _ in found), sum(hit for _, hit in found)
-        scores[place.question, place.target] = Score(total, len(each), hits)
+        scores[place.request, place.target] = Score(total, len(each), hits)
     return scores
 
 
-def _said(logits: Tensor, tokens: Sequence[Sequence[int]]) -> list[dict[int, tuple[float, bool]]]:
+def _token_scores(logits: Tensor, tokens: Sequence[Sequence[int]]) -> list[dict[int, tuple[float, bool]]]:
     """For each row of logits, some tokens with their log-probability and whether it is the most probable token."""
     wide = logits if logits.dtype == torch.float64 else logits.float()
     whole, best = wide.logsumexp(-1).tolist(), wide.argmax(-1).tolist()

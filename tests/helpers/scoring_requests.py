@@ -1,4 +1,4 @@
-"""Questions for edited models, asked one by one."""
+"""Scoring requests to edited models, one by one."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ import torch
 
 from errata.edits.delta import Dense, LowRank, RankOne
 from errata.edits.edit import Edit
-from errata.metrics.asking import Question
+from errata.metrics.requests import Request
 from errata.models.model import Model
 from errata.models.scoring import score
 from errata.models.weights import down_weight_name
 
-QUESTIONS = [
-    Question("The Space Needle is located in the city of", ("Seattle", "Paris")),
-    Question("Rome", ("is the capital of Italy",)),
-    Question("Where is the Louvre? It is in", ("Paris", "P", "Pa")),
-    Question("He", ("東京", "went")),
-    Question("The Space Needle is located in the city of", ("S", "Rome")),
+REQUESTS = [
+    Request("The Space Needle is located in the city of", ("Seattle", "Paris")),
+    Request("Rome", ("is the capital of Italy",)),
+    Request("Where is the Louvre? It is in", ("Paris", "P", "Pa")),
+    Request("He", ("東京", "went")),
+    Request("The Space Needle is located in the city of", ("S", "Rome")),
 ]
 
 
@@ -43,13 +43,13 @@ def edit_of(model: Model, kind: str, seed: int, layer: int = 1) -> Edit:
 
 def one_by_one(model: Model, edits: list[Edit | None]) -> list[tuple]:
     found = []
-    for question, edit in zip(QUESTIONS, edits, strict=True):
-        prompts = [question.prompt] * len(question.targets)
+    for request, edit in zip(REQUESTS, edits, strict=True):
+        prompts = [request.prompt] * len(request.targets)
         if edit is None:
-            found.append(tuple(score(model, prompts, question.targets)))
+            found.append(tuple(score(model, prompts, request.targets)))
             continue
         with edit.applied(model):
-            found.append(tuple(score(model, prompts, question.targets)))
+            found.append(tuple(score(model, prompts, request.targets)))
     return found
 
 
