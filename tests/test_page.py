@@ -58,10 +58,10 @@ class Elements(HTMLParser):
 def test_the_new_objects_probability_is_the_same_in_a_records_prompts_and_its_health(tmp_path, probability):
     (record,) = counterfact_records(1)
     edited = counterfact_result(record, "rome")
-    new, old = edited.answers.rewrite[0]
+    new, old = edited.answers["rewrite"][0]
     rewrite = ((replace(new, total=-3.0, n_tokens=3), old),)
     health = {**edited.health, "probability_before": math.exp(-6), "probability_after": math.exp(-3)}
-    edited = replace(edited, answers=replace(edited.answers, rewrite=rewrite), health=health)
+    edited = replace(edited, answers={**edited.answers, "rewrite": rewrite}, health=health)
     results = {"unedited": [counterfact_result(record, "unedited")], "rome": [edited]}
     run = Run.load(write_run(tmp_path / "run", [record], results))
     (shown,) = data([run], table([run], probability=probability))["runs"][0]["rows"][1]["results"]
@@ -133,7 +133,7 @@ def test_what_the_script_draws(run):
     kinds = rome["results"][0]["said"]
     assert [len(kind) for kind in kinds] == [1, 2, 3, 1]
     new, old = kinds[2][1]
-    answer = run.edited["rome"].by_case[0].answers.neighborhood[1]
+    answer = run.edited["rome"].by_case[0].answers["neighborhood"][1]
     assert new == [pytest.approx(2.718281828 ** answer[0].total, rel=1e-3), 0, 1]
     assert len(old) == 3
     parts = [rome["numbers"][name][0] for name in ("es", "ps", "ns")]
@@ -154,7 +154,7 @@ def test_zsre_data(tmp_path):
     run = Run.load(zsre_run(tmp_path / "z"))
     said = data([run], table([run]))
     assert [each["name"] for each in said["columns"]] == ["efficacy", "paraphrase", "specificity"]
-    assert said["runs"][0]["records"][0]["answers"] == ["Nobody"]
+    assert said["runs"][0]["records"][0]["targets"][2] == [("Nobody",)]
     assert said["runs"][0]["rows"][1]["results"][0]["said"][0] == [[[pytest.approx(0.6065), 2, 2]]]
 
 

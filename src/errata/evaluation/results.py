@@ -30,7 +30,7 @@ from errata.base.errors import ConfigError, ResultFileError
 from errata.base.facts import as_plain
 from errata.base.files import content
 from errata.base.journal import read_journal
-from errata.base.reading import of_type, reason_of, taking_apart
+from errata.base.reading import load_json, of_type, reason_of, taking_apart
 from errata.evaluation.run import digest
 from errata.models.scoring import Score
 from errata.tasks.registry import task_of
@@ -289,7 +289,10 @@ def read_back(path: Path, task: Task) -> list[Case]:
         ResultFileError: if it is missing, or is not a list of the task's records.
     """
     with taking_apart(path, "a file of the records of a run", advice="Begin another folder"):
-        records: list[Case] = TypeAdapter(list[task.record]).validate_json(path.read_bytes(), strict=True)  # type: ignore[name-defined]
+        entries = load_json(path.read_bytes())  # pydantic's own parser refuses lone surrogates
+        for entry in entries:
+            of_type(entry["case_id"], int)
+        records: list[Case] = TypeAdapter(list[task.record]).validate_python(entries)  # type: ignore[name-defined]
         return records
 
 
