@@ -234,7 +234,7 @@ def one() -> list[dict]:
         )
         off = difference(found, wanted)
         rows.append(row(f"one edit ({shape})", plain, ours, largest_relative_difference=off))
-        rows.append(row(f"the same, and its health measured on 4 texts of 24 tokens ({shape})", plain, with_health))
+        rows.append(row(f"the same, with its side effects on 4 texts of 24 tokens ({shape})", plain, with_health))
     return rows
 
 

@@ -35,8 +35,8 @@ from errata.evaluation import measure
 from errata.evaluation.executors import Cluster, Here
 from errata.evaluation.measure import Generation, Measures
 from errata.evaluation.runner import TOGETHER, evaluate
-from errata.metrics.health import sampled_probes
 from errata.metrics.requests import score_requests
+from errata.metrics.side_effects import sampled_texts
 from errata.models.model import Model
 from errata.models.weights import add_, down_weight_name, matrix
 from errata.statistics import SecondMoment
@@ -201,9 +201,9 @@ def atlas() -> list[dict]:
     for work, health, workers in (
         ("atlas: ROME row, 500 records, 2 threads", False, 0),
         ("the same on 2 Ray workers of a thread each", False, 2),
-        ("the same with health", True, 2),
+        ("the same with side effects", True, 2),
     ):
-        settings = Measures(probes=sampled_probes(model, 0) if health else ())
+        settings = Measures(probes=sampled_texts(model, 0) if health else ())
         executor = Cluster(model, partial(errata.load_model, "atlas"), workers=workers) if workers else Here(model)
         with tempfile.TemporaryDirectory() as folder:
             some = atlas_records.records(500)

@@ -1,4 +1,4 @@
-"""What editing does to the atlas's own records: scores and health of each way of making an edit.
+"""What editing does to the atlas's own records: scores and side effects of each way of making an edit.
 
     python benchmarks/records.py --records 500            # a table
     python benchmarks/records.py --records 500 --json     # the same as JSON
@@ -40,7 +40,7 @@ def summarise(scores: list[dict[str, float | None]]) -> dict[str, Estimate]:
 
 
 def measured(model: Model, some: list[Record], made: list[Edit | ErrataError]) -> dict[str, object]:
-    """Scores with each edit on the model, and its health."""
+    """Scores with each edit on the model, and its side effects."""
     scores, health, exact = [], [], []
     for record, edit in zip(some, made, strict=True):
         if isinstance(edit, ErrataError):

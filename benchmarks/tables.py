@@ -77,7 +77,7 @@ def measure(out: Path, kind: str, records: int, generation: bool) -> None:
     """A table's run folder, its page and its rows."""
     table = TABLES[kind]
     editors = [option for row in ROWS[kind] for option in ("--editor", row.format(out / "trained" / row.split("=")[0]))]
-    # Health of the first table alone: it asks of each edit what a table of texts shows anyway.
+    # Side effects for the first table alone: they say of each edit what a table of texts shows anyway.
     options = ["--no-generation"] if kind == "zsre" else ["--no-health"]
     options += ["--no-generation"] if kind == "counterfact" and not generation else []
     options += ["--executor", "ray", "--workers", str(AT_ONCE)]

@@ -291,7 +291,7 @@ def test_what_an_editor_says(spec, name, settings):
         (["--out", "run", "--probe", "nothing"], "there is no file nothing"),
         (["--out", "run", "--probe", "empty"], "empty is empty"),
         (["--out", "run", "--probe", "latin"], "Give a file in UTF-8"),
-        (["--out", "run", "--probe", "one", "--limit", "2"], "no probe text has two tokens"),
+        (["--out", "run", "--probe", "one", "--limit", "2"], "no reference text has two tokens"),
         (["--out", "run", "--limit", "2", "--sample", "2"], "give --limit alone"),
         (["--out", "one", "--limit", "2"], "cannot write one/unedited.jsonl"),
         (["--out", "one/run", "--limit", "2"], "cannot write one/run/unedited.jsonl"),

@@ -20,7 +20,7 @@ from errata.editors.hypernetworks.objective import Place
 from errata.editors.rome import RomeConfig, rome
 from errata.edits.delta import Dense, LowRank
 from errata.edits.edit import Edit
-from errata.metrics import health
+from errata.metrics import side_effects
 from errata.metrics.edited import Plan
 from errata.metrics.requests import Request, score_requests
 from errata.models.fingerprint import weights_digest
@@ -109,7 +109,7 @@ def compare_edited(whole: Model, split: Model, made: list[list[Edit]]) -> None:
         made: of each model, two edits of one block.
     """
     requests = [Request(prompt, (target, "Rome", "Pa")) for prompt, target in zip(PROMPTS, TARGETS, strict=True)]
-    rewrites, answers, texts, healths = [edit.rewrites[0] for edit in made[0]], [], [], []
+    rewrites, answers, texts, effects = [edit.rewrites[0] for edit in made[0]], [], [], []
     there = [layer for layer in (2, 3) if not split.hf.get_parameter(down_weight_name(split, layer)).is_meta]
     for model, (first, second) in zip((whole, split), made, strict=True):
         [change] = first.deltas
@@ -124,13 +124,13 @@ def compare_edited(whole: Model, split: Model, made: list[list[Edit]]) -> None:
             return rowwise(model, changes.of(torch.tensor(rows)))
 
         texts.append(generate(model, PROMPTS, 6, top_k=5, seed=3, around=around))
-        now = health.probe(model, CONFIG.probes)
+        now = side_effects.predict_texts(model, CONFIG.probes)
         pairs = [(0.1, 0.2)] * 2
-        found = health.healths(model, rewrites, [first, wide], pairs, probes=CONFIG.probes, before=now)
-        healths.append([(each.essence_kl, each.drift, each.perplexity_after) for each in found])
+        found = side_effects.side_effects_of(model, rewrites, [first, wide], pairs, texts=CONFIG.probes, before=now)
+        effects.append([(each.essence_kl, each.drift, each.perplexity_after) for each in found])
     assert answers[1] == pytest.approx(answers[0])
     assert texts[1] == texts[0]
-    for one, other in zip(*healths, strict=True):
+    for one, other in zip(*effects, strict=True):
         assert other == pytest.approx(one)
 
 

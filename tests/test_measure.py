@@ -23,7 +23,7 @@ from errata.edits.delta import Delta, Dense, LowRank, RankOne
 from errata.edits.edit import Edit
 from errata.evaluation.measure import Generation, Measured, Measures, measure
 from errata.evaluation.results import UNEDITED, Result
-from errata.metrics import health, requests
+from errata.metrics import requests, side_effects
 from errata.metrics.text import ESSENCE_LENGTH, as_scored, essence_perplexity, generation_entropy
 from errata.metrics.tfidf import TfIdf
 from errata.models import generation
@@ -296,15 +296,15 @@ def test_reference_essence_divides_by_one_token_more():
 
 
 @pytest.mark.parametrize(("family", "kind"), ROWS)
-def test_healths_are_those_of_each_edit_put_on(family, kind):
+def test_side_effects_are_those_of_each_edit_put_on(family, kind):
     model, found = model_of(family), measured(family, kind)
     for each, edit, result in zip(RECORDS, edits_of(model, kind), found.results[kind], strict=True):
         asked, probed = [], []
         for edited in (None, edit):
             with on(model, edited):
-                asked.append(health.ask(model, each.rewrite, health.ESSENCE))
-                probed.append(health.probe(model, PROBES))
-        wanted = health.compare(tuple(asked), tuple(probed), health.MAX_DRIFT)
+                asked.append(side_effects.predict_fact(model, each.rewrite, side_effects.ESSENCE))
+                probed.append(side_effects.predict_texts(model, PROBES))
+        wanted = side_effects.compare(tuple(asked), tuple(probed), side_effects.MAX_DRIFT)
         told = dict(result.health)
         assert told.pop("residual") == 0.25
         assert told.pop("relative_norm") == pytest.approx(edit.relative_norm(model), rel=1e-12)
@@ -526,7 +526,7 @@ def test_the_weights_are_what_they_were_to_the_byte():
 
 @pytest.mark.parametrize("raised", [KeyboardInterrupt, RuntimeError])
 @pytest.mark.parametrize("kind", ["rank_one", "dense", "mixed"])
-@pytest.mark.parametrize("place", ["asking", "scoring", "writing", "healths"])
+@pytest.mark.parametrize("place", ["asking", "scoring", "writing", "effects"])
 def test_nor_are_they_others_after_it_was_cut_short(place, kind, raised, monkeypatch):
     """In the middle of each part of the work, while an edit is on the model, or on its rows."""
     model = model_of("gpt2", torch.float32)
@@ -534,12 +534,12 @@ def test_nor_are_they_others_after_it_was_cut_short(place, kind, raised, monkeyp
         "asking": (PackedPasses, "step"),
         "scoring": (requests, "_token_scores"),
         "writing": (generation._Draw, "__call__"),
-        "healths": (PackedPasses, "step"),
+        "effects": (PackedPasses, "step"),
     }[place]
-    before, plain, healths, calls = digests(model), getattr(module, name), health.healths, []
+    before, plain, effects, calls = digests(model), getattr(module, name), side_effects.side_effects_of, []
     for length in range(32, model.max_length + 1, 32):  # the model has been asked how its blocks are called
         PackedPasses(model, [PackedSequence((0,) * length)])
-    begun, unedited = [place != "healths"], 1 if place == "scoring" else 3
+    begun, unedited = [place != "effects"], 1 if place == "scoring" else 3
 
     def failing(*args: Any, **settings: Any) -> Any:
         on_rows = any(m._forward_hooks for m in model.hf.modules())
@@ -550,10 +550,10 @@ def test_nor_are_they_others_after_it_was_cut_short(place, kind, raised, monkeyp
 
     def begin(*args: Any, **settings: Any) -> Any:
         begun[0] = True
-        return healths(*args, **settings)
+        return effects(*args, **settings)
 
     monkeypatch.setattr(module, name, failing)
-    monkeypatch.setattr(health, "healths", begin)
+    monkeypatch.setattr(side_effects, "side_effects_of", begin)
     with pytest.raises(raised) as caught:
         measured_by(model, RECORDS, {kind: editor(kind)}, True, WHOLE)
     assert caught.tb is not None  # what is on the stack is still there

@@ -14,7 +14,7 @@ from errata.base.facts import Fact
 from errata.base.fingerprint import tensor_digest
 from errata.editors.rome import RomeConfig, rome, value
 from errata.edits.edit import Edit
-from errata.metrics import health
+from errata.metrics import side_effects
 from errata.models.loading import load_pretrained
 from errata.models.model import Model
 from errata.statistics import SecondMoment, collect
@@ -314,13 +314,13 @@ def test_an_interrupt_leaves_the_model_as_it_was(sequential, fact, index):
 
 
 def test_an_interrupt_while_an_edit_is_examined(monkeypatch):
-    probed, before = health.probe, digests(model_of())
+    plain, before = side_effects.predict_texts, digests(model_of())
 
-    def probe(model, texts):
+    def failing(model, texts):
         if digests(model) != before:  # the edit is on it for a moment
             raise KeyboardInterrupt
-        return probed(model, texts)
+        return plain(model, texts)
 
-    monkeypatch.setattr(health, "probe", probe)
+    monkeypatch.setattr(side_effects, "predict_texts", failing)
     with pytest.raises(KeyboardInterrupt):
         edits_of(REWRITES[:2], settings={"max_drift": 1.0})

@@ -443,7 +443,9 @@ def test_names_that_are_no_file_names(tmp_path, name):
     assert not (tmp_path / "r").exists()
 
 
-@pytest.mark.parametrize(("probe", "message"), [("a", "no probe text has two tokens"), ("word " * 99, "at most 96")])
+@pytest.mark.parametrize(
+    ("probe", "message"), [("a", "no reference text has two tokens"), ("word " * 99, "at most 96")]
+)
 def test_probes_that_do_not_do_are_refused_before_anything_is_written(tmp_path, probe, message):
     with pytest.raises(FactError, match=message):
         evaluate(model(), RECORDS, {}, tmp_path / "r", Measures(probes=(probe,)))

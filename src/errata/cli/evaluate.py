@@ -272,7 +272,7 @@ def _measures(
         ConfigError: if there are no records and the model brings none.
     """
     from errata.evaluation.measure import Measures
-    from errata.metrics.health import sampled_probes
+    from errata.metrics.side_effects import sampled_texts
     from errata.metrics.tfidf import IDF_FILE, VOCABULARY_FILE, TfIdf
     from errata.tasks.registry import task_of_records
 
@@ -290,7 +290,7 @@ def _measures(
         folder = None if data is None else data if data.is_dir() else data.parent
         published = folder is not None and (folder / IDF_FILE).is_file() and (folder / VOCABULARY_FILE).is_file()
         tfidf = TfIdf.load(folder) if published and folder else TfIdf.fit(snippets.texts)
-    texts = tuple(probes or ()) or (sampled_probes(model, seed) if health else ())
+    texts = tuple(probes or ()) or (sampled_texts(model, seed) if health else ())
     return records, Measures(
         generation=generation if writes else None,
         snippets=snippets if writes else None,

@@ -6,7 +6,7 @@ from pydantic import Field, field_validator
 
 from errata.base.config import Config
 from errata.editors.side_effects import Bound
-from errata.metrics.health import ESSENCE, MAX_DRIFT
+from errata.metrics.side_effects import ESSENCE, MAX_DRIFT
 
 
 class EditorConfig(Config):
@@ -16,7 +16,7 @@ class EditorConfig(Config):
         MAX_DRIFT,
         gt=0,
         description="an edit is refused as disabling if it moves predictions on unrelated texts further than this, "
-        "in nats per token (see `errata.metrics.health`); None: side effects are not measured, and nothing is "
+        "in nats per token (see `errata.metrics.side_effects`); None: side effects are not measured, and nothing is "
         "refused.",
     )
     probes: tuple[str, ...] | None = Field(default=None, description="those texts; None: samples of the model's own.")
@@ -25,7 +25,7 @@ class EditorConfig(Config):
     @classmethod
     def _some_text(cls, value: tuple[str, ...] | None) -> tuple[str, ...] | None:
         if value is not None and not all(text.strip() for text in value or ("",)):
-            raise ValueError("give at least one probe text, and no empty one; max_drift=None does without probing")
+            raise ValueError("give at least one reference text, and no empty one, or max_drift=None")
         return value
 
     @property

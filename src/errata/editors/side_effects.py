@@ -17,7 +17,7 @@ from errata.base.errors import DisablingEdit, EditMismatch, ErrataError
 from errata.base.facts import Rewrite
 from errata.edits.edit import Edit
 from errata.edits.ledger import ContradictoryEdits
-from errata.metrics import health
+from errata.metrics import side_effects
 from errata.models.model import Model
 from errata.models.scoring import score
 
@@ -32,9 +32,9 @@ class Bound:
         essence: prompt with `{}` for the subject, on which essence drift is measured.
     """
 
-    max_drift: float = health.MAX_DRIFT
+    max_drift: float = side_effects.MAX_DRIFT
     probes: tuple[str, ...] | None = None
-    essence: str = health.ESSENCE
+    essence: str = side_effects.ESSENCE
 
 
 def with_side_effects(
@@ -64,14 +64,14 @@ def with_side_effects(
     least = {edit: min(range(len(pairs)), key=lambda i: pairs[i][1]) for edit, pairs in written.items()}
     found: dict[Edit, Edit | ErrataError] = {**failed}
     if written:
-        probes = bound.probes or health.sampled_probes(model, seed)
-        measured = health.healths(
+        texts = bound.probes or side_effects.sampled_texts(model, seed)
+        measured = side_effects.side_effects_of(
             model,
             [edit.rewrites[least[edit]] for edit in written],
             list(written),
             [written[edit][least[edit]] for edit in written],
-            probes=probes,
-            before=health.probe(model, probes),
+            texts=texts,
+            before=side_effects.predict_texts(model, texts),
             essence=bound.essence,
             max_drift=bound.max_drift,
         )
@@ -108,7 +108,7 @@ def _probabilities(model: Model, rewrites: Sequence[Rewrite]) -> list[float]:
     return [math.exp(each.total) for each in scores]
 
 
-def _refusal(edit: Edit, rewrite: Rewrite, measured: health.Health) -> DisablingEdit:
+def _refusal(edit: Edit, rewrite: Rewrite, measured: side_effects.SideEffects) -> DisablingEdit:
     advice = "key='consistent', more text for the second moment, another layer or more prefixes"
     return DisablingEdit(
         f"the edit of {rewrite.text!r} to {rewrite.new_object!r} by {edit.method} would disable the model: its "

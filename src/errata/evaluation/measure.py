@@ -27,7 +27,7 @@ from errata.data.snippets import Snippets
 from errata.editors.editor import Editor
 from errata.edits.edit import Edit
 from errata.evaluation.results import UNEDITED, Result
-from errata.metrics import health
+from errata.metrics import side_effects
 from errata.metrics.edited import Plan, alike
 from errata.metrics.requests import PassageRequest, Request, score_requests
 from errata.metrics.text import ESSENCE_LENGTH, as_scored, generation_entropy
@@ -60,7 +60,7 @@ class Measures:
         generation: how texts are written; None: none are.
         snippets: reference texts; None: there are none.
         tfidf: what they are compared with texts by; None with no snippets.
-        probes: texts on which edits' drift is measured; empty: their health is not asked for.
+        probes: texts on which edits' drift is measured; empty: side effects are not measured.
         seed: of the texts.
         essence: "paper": perplexity of the essence texts. "reference": as in the published code, which divides by one
             token more than it scores.
@@ -121,7 +121,7 @@ def _refusal(model: Model, task: Task, record: Case, measures: Measures) -> str 
             for ids, _ in request.rows(model):
                 model.require_room(ids, request.prompt)
         if measures.probes:
-            essence = Fact(record.rewrite.subject, health.ESSENCE).text
+            essence = Fact(record.rewrite.subject, side_effects.ESSENCE).text
             model.require_room(model.ids(essence), essence)
         for text in task.generation(record) if measures.generation else ():
             ids = prompt_ids(model, text)
@@ -166,13 +166,13 @@ def _measured(
             begin = time.perf_counter()
             texts = _written(model, task, records, with_edits, measures)
             times["generate"] = (time.perf_counter() - begin) * share
-        healths: list[Mapping[str, Any] | None] = [None] * len(records)
+        effects: list[Mapping[str, Any] | None] = [None] * len(records)
         if measures.probes and name != UNEDITED:
             begin = time.perf_counter()
-            healths = _healths(model, records, with_edits, scores[UNEDITED], scores[name], measures.probes)
+            effects = _side_effects(model, records, with_edits, scores[UNEDITED], scores[name], measures.probes)
             times["health"] = (time.perf_counter() - begin) * share
         found[name] = [
-            _result(task, record, each, scores[name][i], texts[i], healths[i], times, measures)
+            _result(task, record, each, scores[name][i], texts[i], effects[i], times, measures)
             for i, (record, each) in enumerate(zip(records, made.get(name, with_edits), strict=True))
         ]
     return Measured(found, edits)
@@ -284,24 +284,24 @@ def _written(
     return [tuple(text for text, owner in zip(texts, owners, strict=True) if owner == i) for i in range(len(records))]
 
 
-def _healths(
+def _side_effects(
     model: Model,
     records: Sequence[Case],
     edits: Sequence[Edit | None],
     before: Sequence[_RecordScores],
     after: Sequence[_RecordScores],
-    probes: Sequence[str],
+    texts: Sequence[str],
 ) -> list[Mapping[str, Any] | None]:
     """Side effects, size and exactness of each edit."""
     chosen = [i for i, edit in enumerate(edits) if edit is not None]
     made = [edit for edit in edits if edit is not None]
-    found = health.healths(
+    found = side_effects.side_effects_of(
         model,
         [records[i].rewrite for i in chosen],
         made,
         [(_probability(before[i]), _probability(after[i])) for i in chosen],
-        probes=probes,
-        before=health.probe(model, probes),
+        texts=texts,
+        before=side_effects.predict_texts(model, texts),
     )
     told: list[Mapping[str, Any] | None] = [None] * len(edits)
     for i, edit, each in zip(chosen, made, found, strict=True):
@@ -323,7 +323,7 @@ def _result(
     made: Edit | ErrataError | None,
     scores: _RecordScores,
     texts: tuple[str, ...],
-    its_health: Mapping[str, Any] | None,
+    effects: Mapping[str, Any] | None,
     seconds: Mapping[str, float],
     measures: Measures,
 ) -> Result:
@@ -336,7 +336,7 @@ def _result(
         entropy=generation_entropy(as_scored(texts)) if texts else None,
         reference=_similarity(task, record, texts, measures),
         essence=scores.essence,
-        health=its_health,
+        health=effects,
         seconds=seconds,
     )
 

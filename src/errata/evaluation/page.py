@@ -204,7 +204,7 @@ def _result(result: Result | None, probability: Probability, texts: int) -> dict
 
 
 def _health(result: Result, probability: Probability) -> dict[str, Any]:
-    """The edit's health, with the new object's probability taken as everywhere on the page."""
+    """The edit's side effects, with the new object's probability taken as everywhere on the page."""
     health = dict(result.health or {})
     scores = [score for scores in (result.answers["rewrite"] if result.answers else ()) for score in scores]
     if probability == "per_token" and scores:

@@ -83,8 +83,8 @@ class Result:
         entropy: GE, n-gram entropy of the texts in bits; None without texts.
         reference: RS, similarity of the texts to the reference texts, 0 to 1; None without texts or references.
         essence: perplexity of what is known of the subject with the new object; None where nothing is.
-        health: the edit's, as `metrics.health.Health.as_dict`, with `residual`, `rounding` and `relative_norm` where
-            the editor tells them; None of the unedited model, or if not asked for.
+        health: side effects of the edit, `metrics.side_effects.SideEffects.as_dict`, with `residual`, `rounding` and
+            `relative_norm` where the editor tells them; None of the unedited model, or if not asked for.
         error: why there was no edit; None if there was.
         edit: the file of the edit, relative to the run folder; None if it was not kept.
         seconds: wall time: "edit", "ask", "generate", each the record's share of what was done together.

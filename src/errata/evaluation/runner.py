@@ -37,7 +37,7 @@ from errata.evaluation.results import (
     written_out,
 )
 from errata.evaluation.run import digest, standing
-from errata.metrics.health import probe
+from errata.metrics.side_effects import predict_texts
 from errata.metrics.text import words
 from errata.models.model import Model
 from errata.tasks.records import RecordSet
@@ -96,7 +96,7 @@ def evaluate(
         ConfigError: if there is nothing to do, records are of several tasks, a case id or name cannot be used, an
             editor was trained on one of the facts, or edits are to be kept of results that are there without.
         MissingExtra: if texts are to be written and what splits them is not installed.
-        FactError: if probe texts are too long for the model, or too short.
+        FactError: if reference texts are too long for the model, or too short.
         ResultFileError: if the folder is of another model, other records or settings, or broken.
         OutputError: if it cannot be written, or another run is writing to it.
         KeyboardInterrupt: after Ctrl-C, once the files are in order.
@@ -119,7 +119,7 @@ def evaluate(
     if measures.generation:
         words("")  # what splits texts is there, or it is told before anything is written
     if measures.probes:
-        probe(model, measures.probes)  # unusable texts are refused before anything is written
+        predict_texts(model, measures.probes)  # unusable texts are refused before anything is written
     files = {name: editor_file(folder, name) for name in editors}
     _require_no_more(folder, task, records)
     with ExitStack() as stack, deferred_interrupt() as stop_here:

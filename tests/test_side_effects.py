@@ -1,4 +1,4 @@
-"""The health of an edit: its numbers against plain Hugging Face logits, and edits that would disable the model."""
+"""Side effects of an edit: its numbers against plain Hugging Face logits, and edits that would disable the model."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from errata.base.fingerprint import tensor_digest
 from errata.editors.rome import RomeConfig, rome
 from errata.edits.delta import Dense
 from errata.edits.edit import Edit
-from errata.metrics import health
+from errata.metrics import side_effects
 from errata.models.loading import load_pretrained
 from errata.models.model import Model
 from errata.statistics import SecondMoment
@@ -124,28 +124,30 @@ def test_many_at_once_are_each_edit_put_on_by_itself(family, dense):
     before, probes = digests(model), (*PROBES, "a")
     wanted = [plain(model, each, probes) for each in edits]
     pairs = [(each["probability_before"], each["probability_after"]) for each in wanted]
-    now = health.probe(model, probes)
-    found = health.healths(model, [REWRITE] * len(edits), edits, pairs, probes=probes, before=now, max_drift=2.0)
+    now = side_effects.predict_texts(model, probes)
+    found = side_effects.side_effects_of(
+        model, [REWRITE] * len(edits), edits, pairs, texts=probes, before=now, max_drift=2.0
+    )
     assert digests(model) == before
     for each, theirs in zip(found, wanted, strict=True):
         del theirs["relative_norm"]
         exact = 1e-4 if family == "gptj" else 1e-6
         assert {name: getattr(each, name) for name in theirs} == pytest.approx(theirs, rel=exact, abs=exact * 1e-2)
         assert each.max_drift == 2.0
-    assert health.healths(model, [], [], [], probes=probes, before=now) == []
+    assert side_effects.side_effects_of(model, [], [], [], texts=probes, before=now) == []
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
-def test_probes_of_its_own_are_sampled(family):
+def test_reference_texts_of_its_own_are_sampled(family):
     model = model_of(family)
     torch.manual_seed(5)
     state = torch.get_rng_state()
-    texts = health.sampled_probes(model, 3)
+    texts = side_effects.sampled_texts(model, 3)
     assert torch.equal(torch.get_rng_state(), state)
-    assert texts == health.sampled_probes(model, 3) != health.sampled_probes(model, 4)
-    assert 1 <= len(texts) <= health.PROBES
+    assert texts == side_effects.sampled_texts(model, 3) != side_effects.sampled_texts(model, 4)
+    assert 1 <= len(texts) <= side_effects.SAMPLED_TEXTS
     edit = edited(family, max_drift=50.0)
-    wanted = plain(model, edit, health.sampled_probes(model, 0))
+    wanted = plain(model, edit, side_effects.sampled_texts(model, 0))
     assert {name: edit.notes["health"][name] for name in wanted} == pytest.approx(wanted, rel=1e-4, abs=1e-6)
 
 
@@ -202,22 +204,22 @@ def test_it_is_refused_on_a_model_that_knows_things_too():
     assert forced.notes["health"]["probability_after"] > 0.05
 
 
-# ---- probes that cannot be used ----------------------------------------------------------------------------
+# ---- reference texts that cannot be used ----------------------------------------------------------------------------
 
 
 def test_probes_that_do_not_do_are_refused():
     before = digests(model_of())
-    with pytest.raises(FactError, match="no probe text has two tokens"):
+    with pytest.raises(FactError, match="no reference text has two tokens"):
         edited(probes=("a",))
     with pytest.raises(FactError, match="reads at most 96"):
         edited(probes=("not " * 100,))
     for probes in ((), ("",), ("Rome", " ")):
-        with pytest.raises(ConfigError, match="at least one probe text"):
+        with pytest.raises(ConfigError, match="at least one reference text"):
             edited(probes=probes)
     assert digests(model_of()) == before
 
 
-def test_a_probe_of_one_token_counts_for_nothing():
+def test_a_reference_text_of_one_token_counts_for_nothing():
     one, other = (edited(probes=probes, max_drift=50.0).notes["health"] for probes in (PROBES, (*PROBES, "a")))
     assert other["drift"] == pytest.approx(one["drift"], rel=1e-5)
     assert other["perplexity_after"] == pytest.approx(one["perplexity_after"], rel=1e-5)
@@ -225,9 +227,9 @@ def test_a_probe_of_one_token_counts_for_nothing():
 
 def test_a_model_that_ends_every_text_at_once_is_told_of(monkeypatch):
     model = model_of()
-    monkeypatch.setattr(health, "generate", lambda model, prompts, *args, **settings: list(prompts))
+    monkeypatch.setattr(side_effects, "generate", lambda model, prompts, *args, **settings: list(prompts))
     with pytest.raises(ConfigError, match=r"RomeConfig\(probes="):
-        health.sampled_probes(model, 0)
+        side_effects.sampled_texts(model, 0)
 
 
 # ---- numbers that are none ----------------------------------------------------------------------------
@@ -262,17 +264,19 @@ def test_numbers_that_overflow_are_told_of_one_way_or_another():
     assert digests(model) == before
 
 
-def test_a_health_without_numbers_is_disabling_and_can_be_kept():
+def test_effects_without_numbers_is_disabling_and_can_be_kept():
     model = model_of()
-    asked, probed = health.ask(model, REWRITE, "{} is a"), health.probe(model, PROBES)
-    same = health.compare((asked, asked), (probed, probed), 1.0)
+    asked, probed = side_effects.predict_fact(model, REWRITE, "{} is a"), side_effects.predict_texts(model, PROBES)
+    same = side_effects.compare((asked, asked), (probed, probed), 1.0)
     assert same.drift == pytest.approx(0.0, abs=1e-6)
     assert not same.disabling
-    nothing = health.Probed(torch.full_like(probed.said, torch.nan), torch.full_like(probed.surprise, 1e4))
-    found = health.compare((asked, asked), (probed, nothing), 1.0)
+    nothing = side_effects.TextPredictions(
+        torch.full_like(probed.log_probabilities, torch.nan), torch.full_like(probed.nll, 1e4)
+    )
+    found = side_effects.compare((asked, asked), (probed, nothing), 1.0)
     assert found.disabling
     told = json.loads(json.dumps(found.as_dict(), allow_nan=False))
     assert told["drift"] is told["perplexity_after"] is None
     assert told["disabling"] is True
-    edge = health.Health(0.1, 0.9, 0.0, 1.0, 2.0, 3.0, max_drift=1.0)
+    edge = side_effects.SideEffects(0.1, 0.9, 0.0, 1.0, 2.0, 3.0, max_drift=1.0)
     assert not edge.disabling

@@ -1,4 +1,4 @@
-"""The health of an edit: did it take, exactly, and what else did it move?
+"""Side effects of an edit: how probable the new object is after it, and how far other predictions move.
 
 An edit that makes the model say its fact may also make it say nonsense (a *disabling* edit). So what the model says of
 texts that have nothing to do with the fact, by default samples of its own, is compared before and after.
@@ -26,20 +26,20 @@ from errata.models.model import Model
 from errata.models.scoring import score
 from errata.passes.packing import PackedSequence
 
-PROBES, PROBE_TOKENS = 4, 24
+SAMPLED_TEXTS, SAMPLED_TOKENS = 4, 24
 ESSENCE = "{} is a"
 MAX_DRIFT = 1.0  # nats per token
 
 
 @dataclass(frozen=True)
-class Health:
+class SideEffects:
     """Side effects of an edit.
 
     Attributes:
         probability_before, probability_after: of the new object after the bare prompt (all its tokens).
         essence_kl: divergence of what is said after "{subject} is a", KL(before ‖ after), in nats.
-        drift: that divergence on probe texts, mean over tokens, in nats.
-        perplexity_before, perplexity_after: of the probe texts.
+        drift: that divergence on reference texts, mean over tokens, in nats.
+        perplexity_before, perplexity_after: of the reference texts.
         max_drift: the bound above which the edit counts as disabling.
     """
 
@@ -63,7 +63,7 @@ class Health:
 
 
 @dataclass(frozen=True)
-class Asked:
+class FactPredictions:
     """Predictions of a model about a fact.
 
     Attributes:
@@ -76,20 +76,20 @@ class Asked:
 
 
 @dataclass(frozen=True)
-class Probed:
+class TextPredictions:
     """Predictions of a model on reference texts.
 
     Attributes:
-        said: log-probabilities of every next token, `[t, v]`, all texts one after the other.
-        surprise: negative log-probability of the texts' own next tokens, `[t]`, in nats.
+        log_probabilities: log-probabilities of every next token, `[t, v]`, all texts one after the other.
+        nll: negative log-probability of the texts' own next tokens, `[t]`, in nats.
     """
 
-    said: Tensor
-    surprise: Tensor
+    log_probabilities: Tensor
+    nll: Tensor
 
 
 @without_autocast
-def ask(model: Model, rewrite: Rewrite, essence: str) -> Asked:
+def predict_fact(model: Model, rewrite: Rewrite, essence: str) -> FactPredictions:
     """Predictions of the current model about a fact.
 
     Args:
@@ -100,11 +100,13 @@ def ask(model: Model, rewrite: Rewrite, essence: str) -> Asked:
         FactError: if a text is too long for the model.
     """
     own = _log_probabilities(model, [Fact(rewrite.subject, essence).text])[0]
-    return Asked(math.exp(score(model, [rewrite.text], [rewrite.new_object], [rewrite.separator])[0].total), own[-1])
+    return FactPredictions(
+        math.exp(score(model, [rewrite.text], [rewrite.new_object], [rewrite.separator])[0].total), own[-1]
+    )
 
 
 @without_autocast
-def probe(model: Model, texts: Sequence[str]) -> Probed:
+def predict_texts(model: Model, texts: Sequence[str]) -> TextPredictions:
     """Predictions of the current model on texts.
 
     Raises:
@@ -113,62 +115,65 @@ def probe(model: Model, texts: Sequence[str]) -> Probed:
     rows = [model.ids(text) for text in texts]
     if max(map(len, rows), default=0) < 2:
         raise FactError(
-            "no probe text has two tokens, so there is nothing that the model could foretell: give longer ones"
+            "no reference text has two tokens, so there is nothing that the model could foretell: give longer ones"
         )
-    return _probed(list(zip(rows, _log_probabilities(model, texts), strict=True)))
+    return _text_predictions(list(zip(rows, _log_probabilities(model, texts), strict=True)))
 
 
-def sampled_probes(model: Model, seed: int) -> tuple[str, ...]:
+def sampled_texts(model: Model, seed: int) -> tuple[str, ...]:
     """Texts of the model's own, to measure drift on: they belong to what it was made to say.
 
     Raises:
         ConfigError: if its tokenizer has no token to start from.
     """
     start = start_text(model)
-    texts = generate(model, [start] * PROBES, PROBE_TOKENS, top_k=None, seed=derive(seed, "probes"))
+    texts = generate(model, [start] * SAMPLED_TEXTS, SAMPLED_TOKENS, top_k=None, seed=derive(seed, "probes"))
     kept = tuple(text for text in texts if len(model.ids(text)) > 1)
     if not kept:
         raise ConfigError(
             f"{model.name} ends every text that it begins at once, so there are no texts of its own to measure drift "
-            "on. "
-            "Give some: RomeConfig(probes=(...))"
+            "on. Give some: RomeConfig(probes=(...))"
         )
     return kept
 
 
-def compare(asked: tuple[Asked, Asked], probed: tuple[Probed, Probed], max_drift: float) -> Health:
-    """The health of an edit, from what was said before and after it."""
-    return Health(
-        probability_before=asked[0].probability,
-        probability_after=asked[1].probability,
-        essence_kl=float(_divergence(asked[0].essence, asked[1].essence)),
-        drift=float(_divergence(probed[0].said, probed[1].said).mean()),
-        perplexity_before=float(probed[0].surprise.mean().exp()),
-        perplexity_after=float(probed[1].surprise.mean().exp()),
+def compare(
+    of_fact: tuple[FactPredictions, FactPredictions],
+    of_texts: tuple[TextPredictions, TextPredictions],
+    max_drift: float,
+) -> SideEffects:
+    """Side effects of an edit, from predictions before and after it."""
+    return SideEffects(
+        probability_before=of_fact[0].probability,
+        probability_after=of_fact[1].probability,
+        essence_kl=float(_divergence(of_fact[0].essence, of_fact[1].essence)),
+        drift=float(_divergence(of_texts[0].log_probabilities, of_texts[1].log_probabilities).mean()),
+        perplexity_before=float(of_texts[0].nll.mean().exp()),
+        perplexity_after=float(of_texts[1].nll.mean().exp()),
         max_drift=max_drift,
     )
 
 
 @without_autocast
-def healths(
+def side_effects_of(
     model: Model,
     rewrites: Sequence[Rewrite],
     edits: Sequence[Edit],
     probabilities: Sequence[tuple[float, float]],
     *,
-    probes: Sequence[str],
-    before: Probed,
+    texts: Sequence[str],
+    before: TextPredictions,
     essence: str = ESSENCE,
     max_drift: float = MAX_DRIFT,
-) -> list[Health]:
-    """The health of many edits, each as if it were alone on the model, which is left as it is.
+) -> list[SideEffects]:
+    """Side effects of many edits, each as if it were alone on the model, which is left as it is.
 
     Args:
         model: without the edits.
         rewrites, edits: which edit is of which rewrite.
         probabilities: of each rewrite's new object after its bare prompt, before and after.
-        probes: texts to measure drift on; before: what `probe` says of them now.
-        essence: as of `ask`.
+        texts: reference texts, on which drift is measured; before: `predict_texts` of them on the model.
+        essence: as of `predict_fact`.
         max_drift: the bound above which an edit counts as disabling, in nats per token.
 
     Raises:
@@ -176,11 +181,11 @@ def healths(
     """
     if not edits:
         return []
-    texts = [Fact(rewrite.subject, essence).text for rewrite in rewrites]
-    texts += [text for _ in edits for text in probes]
-    sequences = [PackedSequence(tuple(model.ids(text))) for text in texts]
-    kept: list[dict[int, Tensor]] = [{}, {}]  # without and with the edit, states by sequence; of probes only with
-    owners = [*range(len(edits)), *(i for i in range(len(edits)) for _ in probes)]
+    essences = [Fact(rewrite.subject, essence).text for rewrite in rewrites]
+    sequences = [PackedSequence(tuple(model.ids(text))) for text in [*essences, *(list(texts) * len(edits))]]
+    # Without and with the edit, states by sequence; of reference texts only with it.
+    kept: list[dict[int, Tensor]] = [{}, {}]
+    owners = [*range(len(edits)), *(i for i in range(len(edits)) for _ in texts)]
     with_edits = [edits[i] for i in owners]
     with closing(run_edited(model, sequences, [[None] * len(sequences), with_edits])) as parts:
         for variant, batch, hidden in parts:
@@ -190,55 +195,27 @@ def healths(
                     kept[variant][member] = batch.pick(hidden, [(place, None, token) for token in tokens])
     found = []
     for i, pair in enumerate(probabilities):
-        own, after = (_said(model, states[i][-1]) for states in kept)
-        first = len(edits) + i * len(probes)
-        rows = [(sequences[j].prefix, _said(model, kept[1][j])) for j in range(first, first + len(probes))]
-        asked = Asked(pair[0], own), Asked(pair[1], after)
-        found.append(compare(asked, (before, _probed(rows)), max_drift))
+        own, after = (_next_token(model, states[i][-1]) for states in kept)
+        first = len(edits) + i * len(texts)
+        rows = [(sequences[j].prefix, _next_token(model, kept[1][j])) for j in range(first, first + len(texts))]
+        of_fact = FactPredictions(pair[0], own), FactPredictions(pair[1], after)
+        found.append(compare(of_fact, (before, _text_predictions(rows)), max_drift))
     return found
 
 
-@without_autocast
-def alone(model: Model, edits: Sequence[Edit], seed: int = 0) -> list[Health]:
-    """The health of edits of one rewrite each, as `healths`, on texts of the model's own.
-
-    Args:
-        model: without the edits.
-        edits: each as if it were alone.
-        seed: of the texts.
-
-    Raises:
-        FactError: if a text is too long for the model.
-        ConfigError: if the model's tokenizer has no token to start texts from.
-    """
-    if not edits:
-        return []
-
-    def probability(rewrite: Rewrite) -> float:
-        return math.exp(score(model, [rewrite.text], [rewrite.new_object], [rewrite.separator])[0].total)
-
-    rewrites, chances = [each.rewrites[0] for each in edits], []
-    for rewrite, edit in zip(rewrites, edits, strict=True):
-        before = probability(rewrite)
-        with edit.applied(model):
-            chances.append((before, probability(rewrite)))
-    probes = sampled_probes(model, seed)
-    return healths(model, rewrites, edits, chances, probes=probes, before=probe(model, probes))
-
-
-def _said(model: Model, states: Tensor) -> Tensor:
+def _next_token(model: Model, states: Tensor) -> Tensor:
     """Log-probabilities of what follows states of the last block, in float32 at least."""
     with torch.no_grad():
         return model.unembed(states).to(torch.promote_types(model.dtype, torch.float32)).log_softmax(-1)
 
 
-def _probed(rows: Sequence[tuple[Sequence[int], Tensor]]) -> Probed:
+def _text_predictions(rows: Sequence[tuple[Sequence[int], Tensor]]) -> TextPredictions:
     """Predictions on texts, from their token ids and log-probabilities `[t, v]`."""
     own = [
         -logs[:-1].gather(1, torch.tensor(ids[1:], dtype=torch.long, device=logs.device)[:, None])[:, 0]
         for ids, logs in rows
     ]
-    return Probed(torch.cat([logs[:-1] for _, logs in rows]), torch.cat(own))
+    return TextPredictions(torch.cat([logs[:-1] for _, logs in rows]), torch.cat(own))
 
 
 def _divergence(before: Tensor, after: Tensor) -> Tensor:
