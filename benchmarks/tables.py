@@ -1,4 +1,4 @@
-"""Tables 1 and 2 of the atlas, every row: trains KE and MEND on three kinds of lessons each, measures all, reports.
+"""Tables 1 and 2 of the atlas, every row: trains KE and MEND on three kinds of examples each, measures all, reports.
 
     python benchmarks/tables.py --out tables                 # some two hours on two cores
     python benchmarks/tables.py --out tables --minutes 2 --records 20 --no-generation
@@ -24,7 +24,7 @@ from pathlib import Path
 ERRATA = [sys.executable, "-m", "errata.cli.app"]
 AT_ONCE = 2
 
-# Name of the row, method, kind of lessons.
+# Name of the row, method, kind of training examples.
 TRAINED = [
     ("KE-CF", "ke", "counterfact"),
     ("MEND-CF", "mend", "counterfact"),
@@ -89,7 +89,9 @@ def measure(out: Path, kind: str, records: int, generation: bool) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("tables"), help="the folder")
-    parser.add_argument("--records", type=int, default=500, help="how many are measured; lessons are made of others")
+    parser.add_argument(
+        "--records", type=int, default=500, help="how many are measured; training examples are made of others"
+    )
     parser.add_argument("--minutes", type=float, default=12, help="of each training, on one thread")
     parser.add_argument("--no-generation", action="store_true", help="no texts, and so no GE and RS")
     given = parser.parse_args()

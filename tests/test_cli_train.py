@@ -55,7 +55,7 @@ def test_it_learns_from_a_file_and_not_from_what_it_is_measured_on(errata):
     data, test = written("lessons.json", made[4:]), written("test.json", made[:6])
     command = ["train-editor", "mend", "--data", data, *QUICK, *SMALL["mend"], "--out", "trained"]
     done = errata(*command, "--test", test)
-    refused(done, "mend has learnt from 2 of the 6 facts that it is to be measured on")
+    refused(done, "mend was trained on 2 of the 6 facts that it is to be measured on")
     assert not Path("trained").exists()
     assert errata(*command, "--test", test, "--allow-seen").returncode == 0
     evaluate = ["evaluate", "--data", test, "--no-generation", "--no-health", "--out", "run"]
@@ -102,7 +102,7 @@ def test_one_that_was_stopped_goes_on(errata, monkeypatch):
         (["mend", "--data", "none.json"], "none.json"),
         (["mend", "--data", "none.json", "--kind", "zsre"], "leave it out"),
         (["mend", "--skip", "10000"], "the first 10000 are left out: skip fewer"),
-        (["mend", "--validation", "10"], "10 are kept apart for validation"),
+        (["mend", "--validation", "10"], "10 of them are for validation"),
         (["mend", "--picture", "losses.doc"], ".png"),
         (["mend", "--limit", "0"], "--limit"),
         (["rome"], "rome"),

@@ -41,7 +41,7 @@ from errata.data.templates import read_templates
 from errata.data.triples import read_triples
 from errata.editors.hypernetworks import training
 from errata.editors.hypernetworks.files import Trained, new_network
-from errata.editors.hypernetworks.lessons import Lesson
+from errata.editors.hypernetworks.training_examples import TrainingExample
 from errata.edits import lora
 from errata.edits.delta import RankOne
 from errata.edits.edit import Edit
@@ -225,16 +225,16 @@ def model():
 
 
 @functools.cache
-def lessons():
+def examples():
     rewrite = FACT.rewrite("Rome")
-    return [Lesson(rewrite, (rewrite.text,), (("Berlin lies in", "Germany"),)) for _ in range(3)]
+    return [TrainingExample(rewrite, (rewrite.text,), (("Berlin lies in", "Germany"),)) for _ in range(3)]
 
 
 TRAINING = training.TrainingConfig(steps=9, batch=1, validate_every=2, validation=1, max_minutes=None)
 
 
 def training_file(folder):
-    run = training._Run.begun(model(), "ke", lessons(), folder / "t", TRAINING, {"blocks": 1, "hidden": 2})
+    run = training._Run.begun(model(), "ke", examples(), folder / "t", TRAINING, {"blocks": 1, "hidden": 2})
     run.step()
     run.step()
     return folder / "t" / training.STATE
@@ -242,7 +242,7 @@ def training_file(folder):
 
 def go_on_training(path):
     training.curve_of(path.parent)
-    run = training._Run.begun(model(), "ke", lessons(), path.parent, TRAINING, {"blocks": 1, "hidden": 2})
+    run = training._Run.begun(model(), "ke", examples(), path.parent, TRAINING, {"blocks": 1, "hidden": 2})
     run.step()
 
 

@@ -25,10 +25,10 @@ from errata.editors.hypernetworks import editor, training
 from errata.editors.hypernetworks.editor import trained_edits
 from errata.editors.hypernetworks.factors import Factors, edited_maps, gradient_factors
 from errata.editors.hypernetworks.files import Trained, new_network
-from errata.editors.hypernetworks.lessons import Lesson, keys, text_lessons
 from errata.editors.hypernetworks.network import condition
-from errata.editors.hypernetworks.objective import Drill, Place, changes_of, descend, words_of
+from errata.editors.hypernetworks.objective import EncodedExample, Place, backward, changes_of, words_of
 from errata.editors.hypernetworks.training import EDITOR, STATE, TrainingConfig, curve_of, train
+from errata.editors.hypernetworks.training_examples import TrainingExample, keys, text_examples
 from errata.editors.texts import text_of
 from errata.edits.edit import Edit
 from errata.models.fingerprint import weights_digest
@@ -45,8 +45,10 @@ FACTS = [
     Fact("Danielle Darrieux", "The mother tongue of {} is", "French").rewrite("English now"),
     Fact("Roy", "{} plays", "trumpet").rewrite("harp"),
 ]
-LESSONS = [
-    Lesson(each, (each.text, f"Of late. {each.text}"), (("Berlin lies in", "Germany"), ("A cat is an", "animal too")))
+EXAMPLES = [
+    TrainingExample(
+        each, (each.text, f"Of late. {each.text}"), (("Berlin lies in", "Germany"), ("A cat is an", "animal too"))
+    )
     for each in FACTS
 ]
 NETWORKS = {"mend": {"blocks": 2, "rank": 5, "edit_lr": 0.01}, "ke": {"blocks": 2, "hidden": 4}}
@@ -222,8 +224,8 @@ def test_every_layer_of_mend_learns():
     model = model_of()
     place = Place.of(model, 2)
     network = new_network("mend", place.shapes(model), model.d_model, NETWORKS["mend"]).to(model.dtype).train()
-    drills = [Drill.of(model, lesson) for lesson in LESSONS]
-    descend(model, network, place, drills, 0.1, 1.0)
+    examples = [EncodedExample.of(model, example) for example in EXAMPLES]
+    backward(model, network, place, examples, 0.1, 1.0)
     for shared in network.shared:
         for layer, weights in enumerate(shared.U):
             assert weights.grad.abs().max() > 0, layer
@@ -299,9 +301,9 @@ def test_the_gradient_is_that_of_whole_edited_models(family, method):
     before = state(model)
     network, place = network_of(model, method)
     network.eval()
-    drills = [Drill.of(model, lesson, equivalent=i, other=i) for i, lesson in enumerate(LESSONS)]
+    examples = [EncodedExample.of(model, example, equivalent=i, other=i) for i, example in enumerate(EXAMPLES)]
     network.zero_grad()
-    found = descend(model, network, place, drills, 0.7, 1.3)
+    found = backward(model, network, place, examples, 0.7, 1.3)
     ours = {name: each.grad.clone() for name, each in network.named_parameters() if each.grad is not None}
     assert state(model) == before
 
@@ -310,7 +312,7 @@ def test_the_gradient_is_that_of_whole_edited_models(family, method):
     changes = changes_of(model, network, place, texts, [words_of(model, condition(each)) for each in FACTS])
     total = torch.zeros((), dtype=model.dtype)
     weights = {name: each.detach() for name, each in model.hf.named_parameters()}
-    for i, lesson in enumerate(LESSONS):
+    for i, example in enumerate(EXAMPLES):
         edited = dict(weights)
         for name in place.maps:
             write, read = changes[name].of(i)
@@ -321,17 +323,17 @@ def test_the_gradient_is_that_of_whole_edited_models(family, method):
         def hf(edited=edited, **given):
             return functional_call(model.hf, edited, kwargs=given)
 
-        edit = plain_loss(hf, model.tokenizer, lesson.equivalents[i % 2], lesson.rewrite.new_object)
-        prompt, target = lesson.others[i % 2]
+        edit = plain_loss(hf, model.tokenizer, example.equivalents[i % 2], example.rewrite.new_object)
+        prompt, target = example.others[i % 2]
         start, ids = len(model.tokenizer(prompt)["input_ids"]), model.tokenizer(f"{prompt} {target}")["input_ids"]
         asked = torch.tensor([ids])
         with torch.no_grad():
             was = model.hf(input_ids=asked).logits[0, start - 1 : -1].log_softmax(-1)
         now = hf(input_ids=asked, use_cache=False).logits[0, start - 1 : -1].log_softmax(-1)
-        apart = (was.exp() * (was - now)).sum(-1).mean()
+        moved = (was.exp() * (was - now)).sum(-1).mean()
         assert float(found.edit[i]) == pytest.approx(edit.item(), rel=1e-5)
-        assert float(found.locality[i]) == pytest.approx(apart.item(), rel=1e-3, abs=1e-9)
-        total = total + (0.7 * edit + 1.3 * apart) / len(LESSONS)
+        assert float(found.locality[i]) == pytest.approx(moved.item(), rel=1e-3, abs=1e-9)
+        total = total + (0.7 * edit + 1.3 * moved) / len(EXAMPLES)
     total.backward()
     for name, parameter in network.named_parameters():
         if name in ours:
@@ -354,7 +356,7 @@ def trained_edit(model: Model, rewrite: Rewrite, by: Trained, **settings) -> Edi
 def trained(method: str, family: str = "gpt2") -> Trained:
     model = model_of(family)
     network, _ = network_of(model, method)
-    return Trained(network.eval(), model.name, weights_digest(model.hf), {"steps": 3}, frozenset(keys(LESSONS)))
+    return Trained(network.eval(), model.name, weights_digest(model.hf), {"steps": 3}, frozenset(keys(EXAMPLES)))
 
 
 @pytest.mark.parametrize("method", NETWORKS)
@@ -432,7 +434,7 @@ def test_a_trained_editor_is_read_back_as_it_was(method, tmp_path):
     kept = Trained(network.eval(), model.name, weights_digest(model.hf), {"steps": 3}, frozenset({"0" * 12}))
     kept.save(tmp_path / "x.safetensors")
     again = Trained.load(tmp_path / "x.safetensors")
-    assert (again.header(), again.seen) == (kept.header(), kept.seen)
+    assert (again.header(), again.trained_on) == (kept.header(), kept.trained_on)
     assert trained_edit(model, FACTS[0], again) == trained_edit(model, FACTS[0], kept)
     editor = errata.editor(model, method, trained=str(tmp_path / "x.safetensors"), scale=2.0)
     assert editor.trained_on == {"0" * 12}
@@ -497,7 +499,7 @@ def test_training_lowers_the_loss_and_keeps_the_best(method, tmp_path):
     model = small()
     before = state(model)
     config = TrainingConfig(**{**CONFIG.model_dump(), "steps": 30, "validate_every": 10})
-    found = train(model, method, LESSONS * 2, tmp_path / "t", config, NETWORKS[method])
+    found = train(model, method, EXAMPLES * 2, tmp_path / "t", config, NETWORKS[method])
     assert state(model) == before
     curve = curve_of(tmp_path / "t")
     assert (curve.ended, len(curve.edit)) == ("steps", 30)
@@ -508,7 +510,7 @@ def test_training_lowers_the_loss_and_keeps_the_best(method, tmp_path):
 
 @pytest.mark.parametrize("method", NETWORKS)
 def test_one_that_was_stopped_goes_on_as_if_it_had_not(method, tmp_path):
-    train(small(), method, LESSONS, tmp_path / "whole", CONFIG, NETWORKS[method])
+    train(small(), method, EXAMPLES, tmp_path / "whole", CONFIG, NETWORKS[method])
     for at in (1, 3, 4):
 
         def stop(done, of, curve, at=at):
@@ -516,15 +518,15 @@ def test_one_that_was_stopped_goes_on_as_if_it_had_not(method, tmp_path):
                 raise KeyboardInterrupt
 
         with pytest.raises(KeyboardInterrupt):
-            train(small(), method, LESSONS, tmp_path / "parts", CONFIG, NETWORKS[method], stop)
+            train(small(), method, EXAMPLES, tmp_path / "parts", CONFIG, NETWORKS[method], stop)
         assert len(curve_of(tmp_path / "parts").edit) == at
-    train(small(), method, LESSONS, tmp_path / "parts", CONFIG, NETWORKS[method])
+    train(small(), method, EXAMPLES, tmp_path / "parts", CONFIG, NETWORKS[method])
     same(tmp_path / "whole", tmp_path / "parts")
 
 
 def test_cut_short_within_a_step_it_goes_on_from_the_last_checkpoint(tmp_path, monkeypatch):
-    train(small(), "mend", LESSONS, tmp_path / "whole", CONFIG, NETWORKS["mend"])
-    steps, real = [], training.descend
+    train(small(), "mend", EXAMPLES, tmp_path / "whole", CONFIG, NETWORKS["mend"])
+    steps, real = [], training.backward
 
     def cut(*args):
         found = real(*args)  # by now the network has gathered moments
@@ -533,10 +535,10 @@ def test_cut_short_within_a_step_it_goes_on_from_the_last_checkpoint(tmp_path, m
             raise KeyboardInterrupt
         return found
 
-    monkeypatch.setattr(training, "descend", cut)
+    monkeypatch.setattr(training, "backward", cut)
     with pytest.raises(KeyboardInterrupt):
-        train(small(), "mend", LESSONS, tmp_path / "parts", CONFIG, NETWORKS["mend"])
-    train(small(), "mend", LESSONS, tmp_path / "parts", CONFIG, NETWORKS["mend"])
+        train(small(), "mend", EXAMPLES, tmp_path / "parts", CONFIG, NETWORKS["mend"])
+    train(small(), "mend", EXAMPLES, tmp_path / "parts", CONFIG, NETWORKS["mend"])
     same(tmp_path / "whole", tmp_path / "parts")
 
 
@@ -547,66 +549,66 @@ def test_killed_before_the_first_checkpoint_it_begins_again(tmp_path, monkeypatc
     real = training._Run.save
     monkeypatch.setattr(training._Run, "save", killed)
     with pytest.raises(SystemExit):
-        train(small(), "mend", LESSONS, tmp_path / "t", CONFIG, NETWORKS["mend"])
+        train(small(), "mend", EXAMPLES, tmp_path / "t", CONFIG, NETWORKS["mend"])
     assert [path.name for path in (tmp_path / "t").iterdir()] == [EDITOR]
     (tmp_path / "t" / f".{STATE}.x1.safetensors").write_bytes(b"half")
     monkeypatch.setattr(training._Run, "save", real)
-    train(small(), "mend", LESSONS, tmp_path / "t", CONFIG, NETWORKS["mend"])
+    train(small(), "mend", EXAMPLES, tmp_path / "t", CONFIG, NETWORKS["mend"])
     assert curve_of(tmp_path / "t").ended == "steps"
 
 
 @pytest.mark.parametrize("method", NETWORKS)
 def test_models_of_other_dtypes_train_too(method, tmp_path):
     for dtype in (torch.float64, torch.bfloat16):
-        found = train(model_of(dtype=dtype), method, LESSONS, tmp_path / str(dtype), CONFIG, NETWORKS[method])
+        found = train(model_of(dtype=dtype), method, EXAMPLES, tmp_path / str(dtype), CONFIG, NETWORKS[method])
         assert isinstance(trained_edit(model_of(dtype=dtype), FACTS[0], found), Edit)
 
 
 def test_what_cannot_be_learnt_is_told_before_the_first_step(tmp_path):
-    long = Lesson(FACTS[0], (FACTS[0].text, "word " * 999 + FACTS[0].text))
-    with pytest.raises(FactError, match=r"lesson 3, counted from 0, cannot be learnt: .* tokens"):
-        train(small(), "mend", [*LESSONS, long], tmp_path / "t", CONFIG, NETWORKS["mend"])
+    long = TrainingExample(FACTS[0], (FACTS[0].text, "word " * 999 + FACTS[0].text))
+    with pytest.raises(FactError, match=r"training example 3, counted from 0, cannot be used: .* tokens"):
+        train(small(), "mend", [*EXAMPLES, long], tmp_path / "t", CONFIG, NETWORKS["mend"])
     assert not (tmp_path / "t").exists()
     with pytest.raises(ConfigError, match="c_edit is 0"):
         TrainingConfig(c_edit=0)
 
 
-def test_all_lessons_count_as_seen_by_relation_and_by_prompt(tmp_path):
+def test_all_examples_count_as_trained_on_by_relation_and_by_prompt(tmp_path):
     """Those that the network was chosen by, too; and a record whose relation has no name is known by its prompt."""
-    named = [Lesson(each.rewrite, each.equivalents, each.others, "P1") for each in LESSONS]
+    named = [TrainingExample(each.rewrite, each.equivalents, each.others, "P1") for each in EXAMPLES]
     found = train(small(), "mend", named, tmp_path / "t", CONFIG, NETWORKS["mend"])
     both = {fact_key(each.subject, name) for each in FACTS for name in ("P1", each.prompt)}
-    assert found.seen == both == set(keys(named))
+    assert found.trained_on == both == set(keys(named))
 
 
 def test_a_training_by_the_clock_tells_how_far_it_has_come(tmp_path, monkeypatch):
     monkeypatch.setattr(training._Run, "_elapsed", lambda self: 20.0 * self.done)
     config = TrainingConfig(**{**CONFIG.model_dump(), "steps": 1000, "max_minutes": 1})
     told = []
-    train(small(), "mend", LESSONS, tmp_path / "t", config, NETWORKS["mend"], lambda *each: told.append(each[:2]))
+    train(small(), "mend", EXAMPLES, tmp_path / "t", config, NETWORKS["mend"], lambda *each: told.append(each[:2]))
     assert told[:4] == [(1, 3), (2, 3), (3, 3), (4, 4)]
     assert curve_of(tmp_path / "t").ended == "minutes"
 
 
 def test_validation_asks_through_every_kind_of_prompt(tmp_path, monkeypatch):
-    asked, judged = [], training.judged
+    asked, losses = [], training.losses
 
-    def noted(model, network, place, drills):
-        asked.extend(drills)
-        return judged(model, network, place, drills)
+    def noted(model, network, place, examples):
+        asked.extend(examples)
+        return losses(model, network, place, examples)
 
-    monkeypatch.setattr(training, "judged", noted)
+    monkeypatch.setattr(training, "losses", noted)
     config = TrainingConfig(**{**CONFIG.model_dump(), "steps": 1, "validation": 4})
-    train(small(), "mend", LESSONS * 2, tmp_path / "t", config, NETWORKS["mend"])
-    prompts = [small().tokenizer.decode(drill.equivalent.ids) for drill in asked[:4]]
+    train(small(), "mend", EXAMPLES * 2, tmp_path / "t", config, NETWORKS["mend"])
+    prompts = [small().tokenizer.decode(example.equivalent.ids) for example in asked[:4]]
     assert [prompt.startswith("Of late.") for prompt in prompts] == [False, True, False, True]
 
 
 def test_more_steps_go_on_from_the_end(tmp_path):
     longer = TrainingConfig(**{**CONFIG.model_dump(), "steps": 8})
-    train(small(), "mend", LESSONS, tmp_path / "a", CONFIG, NETWORKS["mend"])
-    train(small(), "mend", LESSONS, tmp_path / "a", longer, NETWORKS["mend"])
-    train(small(), "mend", LESSONS, tmp_path / "b", longer, NETWORKS["mend"])
+    train(small(), "mend", EXAMPLES, tmp_path / "a", CONFIG, NETWORKS["mend"])
+    train(small(), "mend", EXAMPLES, tmp_path / "a", longer, NETWORKS["mend"])
+    train(small(), "mend", EXAMPLES, tmp_path / "b", longer, NETWORKS["mend"])
     same(tmp_path / "a", tmp_path / "b")
 
 
@@ -614,7 +616,7 @@ SCRIPT = """
 import sys
 sys.path.insert(0, {tests!r})
 import test_hypernetworks as t
-t.train(t.small(), "mend", t.LESSONS, {folder!r}, t.TrainingConfig(**{{**t.CONFIG.model_dump(), "steps": 400}}),
+t.train(t.small(), "mend", t.EXAMPLES, {folder!r}, t.TrainingConfig(**{{**t.CONFIG.model_dump(), "steps": 400}}),
         t.NETWORKS["mend"])
 """
 
@@ -630,26 +632,26 @@ def test_killed_at_any_moment_it_goes_on(tmp_path):
     process.send_signal(signal.SIGKILL)
     process.communicate()
     config = TrainingConfig(**{**CONFIG.model_dump(), "steps": max(10, len(curve_of(folder).edit) + 2)})
-    train(small(), "mend", LESSONS, folder, config, NETWORKS["mend"])
-    train(small(), "mend", LESSONS, tmp_path / "whole", config, NETWORKS["mend"])
+    train(small(), "mend", EXAMPLES, folder, config, NETWORKS["mend"])
+    train(small(), "mend", EXAMPLES, tmp_path / "whole", config, NETWORKS["mend"])
     same(tmp_path / "whole", folder)
 
 
 def test_it_stops_when_validation_is_no_longer_better(tmp_path):
     config = TrainingConfig(**{**CONFIG.model_dump(), "steps": 500, "patience": 2, "learning_rate": 1e-12})
     settings = {**NETWORKS["mend"], "edit_lr_lr": 0.0}
-    train(small(), "mend", LESSONS, tmp_path / "t", config, settings)
+    train(small(), "mend", EXAMPLES, tmp_path / "t", config, settings)
     assert curve_of(tmp_path / "t").ended == "patience"
 
 
 def test_time_may_be_limited(tmp_path):
     config = TrainingConfig(**{**CONFIG.model_dump(), "steps": 10**6, "max_minutes": 0.01})
-    train(small(), "ke", LESSONS, tmp_path / "t", config, NETWORKS["ke"])
+    train(small(), "ke", EXAMPLES, tmp_path / "t", config, NETWORKS["ke"])
     assert curve_of(tmp_path / "t").ended == "minutes"
 
 
 def test_one_that_diverges_is_stopped_and_the_best_kept(tmp_path, monkeypatch):
-    plain = training.descend
+    plain = training.backward
 
     def broken(*args):
         found = plain(*args)
@@ -659,67 +661,67 @@ def test_one_that_diverges_is_stopped_and_the_best_kept(tmp_path, monkeypatch):
         return found
 
     calls: list[int] = []
-    monkeypatch.setattr(training, "descend", broken)
+    monkeypatch.setattr(training, "backward", broken)
     with pytest.raises(Diverged, match=r"after 3 steps\. The network of step"):
-        train(small(), "mend", LESSONS, tmp_path / "t", CONFIG, NETWORKS["mend"])
+        train(small(), "mend", EXAMPLES, tmp_path / "t", CONFIG, NETWORKS["mend"])
     kept = Trained.load(tmp_path / "t" / EDITOR)
     assert all(torch.isfinite(each).all() for each in kept.network.state_dict().values())
 
 
 def test_one_whose_last_validation_diverges_is_no_success(tmp_path, monkeypatch):
-    plain = training.judged
+    plain = training.losses
 
-    def broken(model, network, place, drills):
-        found = plain(model, network, place, drills)
+    def broken(model, network, place, examples):
+        found = plain(model, network, place, examples)
         calls.append(1)
         return replace(found, edit=found.edit * float("nan")) if len(calls) > 2 else found
 
     calls: list[int] = []
-    monkeypatch.setattr(training, "judged", broken)
+    monkeypatch.setattr(training, "losses", broken)
     config = TrainingConfig(**{**CONFIG.model_dump(), "steps": 3, "validate_every": 2})
     with pytest.raises(Diverged):
-        train(small(), "mend", LESSONS, tmp_path / "t", config, NETWORKS["mend"])
+        train(small(), "mend", EXAMPLES, tmp_path / "t", config, NETWORKS["mend"])
     assert len(curve_of(tmp_path / "t").validations) == 2
 
 
 def test_another_training_is_refused(tmp_path):
-    train(small(), "mend", LESSONS, tmp_path / "t", CONFIG, NETWORKS["mend"])
+    train(small(), "mend", EXAMPLES, tmp_path / "t", CONFIG, NETWORKS["mend"])
     other = TrainingConfig(**{**CONFIG.model_dump(), "seed": 1})
     with pytest.raises(ResultFileError, match="another training, with other training"):
-        train(small(), "mend", LESSONS, tmp_path / "t", other, NETWORKS["mend"])
-    with pytest.raises(ResultFileError, match="other lessons"):
-        train(small(), "mend", LESSONS[::-1], tmp_path / "t", CONFIG, NETWORKS["mend"])
+        train(small(), "mend", EXAMPLES, tmp_path / "t", other, NETWORKS["mend"])
+    with pytest.raises(ResultFileError, match="other training examples"):
+        train(small(), "mend", EXAMPLES[::-1], tmp_path / "t", CONFIG, NETWORKS["mend"])
     with pytest.raises(ResultFileError, match="other method and network"):
-        train(small(), "ke", LESSONS, tmp_path / "t", CONFIG, NETWORKS["ke"])
+        train(small(), "ke", EXAMPLES, tmp_path / "t", CONFIG, NETWORKS["ke"])
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "notes.txt").write_text("mine")
     with pytest.raises(ResultFileError, match="holds other files"):
-        train(small(), "mend", LESSONS, tmp_path / "full", CONFIG, NETWORKS["mend"])
+        train(small(), "mend", EXAMPLES, tmp_path / "full", CONFIG, NETWORKS["mend"])
 
 
-def test_too_few_lessons(tmp_path):
-    with pytest.raises(ConfigError, match="there are 1 lessons, and 1 are kept apart"):
-        train(small(), "mend", LESSONS[:1], tmp_path / "t", CONFIG, NETWORKS["mend"])
+def test_too_few_examples(tmp_path):
+    with pytest.raises(ConfigError, match="there are 1 training examples, and 1 of them are"):
+        train(small(), "mend", EXAMPLES[:1], tmp_path / "t", CONFIG, NETWORKS["mend"])
     with pytest.raises(FactError, match="has no prompt to be judged by"):
-        Lesson(FACTS[0], ())
+        TrainingExample(FACTS[0], ())
 
 
-def test_lessons_of_plain_text():
+def test_examples_of_plain_text():
     texts = ["The quick brown fox jumps over the lazy dog and runs away.", "short", "Pack my box with five dozen jugs."]
     texts += [
         "How vexingly quick daft zebras jump over there today.",
         "Sphinx of black quartz, judge my vow right now.",
     ]
-    found = text_lessons(small(), texts, prompt_tokens=8, target_tokens=6)
+    found = text_examples(small(), texts, prompt_tokens=8, target_tokens=6)
     assert 2 <= len(found) <= 4
     for each in found:
         assert each.equivalents == (each.rewrite.text,)
         assert each.rewrite.new_object != each.rewrite.fact.object
         assert any(each.rewrite.text in text for text in texts)
         assert any(" ".join([*each.others[0]]) in text for text in texts), "no text goes on so"
-    assert found == text_lessons(small(), texts, prompt_tokens=8, target_tokens=6)
-    with pytest.raises(FactError, match="a lesson takes three"):
-        text_lessons(small(), texts[:2])
+    assert found == text_examples(small(), texts, prompt_tokens=8, target_tokens=6)
+    with pytest.raises(FactError, match="a training example takes three"):
+        text_examples(small(), texts[:2])
 
 
 def test_training_off_the_main_thread(tmp_path):
@@ -727,7 +729,7 @@ def test_training_off_the_main_thread(tmp_path):
 
     def work():
         try:
-            train(small(), "ke", LESSONS, tmp_path / "t", CONFIG, NETWORKS["ke"])
+            train(small(), "ke", EXAMPLES, tmp_path / "t", CONFIG, NETWORKS["ke"])
         except BaseException as error:  # told to the test
             errors.append(error)
 

@@ -21,12 +21,12 @@ from errata.editors.editor import Editor
 from errata.edits.delta import RankOne
 from errata.edits.edit import Edit
 from errata.evaluation import formats
-from errata.evaluation.lessons import lessons
 from errata.evaluation.page import write_page
 from errata.evaluation.report import table
 from errata.evaluation.results import Run
 from errata.evaluation.runner import evaluate
 from errata.evaluation.settings import SettingScores
+from errata.evaluation.training_examples import training_examples
 from errata.models.loading import load_pretrained
 from errata.models.scoring import score
 from errata.models.weights import down_weight_name
@@ -136,8 +136,8 @@ def test_a_task_from_outside_is_read_evaluated_reported_and_shown(outside, tmp_p
     assert "Naples is in" in (tmp_path / "page.html").read_text()
     assert SettingScores.of(run, "layer").metrics == ("new", "kept")
     assert describe(found).kind == "recall"
-    (lesson, _) = lessons(found.task, found.records)
-    assert (lesson.equivalents, lesson.others) == (("Rome is in",), found.records[0].others)
+    (example, _) = training_examples(found.task, found.records)
+    assert (example.equivalents, example.others) == (("Rome is in",), found.records[0].others)
 
 
 def test_a_task_from_outside_on_the_command_line(outside, tmp_path):

@@ -12,8 +12,8 @@ import typer
 from errata.cli import options
 
 if TYPE_CHECKING:
-    from errata.editors.hypernetworks.lessons import Lesson
     from errata.editors.hypernetworks.training import Curve
+    from errata.editors.hypernetworks.training_examples import TrainingExample
     from errata.models.model import Model
     from errata.tasks.task import Case
 
@@ -43,9 +43,9 @@ def train_editor(
     ] = None,
     test: Annotated[
         Optional[Path],  # noqa: UP045
-        typer.Option(help="Records that it will be measured on: lessons on the same facts are refused."),
+        typer.Option(help="Records that it will be measured on: training examples on the same facts are refused."),
     ] = None,
-    allow_seen: Annotated[bool, typer.Option("--allow-seen", help="Learn from them all the same.")] = False,
+    allow_seen: Annotated[bool, typer.Option("--allow-seen", help="Train on them all the same.")] = False,
     set_: Annotated[
         Optional[list[str]],  # noqa: UP045
         typer.Option("--set", help="A setting of the network, such as rank=256; any number."),
@@ -55,14 +55,14 @@ def train_editor(
         Optional[float],  # noqa: UP045
         typer.Option(help="Of Adam; 1e-6 for MEND and 3e-4 for KE unless given, as published for large models."),
     ] = None,
-    batch: Annotated[int, typer.Option(min=1, help="Lessons a step.")] = 10,
+    batch: Annotated[int, typer.Option(min=1, help="Training examples a step.")] = 10,
     c_edit: Annotated[float, typer.Option(min=0, help="Factor of the loss on the edit.")] = 0.1,
     c_loc: Annotated[float, typer.Option(min=0, help="Factor of the divergence of other texts.")] = 1.0,
     clip: Annotated[float, typer.Option(min=0, help="The gradient's norm is kept below this.")] = 100.0,
     validate_every: Annotated[
         int, typer.Option(min=1, help="Steps between validations, with a checkpoint each.")
     ] = 500,
-    validation: Annotated[int, typer.Option(min=1, help="Lessons kept apart for it.")] = 100,
+    validation: Annotated[int, typer.Option(min=1, help="Size of the validation set.")] = 100,
     patience: Annotated[int, typer.Option(min=1, help="Stop after so many validations without a better one.")] = 10,
     max_minutes: Annotated[
         Optional[float],  # noqa: UP045
@@ -105,16 +105,18 @@ def train_editor(
     )
     options.require_outputs(out / training.STATE)
     loaded = options.load(model, device, dtype, download, start_token)
-    lessons = _lessons(loaded, data, kind, limit, skip, seed)
+    examples = _examples(loaded, data, kind, limit, skip, seed)
     if test is not None and not allow_seen:
-        from errata.editors.hypernetworks.lessons import keys
-        from errata.evaluation.lessons import require_unseen
+        from errata.editors.hypernetworks.training_examples import keys
+        from errata.evaluation.training_examples import require_unseen
         from errata.tasks.records import read_records
 
         tested = read_records(test)
-        require_unseen(method, frozenset(keys(lessons)), tested.task, tested.records)
+        require_unseen(method, frozenset(keys(examples)), tested.task, tested.records)
     with show.going_on("training", "steps") as tell:
-        trained = training.train(loaded, method, lessons, out, config, settings, lambda done, of, curve: tell(done, of))
+        trained = training.train(
+            loaded, method, examples, out, config, settings, lambda done, of, curve: tell(done, of)
+        )
     curve = training.curve_of(out)
     if picture is not None:
         _draw(curve, picture)
@@ -170,16 +172,16 @@ def _settings(given: Sequence[str]) -> dict[str, Any]:
     return found
 
 
-def _lessons(
+def _examples(
     model: Model, data: Path | None, kind: str | None, limit: int | None, skip: int | None, seed: int
-) -> list[Lesson]:
+) -> list[TrainingExample]:
     """Training examples from the options.
 
     Raises:
         ConfigError: if there is nothing, or both a file and a kind are named.
     """
     from errata.base.errors import ConfigError
-    from errata.editors.hypernetworks.lessons import text_lessons
+    from errata.editors.hypernetworks.training_examples import text_examples
 
     if data is None:
         return _of_the_atlas(model, kind, limit, skip, seed)
@@ -190,14 +192,16 @@ def _lessons(
     if data.suffix == ".txt":
         from errata.cli.evaluate import passages
 
-        return text_lessons(model, passages(data)[skip:end], seed)
+        return text_examples(model, passages(data)[skip:end], seed)
     from errata.tasks.records import read_records
 
     return _of_records(read_records(data, end).records, skip)
 
 
-def _of_the_atlas(model: Model, kind: str | None, limit: int | None, skip: int | None, seed: int) -> list[Lesson]:
-    """Lessons of the atlas's own records or texts.
+def _of_the_atlas(
+    model: Model, kind: str | None, limit: int | None, skip: int | None, seed: int
+) -> list[TrainingExample]:
+    """Training examples of the atlas's own records or texts.
 
     Raises:
         ConfigError: if the model is another.
@@ -212,28 +216,28 @@ def _of_the_atlas(model: Model, kind: str | None, limit: int | None, skip: int |
         )
     if kind == "text":
         from errata.atlas import own_corpus
-        from errata.editors.hypernetworks.lessons import text_lessons
+        from errata.editors.hypernetworks.training_examples import text_examples
 
-        return text_lessons(model, list(own_corpus())[skip or 0 :][:limit], seed)
+        return text_examples(model, list(own_corpus())[skip or 0 :][:limit], seed)
     from errata.atlas.records import BY_TASK
 
     skip = _ATLAS_TEST if skip is None else skip
     return _of_records(BY_TASK[kind or "counterfact"](10**9 if limit is None else skip + limit, seed)[0], skip)
 
 
-def _of_records(records: Sequence[Case], skip: int) -> list[Lesson]:
-    """Lessons of all but the first so many.
+def _of_records(records: Sequence[Case], skip: int) -> list[TrainingExample]:
+    """Training examples of all but the first so many.
 
     Raises:
         ConfigError: if there are no others.
     """
     from errata.base.errors import ConfigError
-    from errata.evaluation.lessons import lessons
+    from errata.evaluation.training_examples import training_examples
     from errata.tasks.registry import task_of_records
 
     if len(records) <= skip:
         raise ConfigError(f"there are {len(records)} records, and the first {skip} are left out: skip fewer")
-    return lessons(task_of_records(records), records[skip:])
+    return training_examples(task_of_records(records), records[skip:])
 
 
 def _draw(curve: Curve, picture: Path) -> None:

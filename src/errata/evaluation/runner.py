@@ -23,7 +23,6 @@ from errata.base.journal import Journal, read_journal
 from errata.base.reading import load_json, of_type
 from errata.editors.editor import Editor
 from errata.evaluation.executors import Chunk, Executor, Here, Work
-from errata.evaluation.lessons import require_unseen
 from errata.evaluation.measure import Measures
 from errata.evaluation.results import (
     FORMAT,
@@ -37,6 +36,7 @@ from errata.evaluation.results import (
     written_out,
 )
 from errata.evaluation.run import digest, standing
+from errata.evaluation.training_examples import require_unseen
 from errata.metrics.side_effects import predict_texts
 from errata.metrics.text import words
 from errata.models.model import Model

@@ -77,7 +77,7 @@ def training_figure(
     success.plot(at, points["success"], color=_VALID, marker="o", markersize=3, linewidth=1)
     success.set_ylim(-0.03, 1.03)
     effect_axis(success)
-    plain(success.set_title("new object said\n(percent of lessons)", fontsize=9))
+    plain(success.set_title("new object said\n(percent of examples)", fontsize=9))
     for axis in axes:
         axis.set_xlabel("steps", fontsize=8)
         axis.tick_params(labelsize=8, length=2)

@@ -62,7 +62,7 @@ def make_editor(method: str, model: Model, config: TrainedConfig, setup: Setup) 
     told = {**trained.header(), "scale": config.scale, "weights": digests}
     told.pop("versions")
     make = partial(trained_edits, trained=trained, scale=config.scale)
-    return Editor(method, told, make, trained_on=trained.seen)
+    return Editor(method, told, make, trained_on=trained.trained_on)
 
 
 def trained_edits(

@@ -52,14 +52,14 @@ class Trained:
         model: name of the model.
         fingerprint: digest of all of the model's weights.
         card: what else is told of its training, JSON-able.
-        seen: `fact_key` of the facts that it has learnt from.
+        trained_on: `fact_key` of the facts that it was trained on.
     """
 
     network: Network
     model: str
     fingerprint: str
     card: Mapping[str, Any]
-    seen: frozenset[str] = frozenset()
+    trained_on: frozenset[str] = frozenset()
 
     @property
     def method(self) -> str:
@@ -85,11 +85,11 @@ class Trained:
         Raises:
             OutputError: if the file cannot be written.
         """
-        header = {**self.header(), "seen": sorted(self.seen)}
+        header = {**self.header(), "seen": sorted(self.trained_on)}
         write_tensors(path, KIND, VERSION, header, dict(self.network.state_dict()))
 
     def header(self) -> dict[str, Any]:
-        """All that is not a tensor, but for what it has seen."""
+        """All that is not a tensor, but for what it was trained on."""
         return {
             "method": self.method,
             "config": self.network.config.model_dump(),
@@ -125,8 +125,8 @@ class Trained:
             network = new_network(header["method"], shapes, header["d_model"], header["config"])
             network.load_state_dict(dict(tensors))
             broken = [name for name, each in network.state_dict().items() if not torch.isfinite(each).all()]
-            seen = frozenset(header["seen"])
-            found = cls(network.eval(), header["model"], header["fingerprint"], header["card"], seen)
+            trained_on = frozenset(header["seen"])
+            found = cls(network.eval(), header["model"], header["fingerprint"], header["card"], trained_on)
         if broken:
             raise ResultFileError(
                 f"{path} is a broken trained editor: {broken[0]} is not a finite number. Train it again"
@@ -165,7 +165,7 @@ def config_of(method: str, settings: Mapping[str, Any]) -> NetworkConfig:
 def new_network(
     method: str, shapes: Mapping[str, tuple[int, int]], d_model: int, settings: Mapping[str, Any]
 ) -> Network:
-    """A network that has learnt nothing, of torch's own random numbers.
+    """An untrained network, of torch's own random numbers.
 
     Raises:
         ConfigError: if a setting is not valid.

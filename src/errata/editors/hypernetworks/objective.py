@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from errata.editors.hypernetworks.factors import Factors, edited_maps, gradient_factors, padded
-from errata.editors.hypernetworks.lessons import Lesson
 from errata.editors.hypernetworks.network import Network, Shapes, condition
+from errata.editors.hypernetworks.training_examples import TrainingExample
 from errata.editors.texts import Predictions, Text, kept, predictions, recorded_together, text_of
 from errata.models.frozen import frozen
 from errata.models.model import Model
@@ -28,8 +28,8 @@ Padded = Mapping[str, tuple[Tensor, Tensor]]  # by map, write [edits, d_out, k],
 
 
 @dataclass(frozen=True)
-class Drill:
-    """A lesson with one of its equivalents, and one of its other texts, as tokens.
+class EncodedExample:
+    """A training example with one of its equivalents, and one of its other texts, as tokens.
 
     Attributes:
         edit: the rewrite's own text.
@@ -44,19 +44,19 @@ class Drill:
     other: Text | None
 
     @classmethod
-    def of(cls, model: Model, lesson: Lesson, equivalent: int = 0, other: int = 0) -> Drill:
+    def of(cls, model: Model, example: TrainingExample, equivalent: int = 0, other: int = 0) -> EncodedExample:
         """The examples at these positions, counted from 0 and cyclically.
 
         Raises:
             FactError: if a text is too long for the model, or nothing is left of a target.
         """
-        new, between = lesson.rewrite.new_object, lesson.rewrite.separator
-        apart = lesson.others[other % len(lesson.others)] if lesson.others else None
+        new, between = example.rewrite.new_object, example.rewrite.separator
+        unrelated = example.others[other % len(example.others)] if example.others else None
         return cls(
-            text_of(model, lesson.rewrite.text, new, between),
-            words_of(model, condition(lesson.rewrite)),
-            text_of(model, lesson.equivalents[equivalent % len(lesson.equivalents)], new, between),
-            text_of(model, *apart, between) if apart else None,
+            text_of(model, example.rewrite.text, new, between),
+            words_of(model, condition(example.rewrite)),
+            text_of(model, example.equivalents[equivalent % len(example.equivalents)], new, between),
+            text_of(model, *unrelated, between) if unrelated else None,
         )
 
 
@@ -66,7 +66,7 @@ def words_of(model: Model, text: str) -> tuple[int, ...]:
 
 
 @dataclass(frozen=True)
-class Judged:
+class Losses:
     """Losses of edits, one number for each edit.
 
     Attributes:
@@ -120,32 +120,32 @@ def changes_of(
     return changed
 
 
-def judged(model: Model, network: Network, place: Place, drills: Sequence[Drill]) -> Judged:
+def losses(model: Model, network: Network, place: Place, examples: Sequence[EncodedExample]) -> Losses:
     """Losses of the network's edits, each on its own example. Without gradients."""
     with torch.no_grad(), frozen(model):
-        trial = _Trial(model, place, drills)
-        return trial.judged(padded(trial.changes(network), len(drills)))
+        trial = _Trial(model, place, examples)
+        return trial.losses(padded(trial.changes(network), len(examples)))
 
 
-def descend(
+def backward(
     model: Model,
     network: Network,
     place: Place,
-    drills: Sequence[Drill],
+    examples: Sequence[EncodedExample],
     c_edit: float,
     c_loc: float,
-) -> Judged:
-    """Leave the gradient of the drills' mean objective on the network's weights.
+) -> Losses:
+    """Leave the gradient of the examples' mean objective on the network's weights.
 
     Texts go through the edited model batch by batch, each backward pass ending at the changes; from there the sum goes
     through the network once.
     """
     with torch.enable_grad():
-        trial = _Trial(model, place, drills)
-        whole = padded(trial.changes(network), len(drills))
+        trial = _Trial(model, place, examples)
+        whole = padded(trial.changes(network), len(examples))
         ends = {name: (w.detach().requires_grad_(), r.detach().requires_grad_()) for name, (w, r) in whole.items()}
         with frozen(model):
-            found = trial.judged(ends, c_edit / len(drills), c_loc / len(drills))
+            found = trial.losses(ends, c_edit / len(examples), c_loc / len(examples))
         inner = [(value, end.grad) for n in whole for value, end in zip(whole[n], ends[n], strict=True)]
         there = [(value, gradient) for value, gradient in inner if gradient is not None]
         torch.autograd.backward([value for value, _ in there], [gradient for _, gradient in there])
@@ -153,24 +153,24 @@ def descend(
 
 
 class _Trial:
-    """The texts of some drills, recorded to be run from the lowest edited block on."""
+    """The texts of some examples, recorded to be run from the lowest edited block on."""
 
-    def __init__(self, model: Model, place: Place, drills: Sequence[Drill]):
-        self.model, self.place, self.drills, self.count = model, place, drills, len(drills)
-        self.edits = [drill.edit for drill in drills]
-        self.equivalents = [drill.equivalent for drill in drills]
-        self.owners = [i for i, drill in enumerate(drills) if drill.other is not None]
-        self.others = [drill.other for drill in drills if drill.other is not None]
+    def __init__(self, model: Model, place: Place, examples: Sequence[EncodedExample]):
+        self.model, self.place, self.examples, self.count = model, place, examples, len(examples)
+        self.edits = [example.edit for example in examples]
+        self.equivalents = [example.equivalent for example in examples]
+        self.owners = [i for i, example in enumerate(examples) if example.other is not None]
+        self.others = [example.other for example in examples if example.other is not None]
         self.suffixes = recorded_together(model, place.first, [self.edits, self.equivalents, self.others])
 
     def changes(self, network: Network) -> dict[str, Factors]:
         """Changes that the network makes for the edits."""
-        words = [drill.words for drill in self.drills]
+        words = [example.words for example in self.examples]
         return changes_of(self.model, network, self.place, self.edits, words, self.suffixes[0])
 
-    def judged(self, changes: Padded, edit: float = 0.0, locality: float = 0.0) -> Judged:
+    def losses(self, changes: Padded, edit: float = 0.0, locality: float = 0.0) -> Losses:
         """Losses of these changes; with factors, gradients of the weighted sums are left on the changes."""
-        losses, moved = torch.zeros(self.count), torch.zeros(self.count)
+        edited, moved = torch.zeros(self.count), torch.zeros(self.count)
         success = torch.zeros(self.count, dtype=torch.bool)
         for batch in self.suffixes[1].micro_batches(range(self.count)):
             said = self._said(batch, self.equivalents, [*batch.labels], changes)
@@ -179,18 +179,18 @@ class _Trial:
                 (edit * each.sum()).backward()
             hits = (said.logits.argmax(-1) == said.targets).to(each.dtype)
             rows = torch.tensor(batch.labels)
-            losses[rows], success[rows] = each.detach().float().cpu(), (said.mean(hits) == 1).cpu()
+            edited[rows], success[rows] = each.detach().float().cpu(), (said.mean(hits) == 1).cpu()
         for batch in self.suffixes[2].micro_batches(range(len(self.others))):
             own = [self.owners[label] for label in batch.labels]
             with torch.no_grad():
                 before = self._said(batch, self.others, own, None).logits.log_softmax(-1)
             after = self._said(batch, self.others, own, changes)
-            apart = (before.exp() * (before - after.logits.log_softmax(-1))).sum(-1)
-            each = after.mean(apart)
+            divergence = (before.exp() * (before - after.logits.log_softmax(-1))).sum(-1)
+            each = after.mean(divergence)
             if locality:
                 (locality * each.sum()).backward()
             moved[torch.tensor(own)] = each.detach().float().cpu()
-        return Judged(losses, moved, success)
+        return Losses(edited, moved, success)
 
     def _said(
         self, batch: SuffixBatch, texts: Sequence[Text], owners: Sequence[int], changes: Padded | None

@@ -1,7 +1,7 @@
 """Training an editor: steps that depend on the seed and their number alone, so that a stopped training goes on exactly.
 
 A folder holds `training.safetensors`, all that it takes to go on, and `editor.safetensors`, the best network so far by
-the loss on lessons that it does not learn from. Both are written aside and renamed: a kill at any moment loses the
+the loss on the validation set. Both are written aside and renamed: a kill at any moment loses the
 steps since the last checkpoint.
 """
 
@@ -26,9 +26,9 @@ from errata.base.reading import of_type, taking_apart
 from errata.base.seeds import derive
 from errata.base.tensor_files import read_tensors, write_tensors
 from errata.editors.hypernetworks.files import Trained, new_network
-from errata.editors.hypernetworks.lessons import Lesson, digest, keys
 from errata.editors.hypernetworks.network import Network
-from errata.editors.hypernetworks.objective import Drill, Place, descend, judged
+from errata.editors.hypernetworks.objective import EncodedExample, Place, backward, losses
+from errata.editors.hypernetworks.training_examples import TrainingExample, keys, sha256
 from errata.editors.texts import text_of
 from errata.models.fingerprint import weights_digest
 from errata.models.model import Model
@@ -44,17 +44,17 @@ class TrainingConfig(Config):
 
     steps: int = Field(100_000, ge=1, description="so many at most.")
     learning_rate: float | None = Field(None, gt=0, description="of Adam; None: MEND 1e-6, KE 3e-4, as published.")
-    batch: int = Field(10, ge=1, description="lessons a step (10).")
+    batch: int = Field(10, ge=1, description="training examples a step (10).")
     c_edit: float = Field(0.1, ge=0, description="factor of the loss on the edit (0.1).")
     c_loc: float = Field(1.0, ge=0, description="factor of the divergence of other texts (1).")
     clip: float = Field(100.0, gt=0, description="the gradient's norm is kept below this (100).")
     validate_every: int = Field(
         500, ge=1, description="steps between validations, at each of which a checkpoint is written."
     )
-    validation: int = Field(100, ge=1, description="so many lessons are kept apart for it.")
+    validation: int = Field(100, ge=1, description="size of the validation set (100).")
     patience: int = Field(10, ge=1, description="stop after so many validations in a row without a better loss.")
     max_minutes: float | None = Field(None, gt=0, description="stop after so much time, over all runs; None: no limit.")
-    seed: int = Field(0, ge=0, description="of the first weights, and of which lessons a step has.")
+    seed: int = Field(0, ge=0, description="of the first weights, and of which examples a step has.")
 
     @model_validator(mode="after")
     def _something_to_learn(self) -> TrainingConfig:
@@ -70,8 +70,8 @@ class Validation:
     Attributes:
         step: after so many steps.
         loss: c_edit · edit + c_loc · locality.
-        edit, locality: as in `objective.Judged`, means.
-        success: share of lessons whose new object is said after the equivalent prompt.
+        edit, locality: as in `objective.Losses`, means.
+        success: share of examples whose new object is said after the equivalent prompt.
     """
 
     step: int
@@ -86,7 +86,7 @@ class Curve:
     """Course of a training: losses and validations.
 
     Attributes:
-        edit, locality: of each step, means over its lessons, before the step.
+        edit, locality: of each step, means over its examples, before the step.
         validations: in order, the first before any step.
         ended: why: "steps", "patience", "minutes", "diverged"; None while it goes on.
     """
@@ -102,6 +102,7 @@ class Curve:
         return min(self.validations, key=lambda each: each.loss)
 
 
+_IN_WORDS = {"lessons": "training examples"}  # keys of a stored training, in messages
 Progress = Callable[[int, int, Curve], None]
 
 
@@ -109,7 +110,7 @@ Progress = Callable[[int, int, Curve], None]
 def train(
     model: Model,
     method: str,
-    lessons: Sequence[Lesson],
+    examples: Sequence[TrainingExample],
     folder: str | Path,
     config: TrainingConfig | None = None,
     settings: dict[str, Any] | None = None,
@@ -120,7 +121,7 @@ def train(
     Args:
         model: left as it is.
         method: "mend" or "ke".
-        lessons: some of them, drawn by the seed, are kept apart for validation.
+        examples: some of them, drawn by the seed, are the validation set.
         folder: for checkpoints and the result.
         config: of the training.
         settings: of the method's network.
@@ -132,13 +133,13 @@ def train(
 
     Raises:
         ConfigError: if a setting is not valid, or there are too few training examples.
-        FactError: if a lesson's text is too long for the model, or nothing is left of a target.
+        FactError: if an example's text is too long for the model, or nothing is left of a target.
         ResultFileError: if the folder holds another training.
         Diverged: if a loss is not a finite number; the best network so far is kept.
         KeyboardInterrupt: at Ctrl-C, once the steps so far are kept; at a second one, at once.
     """
     config = config or TrainingConfig.model_validate({})
-    run = _Run.begun(model, method, lessons, Path(folder), config, settings or {})
+    run = _Run.begun(model, method, examples, Path(folder), config, settings or {})
     with deferred_interrupt() as stop_here:
         while run.curve.ended is None:
             run.step()  # cut short in the middle it leaves nothing to keep but the last checkpoint
@@ -191,9 +192,9 @@ class _Run:
     about: dict[str, Any]  # all that must be the same to go on
     network: Network
     place: Place
-    learnt: Sequence[Lesson]
-    apart: Sequence[Drill]
-    seen: frozenset[str]  # of those apart too, which the network is chosen by
+    training_set: Sequence[TrainingExample]
+    validation_set: Sequence[EncodedExample]
+    trained_on: frozenset[str]  # facts of the validation set too, which the network is chosen by
     adam: torch.optim.Adam
     curve: Curve = field(default_factory=Curve)
     seconds: float = 0.0
@@ -206,20 +207,20 @@ class _Run:
         cls,
         model: Model,
         method: str,
-        lessons: Sequence[Lesson],
+        examples: Sequence[TrainingExample],
         folder: Path,
         config: TrainingConfig,
         settings: dict[str, Any],
     ) -> _Run:
-        if len(lessons) <= config.validation:
+        if len(examples) <= config.validation:
             raise ConfigError(
-                f"there are {len(lessons)} lessons, and {config.validation} are kept apart for validation: give more, "
-                "or keep fewer apart"
+                f"there are {len(examples)} training examples, and {config.validation} of them are for validation: "
+                "give more, or take fewer for validation"
             )
-        _require_readable(model, lessons)
-        order = torch.randperm(len(lessons), generator=torch.Generator().manual_seed(derive(config.seed, "apart")))
-        apart = [lessons[i] for i in order[: config.validation].tolist()]
-        learnt = [lessons[i] for i in order[config.validation :].tolist()]
+        _require_readable(model, examples)
+        order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(derive(config.seed, "apart")))
+        validation_set = [examples[i] for i in order[: config.validation].tolist()]
+        training_set = [examples[i] for i in order[config.validation :].tolist()]
         network, place = _network(model, method, settings, config.seed)
         rate = config.learning_rate or LEARNING_RATE[method]
         adam = torch.optim.Adam(network.groups(rate))
@@ -229,10 +230,11 @@ class _Run:
             "training": config.model_dump(exclude={"steps", "patience", "max_minutes"}),
             "model": model.name,
             "fingerprint": weights_digest(model.hf),
-            "lessons": digest(lessons),
+            "lessons": sha256(examples),
         }
-        drills = [Drill.of(model, lesson, i, i) for i, lesson in enumerate(apart)]  # prompts of every kind in turn
-        run = cls(model, folder, config, about, network, place, learnt, drills, frozenset(keys(lessons)), adam)
+        # Prompts of every kind in turn.
+        encoded = [EncodedExample.of(model, example, i, i) for i, example in enumerate(validation_set)]
+        run = cls(model, folder, config, about, network, place, training_set, encoded, frozenset(keys(examples)), adam)
         if (folder / STATE).is_file():
             run._go_on()
         else:
@@ -261,8 +263,8 @@ class _Run:
             return
         self.network.train()
         self.adam.zero_grad(set_to_none=True)
-        drills = self._drawn(self.done)
-        found = descend(self.model, self.network, self.place, drills, self.config.c_edit, self.config.c_loc)
+        examples = self._drawn(self.done)
+        found = backward(self.model, self.network, self.place, examples, self.config.c_edit, self.config.c_loc)
         edit, locality = float(found.edit.mean()), float(found.locality.mean())
         norm = torch.nn.utils.clip_grad_norm_(self.network.parameters(), self.config.clip)
         if not math.isfinite(edit + locality) or not torch.isfinite(norm):
@@ -294,22 +296,28 @@ class _Run:
         if why != "diverged":
             self.save()
 
-    def _drawn(self, step: int) -> list[Drill]:
-        """The lessons of a step, with which of their prompts and texts."""
+    def _drawn(self, step: int) -> list[EncodedExample]:
+        """The examples of a step, with which of their prompts and texts."""
         generator = torch.Generator().manual_seed(derive(self.config.seed, "step", step))
-        count = min(self.config.batch, len(self.learnt))
-        chosen = torch.randperm(len(self.learnt), generator=generator)[:count].tolist()
+        count = min(self.config.batch, len(self.training_set))
+        chosen = torch.randperm(len(self.training_set), generator=generator)[:count].tolist()
         which = torch.randint(2**31, (count, 2), generator=generator).tolist()
-        return [Drill.of(self.model, self.learnt[i], *places) for i, places in zip(chosen, which, strict=True)]
+        return [
+            EncodedExample.of(self.model, self.training_set[i], *places)
+            for i, places in zip(chosen, which, strict=True)
+        ]
 
     def _validate(self) -> None:
         """Measure, keep the network if it is the best so far, and write a checkpoint."""
         self.network.eval()
-        parts = [self.apart[i : i + self.config.batch] for i in range(0, len(self.apart), self.config.batch)]
+        parts = [
+            self.validation_set[i : i + self.config.batch]
+            for i in range(0, len(self.validation_set), self.config.batch)
+        ]
         found = []
         with torch.no_grad():
-            for drills in parts:
-                found.append(judged(self.model, self.network, self.place, drills))
+            for examples in parts:
+                found.append(losses(self.model, self.network, self.place, examples))
         edit = float(torch.cat([each.edit for each in found]).mean())
         locality = float(torch.cat([each.locality for each in found]).mean())
         success = float(torch.cat([each.success for each in found]).float().mean())
@@ -320,7 +328,7 @@ class _Run:
                 return
             raise Diverged(
                 f"{self.about['method']} begins at a loss that is not a finite number: the model's own numbers "
-                "overflow on these lessons. Try a wider dtype"
+                "overflow on these examples. Try a wider dtype"
             )
         new = Validation(self.done, loss, edit, locality, success)
         best = not self.curve.validations or loss < self.curve.best.loss
@@ -351,7 +359,7 @@ class _Run:
         header, tensors = read_tensors(path, KIND, VERSION, ResultFileError)
         with taking_apart(path, "a whole training", advice="Begin again in another folder"):
             there, here = of_type(header["about"], dict[str, Any]), self.about
-            differing = [key for key in here if there.get(key) != here[key]]
+            differing = [_IN_WORDS.get(key, key) for key in here if there.get(key) != here[key]]
             if differing:
                 raise ResultFileError(
                     f"{self.folder} holds another training, with other {' and '.join(differing)}: name another folder"
@@ -377,22 +385,26 @@ class _Run:
         card = {
             "validation": asdict(best),
             "training": self.config.model_dump(),
-            "lessons": {"digest": self.about["lessons"], "learnt": len(self.learnt), "apart": len(self.apart)},
+            "lessons": {
+                "digest": self.about["lessons"],
+                "learnt": len(self.training_set),
+                "apart": len(self.validation_set),
+            },
             "minutes": round(self._elapsed() / 60, 2),
         }
-        return Trained(self.network, self.model.name, self.about["fingerprint"], card, self.seen)
+        return Trained(self.network, self.model.name, self.about["fingerprint"], card, self.trained_on)
 
 
-def _require_readable(model: Model, lessons: Sequence[Lesson]) -> None:
+def _require_readable(model: Model, examples: Sequence[TrainingExample]) -> None:
     """Make sure that no step will meet a text that is too long, or has no target."""
-    for number, lesson in enumerate(lessons):
-        new = lesson.rewrite.new_object
-        texts = [lesson.rewrite.text, *lesson.equivalents]
+    for number, example in enumerate(examples):
+        new = example.rewrite.new_object
+        texts = [example.rewrite.text, *example.equivalents]
         try:
-            for prompt, target in [*((prompt, new) for prompt in texts), *lesson.others]:
-                text_of(model, prompt, target, lesson.rewrite.separator)
+            for prompt, target in [*((prompt, new) for prompt in texts), *example.others]:
+                text_of(model, prompt, target, example.rewrite.separator)
         except FactError as problem:
-            raise FactError(f"lesson {number}, counted from 0, cannot be learnt: {problem}") from problem
+            raise FactError(f"training example {number}, counted from 0, cannot be used: {problem}") from problem
 
 
 def _begun_here(name: str) -> bool:

@@ -15,7 +15,7 @@ from errata.models.model import Model
 
 
 @dataclass(frozen=True)
-class Lesson:
+class TrainingExample:
     """One edit, and how it is judged.
 
     Attributes:
@@ -33,19 +33,19 @@ class Lesson:
     def __post_init__(self) -> None:
         if not self.equivalents:
             raise FactError(
-                f"the lesson on {self.rewrite.text!r} has no prompt to be judged by: give the prompt itself"
+                f"the training example on {self.rewrite.text!r} has no prompt to be judged by: give the prompt itself"
             )
 
 
-def keys(lessons: Sequence[Lesson]) -> list[str]:
+def keys(examples: Sequence[TrainingExample]) -> list[str]:
     """`fact_key` of each fact that is edited, sorted: by its relation's name, if it has one, and by its prompt."""
-    names = [(each.rewrite.subject, name) for each in lessons for name in (each.relation, each.rewrite.prompt) if name]
+    names = [(each.rewrite.subject, name) for each in examples for name in (each.relation, each.rewrite.prompt) if name]
     return sorted({fact_key(*each) for each in names})
 
 
-def digest(lessons: Sequence[Lesson]) -> str:
-    """sha256, in hex, of all that stands in them."""
-    return hashlib.sha256(json.dumps([as_plain(each) for each in lessons], sort_keys=True).encode()).hexdigest()
+def sha256(examples: Sequence[TrainingExample]) -> str:
+    """sha256 of training examples, in hex."""
+    return hashlib.sha256(json.dumps([as_plain(each) for each in examples], sort_keys=True).encode()).hexdigest()
 
 
 def _parted(model: Model, text: str, prompt_tokens: int, target_tokens: int) -> tuple[str, str] | None:
@@ -59,13 +59,13 @@ def _parted(model: Model, text: str, prompt_tokens: int, target_tokens: int) -> 
     return None
 
 
-def text_lessons(
+def text_examples(
     model: Model, texts: Sequence[str], seed: int = 0, prompt_tokens: int = 16, target_tokens: int = 10
-) -> list[Lesson]:
-    """Lessons of plain text, as MEND's on Wikitext: the model is to go on as it would not have, ten tokens long.
+) -> list[TrainingExample]:
+    """Training examples of plain text, as MEND's on Wikitext: new continuations of ten tokens.
 
     The prompt is the beginning of a text up to the end of a word, the target what the model samples after the beginning
-    of another. What should stay is how a third text goes on. Texts too short for that make no lesson.
+    of another. What should stay is how a third text goes on. Texts that are too short make none.
 
     Raises:
         FactError: if fewer than three texts are long enough.
@@ -77,8 +77,8 @@ def text_lessons(
     ]
     if len(long) < 3:
         raise FactError(
-            f"{len(long)} of {len(texts)} texts have {prompt_tokens + target_tokens} tokens, and a lesson takes three: "
-            "give more or longer ones"
+            f"{len(long)} of {len(texts)} texts have {prompt_tokens + target_tokens} tokens, and a training example "
+            "takes three: give more or longer ones"
         )
     prompts = [prompt for prompt, _ in long]
     seeds = [derive(seed, "lesson", i) for i in range(len(long))]
@@ -90,5 +90,5 @@ def text_lessons(
         if new and prompt.strip() and other[1].strip():
             subject = prompt.split()[0]
             fact = Fact(subject, prompt.replace(subject, "{}", 1), true, separator=" ")
-            found.append(Lesson(fact.rewrite(new), (prompt,), (other,)))
+            found.append(TrainingExample(fact.rewrite(new), (prompt,), (other,)))
     return found

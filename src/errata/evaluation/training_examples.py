@@ -1,0 +1,50 @@
+"""Training examples of benchmark records, and the check that no editor is measured on facts that it was trained on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence, Set
+
+from errata.base.errors import ConfigError
+from errata.base.facts import fact_key
+from errata.editors.hypernetworks.training_examples import TrainingExample
+from errata.tasks.task import Case, Task
+
+
+def training_examples(task: Task, records: Sequence[Case]) -> list[TrainingExample]:
+    """A training example for each record, as its task says."""
+    return [
+        TrainingExample(record.rewrite, training.equivalents, training.others, task.relation(record))
+        for record in records
+        for training in [task.training(record)]
+    ]
+
+
+def require_unseen(name: str, trained_on: Set[str], task: Task, records: Sequence[Case]) -> None:
+    """Make sure that an editor was not trained on facts that it is measured on.
+
+    A fact is one subject, in any letter case, and one relation, or else one prompt.
+
+    Args:
+        name: the editor's.
+        trained_on: `fact_key` of the facts that it was trained on.
+        task, records: what it is measured on.
+
+    Raises:
+        ConfigError: if it has; the first are named.
+    """
+    shared = [
+        record.rewrite.text
+        for record in records
+        if any(fact_key(record.rewrite.subject, relation) in trained_on for relation in _relations(task, record))
+    ]
+    if shared:
+        some = ", ".join(map(repr, shared[:3])) + (", …" if len(shared) > 3 else "")
+        raise ConfigError(
+            f"{name} was trained on {len(shared)} of the {len(records)} facts that it is to be measured on ({some}), "
+            "and a fact that it was trained on is no test: take other records, or allow it by --allow-seen"
+        )
+
+
+def _relations(task: Task, record: Case) -> list[str]:
+    """The names that the record's relation may have in a trained editor."""
+    return [*filter(None, [task.relation(record)]), record.rewrite.prompt]
