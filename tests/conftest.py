@@ -5,12 +5,25 @@ from __future__ import annotations
 import functools
 import inspect
 import os
+from pathlib import Path
 
 import pytest
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 if "PYTEST_XDIST_WORKER" in os.environ:  # tests that run beside each other have a thread each
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+SLOW = Path(__file__).with_name("slow.txt")
+
+
+def pytest_collection_modifyitems(items):
+    """Marks as slow the tests that `slow.txt` names: a file, a test of it, or one case of that."""
+    named = {line for line in SLOW.read_text("utf-8").split("\n") if line and not line.startswith("#")}
+    for item in items:
+        case = item.nodeid.removeprefix("tests/")
+        if named & {case, case.split("[")[0], case.split("::")[0]}:
+            item.add_marker("slow")
 
 
 def _failed_if_skipped(report) -> None:

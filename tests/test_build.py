@@ -16,6 +16,7 @@ from errata.data.counterfact import write_records
 from errata.data.templates import Wordings, read_templates
 from errata.data.triples import Triple, folded, read_texts, read_triples, uniform
 from errata.tasks.records import read_records
+from helpers.budget import examples
 
 MAKERS = {
     "Norvik": ["Aurora", "Borea", "Cirrus", "Dione", "Erida", "Faro", "Gallo"],
@@ -203,7 +204,7 @@ def test_names_that_differ_in_case_and_space_and_form_are_one():
     require_sound(build(facts, WORDINGS, **ALL), facts, WORDINGS, 3)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60), deadline=None)
 @given(
     st.lists(
         st.tuples(
@@ -358,7 +359,7 @@ def test_facts_are_read_from_tables(tmp_path, ending):
 def test_parquet_that_will_not_do(tmp_path):
     arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
     (tmp_path / "a.parquet").write_bytes(b"PAR1 no")
-    with pytest.raises(ResultFileError, match="no whole Parquet"):
+    with pytest.raises(ResultFileError, match="not a whole Parquet"):
         read_triples(tmp_path / "a.parquet")
     parquet.write_table(arrow.table({"subject": ["a"], "relation": ["b"]}), tmp_path / "b.parquet")
     with pytest.raises(ResultFileError, match="needs subject, relation and object"):

@@ -58,7 +58,7 @@ def test_describe_tells_bad_records(run, tmp_path):
 def test_describe_refuses(run, tmp_path):
     refused(run("describe", tmp_path / "none.json"), "there is no file")
     refused(run("describe", tmp_path), "none of counterfact.json")
-    refused(run("describe", write(tmp_path, b"[{", "a.json")), "no JSON")
+    refused(run("describe", write(tmp_path, b"[{", "a.json")), "not JSON")
     refused(run("describe", write(tmp_path, b'{"the": 1}', "a.json")), "looks like a vocabulary")
     refused(run("describe", write(tmp_path, b"\x01\x02", "a.safetensors")), "by its ending")
 

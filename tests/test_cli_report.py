@@ -103,7 +103,7 @@ def test_what_cannot_be_done(run, tmp_path, monkeypatch, more, error, message):
 
 
 def test_folders_that_are_no_runs(run, tmp_path):
-    with pytest.raises(ResultFileError, match="no run folder"):
+    with pytest.raises(ResultFileError, match="not a run folder"):
         errata(tmp_path)
     with pytest.raises(ConfigError, match="report each by itself"):
         errata(run, zsre_run(tmp_path / "z"))

@@ -88,7 +88,7 @@ def test_texts_without_an_end_are_read_in_parts(tmp_path, monkeypatch):
         ("a.jsonl", b"[" * 100_000, "line 1"),
         ("a.txt.gz", b"plain", "compression"),
         ("a.txt.gz", gzip.compress(b"cut short" * 1000, mtime=0)[:-9], "compression"),
-        ("a.parquet", b"PAR1", "no whole Parquet"),
+        ("a.parquet", b"PAR1", "not a whole Parquet"),
     ],
 )
 def test_files_that_are_no_corpus(tmp_path, name, content, says):
@@ -199,7 +199,7 @@ def test_without_a_connection_it_is_one_line():
     [
         ("texts/none.txt", {}, "no file or folder"),
         ("nowhere", {}, "hf:NAME"),
-        ("a/b/c", {"revision": COMMIT}, "no id of a dataset"),
+        ("a/b/c", {"revision": COMMIT}, "not an id of a dataset"),
         ("owner/name", {}, "revision that cannot move"),
         ("owner/name", {"revision": "main"}, "revision that cannot move"),
         ("wikipedia", {"revision": "v1"}, "revision that cannot move"),

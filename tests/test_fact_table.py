@@ -176,7 +176,7 @@ def test_json_lines(tmp_path):
         (b"subject,prompt\n", ".csv", "is empty"),
         (b"subject,prompt\nRome,is\n", ".csv", "line 2: the prompt 'is'"),
         (b"[1]", ".json", "entry 1: no JSON object"),
-        (b"{}", ".json", "no list of facts"),
+        (b"{}", ".json", "not a list of facts"),
         (b"[{]", ".json", "is not JSON"),
         (b"a,b\nc,d\n", ".csv", r"names no columns of facts \(.*'a', 'b'.*needs subject and prompt"),
         (b"subject,prompt\nRome,{} is in\n", ".tsv", "with a tab between"),

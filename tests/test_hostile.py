@@ -63,6 +63,7 @@ from errata.tracing.config import TraceConfig
 from errata.tracing.gradients import IntegratedGradients
 from errata.tracing.many import trace_facts
 from errata.tracing.result import CausalTrace, load_traces, save_traces
+from helpers.budget import FULL
 from helpers.traces import random_traces
 from made_runs import counterfact_records, counterfact_run, failed, write_run, zsre_run
 from tiny import byte_tokenizer, tiny
@@ -471,7 +472,7 @@ def test_only_the_packages_errors_come_out(name, tmp_path):
     count = {"refused": 0, "read": 0}
 
     @settings(
-        max_examples=LONG or 15,
+        max_examples=LONG or (15 if FULL else 8),
         derandomize=not LONG,
         deadline=None,
         database=None,

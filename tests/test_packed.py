@@ -20,6 +20,7 @@ from errata.passes import packed, packing, token_batch
 from errata.passes.packed import PackedPasses
 from errata.passes.packing import PackedBatch, PackedSequence
 from errata.passes.rowwise import row_changes
+from helpers.budget import examples
 from helpers.models import difference, narrow_model
 from helpers.softmax import softmax_in_its_own_dtype  # noqa: F401, a fixture
 from tiny import ALL_FAMILIES, POSITIONS, VOCAB, attentions, byte_tokenizer, randomised, tiny
@@ -408,7 +409,7 @@ def test_each_token_sees_its_own_text_alone(width):
     assert found == wanted
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60), deadline=None)
 @given(st.lists(st.integers(1, 70), min_size=1, max_size=30), st.integers(1, 80), st.integers(0, 100))
 def test_bins_hold_all_and_are_few(sizes, width, more):
     widest = max(sizes) + more
@@ -423,7 +424,7 @@ def test_bins_that_a_size_does_not_fit():
         packing.bins([5], 64, 4)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60), deadline=None)
 @given(st.lists(st.tuples(st.integers(1, 40), st.integers(0, 3)), min_size=1, max_size=30), st.integers(1, 200))
 def test_rows_of_their_own_are_no_more_than_fit(shapes, limit):
     some = [PackedSequence((1,) * length, ((length, (2, 3)),) * continuations) for length, continuations in shapes]
@@ -434,7 +435,7 @@ def test_rows_of_their_own_are_no_more_than_fit(shapes, limit):
         assert len(share) == 1 or len(batch.rows) * len(batch.rows[0]) <= limit
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60), deadline=None)
 @given(st.lists(st.integers(1, 70), min_size=1, max_size=60), st.integers(1, 200))
 def test_shares_are_of_about_as_much_each(sizes, limit):
     shares = packing.shares(sizes, limit)

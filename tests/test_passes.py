@@ -279,13 +279,13 @@ def test_a_patch_of_another_shape_is_refused():
 @pytest.mark.parametrize(
     ("stream", "message"),
     [
-        (("hidden", 0), "no part of a model: choose one of embedding, state"),
+        (("hidden", 0), "not a part of a model: choose one of embedding, state"),
         (("mlp", 3), "layers 0 to 2, so there is no layer 3"),
         (("mlp", -1), "no layer -1"),
         (("mlp", 1.5), "no layer 1.5"),
         (("embedding", 1), "belongs to no layer"),
-        ("mlp", "no stream"),
-        (("mlp",), "no stream"),
+        ("mlp", "not a stream"),
+        (("mlp",), "not a stream"),
     ],
 )
 def test_a_stream_that_is_none_is_refused(stream, message):

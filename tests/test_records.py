@@ -20,6 +20,7 @@ from errata.data.records import Record, WikiBigEditRecord, ZsreRecord
 from errata.data.snippets import Snippet, Snippets, read_snippets, write_snippets
 from errata.tasks.describe import describe
 from errata.tasks.records import RecordSet, read_records, what_is_in
+from helpers.budget import examples
 from helpers.entries import FLAT, NESTED, ZSRE, changed, numbered, write
 from samples import sample
 
@@ -219,10 +220,10 @@ def test_a_line_that_is_no_json_or_too_long_or_no_utf8(tmp_path, monkeypatch):
         (b"", "r.json", "empty"),
         (b" \n", "r.jsonl", "empty"),
         (b"[]", "r.json", "empty list"),
-        (b"[{", "r.json", "no JSON"),
-        (b"[" * 200_000, "r.json", "no JSON"),
+        (b"[{", "r.json", "not JSON"),
+        (b"[" * 200_000, "r.json", "not JSON"),
         (json.dumps([NESTED]).encode("utf-16"), "r.json", "UTF-16"),
-        (b"\x89PNG\r\n\xff", "r.json", "no JSON"),
+        (b"\x89PNG\r\n\xff", "r.json", "not JSON"),
         (b'{"a": 1}\n{"a": 2}', "r.json", "name it .jsonl"),
         (b"5", "r.json", r"another kind \(int\)"),
         (b'[1, "a", null]', "r.json", "no records of a known task.*zsRE: loc or loc_ans or src"),
@@ -461,7 +462,7 @@ damage = st.tuples(st.sampled_from([NESTED, FLAT, ZSRE]), st.dictionaries(st.sam
 damaged = damage.map(lambda pair: {**pair[0], **pair[1]})
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=examples(300), deadline=None)
 @given(st.lists(values | damaged, max_size=4) | values, st.sampled_from([".json", ".jsonl"]))
 @example([changed(NESTED, case_id=10**400)], ".json")
 @example([changed(NESTED, case_id=[[[[1]]]])], ".json")
@@ -486,7 +487,7 @@ def test_any_json_is_read_or_refused(tmp_path_factory, value, ending):
                     assert read_records(folder / "again.json", with_snippets=False).records == found.records
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=examples(100), deadline=None)
 @given(st.binary(max_size=60), st.sampled_from([".json", ".jsonl"]))
 def test_any_bytes_are_read_or_refused(tmp_path_factory, content, ending):
     path = tmp_path_factory.mktemp("any") / f"a{ending}"

@@ -17,6 +17,7 @@ from errata.models.model import Model
 from errata.passes.hooks import Patch
 from errata.passes.replay import Recording, RowPatch, record
 from helpers.blocks import cache_in, failing, plainly, with_a_memory, without_cache
+from helpers.budget import examples
 from helpers.models import difference, hooks_of, narrow_model
 from plain_trace import Stream, plain_run
 from tiny import ALL_FAMILIES, VOCAB, attentions, byte_tokenizer, short_windows, tiny
@@ -177,7 +178,7 @@ def replayed(draw) -> tuple[Replayed, int]:
     return run, keep
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=examples(100), deadline=None)
 @given(replayed())
 @torch.no_grad()
 def test_any_block_token_and_number_of_rows(drawn):

@@ -89,7 +89,7 @@ def test_contradictions_are_kept_and_told(tmp_path):
         ("subject,prompt\nRome,{} is in", ".csv", "names no columns of requests .* new_object"),
         ("", ".csv", "no request in .* empty"),
         ("{}", ".jsonl", "no request in .* line 1"),
-        ({"a": 1}, ".json", "no list of requests"),
+        ({"a": 1}, ".json", "not a list of requests"),
         (b"\xff\xfea", ".tsv", "files of requests are UTF-8"),
     ],
 )
@@ -103,7 +103,7 @@ def test_files_that_are_no_such_table(tmp_path, content, ending, message):
 def test_other_files(tmp_path):
     with pytest.raises(ResultFileError, match="there is no file"):
         read_requests(tmp_path / "none.csv")
-    with pytest.raises(ConfigError, match="no table of requests"):
+    with pytest.raises(ConfigError, match="not a table of requests"):
         read_requests(tmp_path / "requests.txt")
 
 

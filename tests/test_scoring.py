@@ -15,6 +15,7 @@ from errata.base.text import joined
 from errata.models import scoring
 from errata.models.model import Model
 from errata.models.scoring import Score, score, target_ids
+from helpers.budget import examples
 from helpers.models import TOKENIZERS, shared_model
 from tiny import FAMILIES, byte_tokenizer, llama_tokenizer
 
@@ -133,7 +134,7 @@ TEXTS = st.text(st.characters(codec="utf-8", exclude_categories=["Cs", "Cc"]), m
 
 
 @pytest.mark.parametrize("tokenizer", TOKENIZERS)
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=examples(150), deadline=None)
 @given(prompt=TEXTS, target=TEXTS)
 def test_prompt_and_target_share_out_all_tokens(tokenizer, prompt, target):
     tokenizer = TOKENIZERS[tokenizer]()

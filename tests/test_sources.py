@@ -98,7 +98,7 @@ def test_a_part_that_is_whole_or_too_long(server, tmp_path):
         ({"sha256": "0" * 64}, CONTENT, "its sha256 is"),
         ({"size": 5}, CONTENT, "and counterfact.json has 5"),
         ({"count": 21_919}, CONTENT, "300 entries, and counterfact.json has 21,919"),
-        ({}, b"<html>Sign in to the network</html>", "is no counterfact.json: .*no JSON"),
+        ({}, b"<html>Sign in to the network</html>", "is no counterfact.json: .*not JSON"),
         ({"schema": "snippets"}, CONTENT, "is no counterfact.json"),
         ({"schema": "facts"}, b"[]", "is no counterfact.json"),
         ({"schema": "vocabulary"}, b'{"a": "b"}', "a number for each word"),

@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerFast
 from errata.base.errors import ConfigError, FactError, UnsupportedModel
 from errata.base.facts import Fact
 from errata.models.tokens import Span, check_length, locate, locate_fact
+from helpers.budget import examples
 from tokenizers_zoo import UNITS, byte_fallback, byte_level, gpt2_tokenizer, unigram, word_piece
 
 ZOO = {
@@ -284,7 +285,7 @@ PROMPTS = (
     *("un{}ly", "It  {}  is", "東京{}は", "🗼{}🗼", "The\n{}\n", "(New York) {} New York", "x-{}-x", "½{}½"),
 )
 MANY = settings(
-    max_examples=2000,
+    max_examples=examples(2000),
     deadline=None,
     derandomize=True,
     database=None,
@@ -334,7 +335,7 @@ def test_the_span_spells_the_subject(name, prompt, subject):
 
 
 @pytest.mark.parametrize("name", ZOO)
-@settings(MANY, max_examples=500)
+@settings(MANY, max_examples=examples(500))
 @given(prompt=st.sampled_from(PROMPTS), subject=anything)
 def test_the_ends_overlap_any_subject(name, prompt, subject):
     tokenizer = ZOO[name]()
