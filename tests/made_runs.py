@@ -11,7 +11,7 @@ from errata.base.facts import Fact, Rewrite
 from errata.base.journal import write_journal
 from errata.data.records import Record, ZsreRecord
 from errata.evaluation.results import FORMAT, KIND, Result, written_out
-from errata.evaluation.run import digest
+from errata.evaluation.run import sha256
 from errata.models.scoring import Score
 
 PLACES = ("Paris", "Rome", "Oslo", "Lima", "Cairo", "Kyoto", "Buenos Aires", "Tallinn")
@@ -124,7 +124,7 @@ def write_run(
     folder: Path, records, results, model: str = "gpt2-xl", kind: str = "counterfact", editors=None, configs=None
 ) -> Path:
     """A run folder of `results`: by row name, "unedited" first; each row's editor and its settings, if they matter."""
-    told = {"kind": kind, "source": f"{kind}.json", "digest": digest(written_out(records)), "count": len(records)}
+    told = {"kind": kind, "source": f"{kind}.json", "digest": sha256(written_out(records)), "count": len(records)}
     header = {
         "model": model,
         "fingerprint": "00ff",

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from errata.base.errors import ConfigError, OutputError, ResultFileError
 from errata.base.facts import Fact
-from errata.data.fact_table import FACTS, FactRow, read_facts, told_unread, write_facts
+from errata.data.fact_table import FACTS, FactRow, read_facts, unread_message, write_facts
 from samples import sample
 
 NEEDLE = Fact("The Space Needle", "{} is located in the city of", "Seattle")
@@ -265,9 +265,9 @@ def test_a_misspelt_column_is_refused_and_the_right_one_named(tmp_path, wrong, r
 def test_a_column_that_is_not_read_is_named(tmp_path):
     found = table(tmp_path, "subject,prompt,object,Solution,weight\nRome,{} is in,Italy,Lazio,3\n")
     assert found.unread == ("solution", "weight")
-    assert "'solution' (the nearest that is: 'relation'), 'weight'" in told_unread(found.unread, FACTS)
-    assert "'objects'" in told_unread(("objects",), FACTS)
-    assert "(the nearest that is: 'object')" in told_unread(("objects",), FACTS)
+    assert "'solution' (the nearest that is: 'relation'), 'weight'" in unread_message(found.unread, FACTS)
+    assert "'objects'" in unread_message(("objects",), FACTS)
+    assert "(the nearest that is: 'object')" in unread_message(("objects",), FACTS)
 
 
 def test_two_columns_of_one_name(tmp_path):

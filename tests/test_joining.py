@@ -19,8 +19,8 @@ from errata.models.generation import generate
 from errata.models.scoring import score, target_ids
 from errata.models.tokens import after_prefix, encode, locate
 from errata.tracing.config import TraceConfig
-from errata.tracing.prepare import prepare
 from errata.tracing.result import load_traces
+from errata.tracing.tokenized import tokenize_fact
 from errata.tracing.trace import trace
 from helpers.models import shared_model
 from tiny import byte_tokenizer, llama_tokenizer
@@ -323,8 +323,8 @@ def test_what_is_scored_traced_and_edited_is_one_text(fact):
     model = shared_model("gpt2")
     ids, n_prompt = target_ids(model.tokenizer, fact.text, fact.object, fact.separator)
     assert ids == model.tokenizer(fact.statement)["input_ids"]
-    prepared = prepare(model, fact, TraceConfig(answer="object", scored="whole"))
-    assert [*prepared.span.ids, *prepared.target] == ids
+    tokenized = tokenize_fact(model, fact, TraceConfig(answer="object", scored="whole"))
+    assert [*tokenized.span.ids, *tokenized.target] == ids
     trained = text_of(model, fact.text, fact.object, fact.separator)
     assert [*trained.ids, trained.targets[-1]] == ids
     context, *_ = texts_of(model, [fact.rewrite(fact.object)], [""], RomeConfig(kl_factor=0))

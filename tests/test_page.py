@@ -18,7 +18,7 @@ from errata.evaluation import page as pages
 from errata.evaluation.page import data, in_script, page, write_page
 from errata.evaluation.report import table
 from errata.evaluation.results import Run
-from errata.evaluation.run import digest
+from errata.evaluation.run import sha256
 from made_runs import counterfact_records, counterfact_result, counterfact_run, failed, write_run, zsre_run
 
 pytest.importorskip("jinja2")
@@ -108,7 +108,7 @@ def test_half_a_character_can_be_written(tmp_path):
     for journal in folder.rglob("*.jsonl"):
         header, lines = journal.read_text(encoding="utf-8").split("\n", 1)
         told = json.loads(header)
-        told["records"]["digest"] = digest(file.read_text(encoding="utf-8"))
+        told["records"]["digest"] = sha256(file.read_text(encoding="utf-8"))
         journal.write_text(json.dumps(told) + "\n" + lines, encoding="utf-8")
     run = Run.load(folder)
     write_page(tmp_path / "p.html", [run], table([run]))

@@ -12,8 +12,8 @@ from errata.base.facts import Fact
 from errata.models.model import Model
 from errata.tracing.config import TraceConfig
 from errata.tracing.noise import measure
-from errata.tracing.prepare import prepare
 from errata.tracing.runs import trace_together
+from errata.tracing.tokenized import tokenize_fact
 from errata.tracing.trace import trace
 from helpers.plain_effects import (
     LAYERS,
@@ -252,12 +252,12 @@ def test_facts_traced_together_are_as_traced_alone(family, answer):
         scored="whole" if answer == "whole" else "first",
         tokens=("last subject", "middle subject", "last"),
     )
-    prepared = [prepare(model, fact, config) for fact in facts]
-    assert len({(fact.span.first, fact.span.last) for fact in prepared}) == len(facts)
+    tokenized = [tokenize_fact(model, fact, config) for fact in facts]
+    assert len({(fact.span.first, fact.span.last) for fact in tokenized}) == len(facts)
     noise = [measure(config.corruption, model, own=fact.subject) for fact in facts]
     alone = [trace(model, fact, config) for fact in facts]
     for memory in (2**30, 1) if family == "mistral" else (2**30,):
-        together = trace_together(model, prepared, config, noise, memory, "")
+        together = trace_together(model, tokenized, config, noise, memory, "")
         for one, found in zip(alone, together, strict=True):
             assert (found.fact, found.subject, found.answer) == (one.fact, one.subject, one.answer)
             assert found.clean == pytest.approx(one.clean, rel=bound(family))
@@ -269,10 +269,10 @@ def test_facts_traced_together_are_as_traced_alone(family, answer):
 def test_facts_of_different_lengths_are_not_traced_together():
     model, config = model_of("gpt2"), TraceConfig(noise="s2")
     facts = [fact for fact, _ in PLACES.values()]
-    prepared = [prepare(model, fact, config) for fact in facts]
+    tokenized = [tokenize_fact(model, fact, config) for fact in facts]
     noise = [measure(config.corruption, model, own=fact.subject) for fact in facts]
     with pytest.raises(ValueError, match="one length"):
-        trace_together(model, prepared, config, noise, 2**30, "")
+        trace_together(model, tokenized, config, noise, 2**30, "")
 
 
 def test_severed_runs_differ_from_plain_ones_where_they_should():

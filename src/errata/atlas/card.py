@@ -142,12 +142,12 @@ def editing(model: Model, progress: Progress) -> dict[str, Any]:
         "layer": layer,
         "second_moment_tokens": moment.count,
         "relative_norm": {"mean": fmean(norms), "max": max(norms)},
-        "before": _told(before),
-        "after": _told(after),
+        "before": _summary(before),
+        "after": _summary(after),
     }
 
 
-def _told(scores: Sequence[Mapping[str, float | None]]) -> dict[str, dict[str, float]]:
+def _summary(scores: Sequence[Mapping[str, float | None]]) -> dict[str, dict[str, float]]:
     columns = [column for column in COUNTERFACT.columns if column.axis in ("share", "difference")]
     numbers = {name: [each[name] for each in scores] for name in scores[0]}
     return {name: {"mean": each.mean, "interval": each.half} for name, each in estimates(columns, numbers).items()}

@@ -65,14 +65,14 @@ def require(value: Any, kind: str | list[str], name: str) -> None:
     """
     if isinstance(kind, str):
         if not _is(value, kind):
-            raise ConfigError(f"{name} is {_told(value)}; it must be of class {_named(kind)}: {_how(kind)}")
+            raise ConfigError(f"{name} is {_described(value)}; it must be of class {_named(kind)}: {_how(kind)}")
         return
     (each,) = kind
     if isinstance(value, (str, bytes)) or not isinstance(value, Iterable) or _is(value, each):
-        raise ConfigError(f"{name} is {_told(value)}; it must be a list of {_named(each)}: {_how(each)}")
+        raise ConfigError(f"{name} is {_described(value)}; it must be a list of {_named(each)}: {_how(each)}")
     for index, one in enumerate(value if isinstance(value, (list, tuple)) else ()):
         if not _is(one, each):
-            raise ConfigError(f"{name}[{index}] is {_told(one)}; it must be of class {_named(each)}: {_how(each)}")
+            raise ConfigError(f"{name}[{index}] is {_described(one)}; it must be of class {_named(each)}: {_how(each)}")
 
 
 def _is(value: Any, kind: str) -> bool:
@@ -90,7 +90,7 @@ def _how(kind: str) -> str:
     return HOW[kind.split("|")[0]]
 
 
-def _told(value: Any) -> str:
+def _described(value: Any) -> str:
     if value is None:
         return "None"
     text = repr(value) if isinstance(value, (str, int, float)) else ""

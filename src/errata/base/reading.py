@@ -75,7 +75,7 @@ def of_type(value: Any, kind: Any) -> Any:
     Raises:
         ValueError: if it is of another; the message says where.
     """
-    with _told():
+    with _in_one_line():
         _adapter(kind).validate_python(value, strict=True)
     return value
 
@@ -86,12 +86,12 @@ def instance_of(value: Any, kind: Any) -> Any:
     Raises:
         ValueError: if the value is of another type; the message says where.
     """
-    with _told():
+    with _in_one_line():
         return _adapter(kind).validate_json(json.dumps(value, allow_nan=False), strict=True)
 
 
 @contextlib.contextmanager
-def _told() -> Iterator[None]:
+def _in_one_line() -> Iterator[None]:
     """Say in one line where a value is of another type."""
     from pydantic import ValidationError
 

@@ -27,13 +27,13 @@ def editors(
     if name is not None:
         method = method_of(name)
         if json:
-            show.as_json(_told(method))
+            show.as_json(_as_dict(method))
         else:
             _show(method)
         return
     found = methods().values()
     if json:
-        show.as_json({"editors": [_told(method) for method in found]})
+        show.as_json({"editors": [_as_dict(method) for method in found]})
         return
     show.table(("editor", "what it does", "from"), [(each.name, each.summary, each.source) for each in found])
 
@@ -48,7 +48,7 @@ def _settings(method: Method) -> list[tuple[str, str, str]]:
     ]
 
 
-def _told(method: Method) -> dict[str, Any]:
+def _as_dict(method: Method) -> dict[str, Any]:
     return {
         "name": method.name,
         "summary": method.summary,

@@ -100,7 +100,7 @@ def stats(
     found = {layer: moment.with_ridge(ridge) for layer, moment in found.items()}
     for layer, path in files.items():
         save(found[layer], path)
-    told = [{**_told(moment), "written": str(files[layer]) if files else None} for layer, moment in found.items()]
+    told = [{**_as_dict(moment), "written": str(files[layer]) if files else None} for layer, moment in found.items()]
     if json:
         show.as_json(
             {"model": loaded.name, "corpus": texts.name, "stored_in": str(cache_folder()), "second_moments": told}
@@ -172,7 +172,7 @@ def _merge(paths: Sequence[Path], out: Path, ridge: float, json: bool) -> None:
     options.require_outputs(out)
     merged = SecondMoment.merged([load(path) for path in paths]).with_ridge(ridge)
     save(merged, out)
-    told = {**_told(merged), "written": str(out)}
+    told = {**_as_dict(merged), "written": str(out)}
     if json:
         show.as_json({"merged": [str(path) for path in paths], "second_moments": [told]})
         return
@@ -180,7 +180,7 @@ def _merge(paths: Sequence[Path], out: Path, ridge: float, json: bool) -> None:
     show.written(out)
 
 
-def _told(moment: SecondMoment) -> dict[str, Any]:
+def _as_dict(moment: SecondMoment) -> dict[str, Any]:
     """Summary of a second moment, ready for JSON."""
     condition = moment.condition_number
     return {

@@ -35,10 +35,10 @@ def tell_bad_lines(bad: Sequence[BadLine], file: Path, unit: str, strict: bool =
 
 def tell_unread(unread: Sequence[str], file: Path, kind: TableKind[Any]) -> None:
     """Name the columns that mean nothing, on standard error, if there are any."""
-    from errata.data.fact_table import told_unread
+    from errata.data.fact_table import unread_message
 
     if unread:
-        tell(f"{file}: {told_unread(unread, kind)}", err=True)
+        tell(f"{file}: {unread_message(unread, kind)}", err=True)
 
 
 def facts_of(file: Path) -> FactTable:

@@ -272,12 +272,12 @@ def _refused(model: Model, rows: Sequence[FactRow], config: TraceConfig) -> list
     """The facts that this model cannot be asked for with these settings, and why."""
     from errata.base.errors import FactError
     from errata.data.fact_table import BadLine
-    from errata.tracing.prepare import prepare
+    from errata.tracing.tokenized import tokenize_fact
 
     refused = []
     for row in rows:
         try:
-            prepare(model, row.fact, config)
+            tokenize_fact(model, row.fact, config)
         except FactError as error:
             refused.append(BadLine(row.line, str(error)))
     return refused

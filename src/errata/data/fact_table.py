@@ -231,7 +231,7 @@ def _unread(fields: Mapping[str, Any], kind: TableKind[Any]) -> list[str]:
     return unknown
 
 
-def told_unread(unread: Sequence[str], kind: TableKind[Any]) -> str:
+def unread_message(unread: Sequence[str], kind: TableKind[Any]) -> str:
     """A message that names columns that are not read, each with the most similar known name, if there is one."""
     known = [name for group in kind.groups for name in group]
     shown = []

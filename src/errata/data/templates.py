@@ -23,7 +23,7 @@ from errata.base.errors import FactError, ResultFileError
 from errata.base.facts import Fact, require_characters
 from errata.base.files import content
 from errata.base.reading import taking_apart
-from errata.data.fact_table import TableKind, field_text, read_rows, told_unread
+from errata.data.fact_table import TableKind, field_text, read_rows, unread_message
 
 KINDS = ("template", "generation", "prompt")
 
@@ -116,7 +116,7 @@ def _of_table(path: Path) -> tuple[dict[str, Wordings], str]:
     if bad:
         raise FactError(f"{path}, {unit} {bad[0].line}: {bad[0].reason}")
     if unread:
-        raise FactError(f"{path} has {told_unread(unread, _TEMPLATES)}")
+        raise FactError(f"{path} has {unread_message(unread, _TEMPLATES)}")
     entries: dict[str, dict[str, list[str]]] = defaultdict(lambda: {kind: [] for kind in KINDS})
     for relation, template, kind in rows:
         entries[relation][kind].append(template)

@@ -21,7 +21,7 @@ from errata.base.errors import ConfigError, ErrataError
 from errata.base.extras import needed
 from errata.editors.editor import Editor
 from errata.evaluation.measure import Measured, Measures, measure
-from errata.evaluation.run import standing
+from errata.evaluation.run import provenance
 from errata.models.model import Model
 from errata.tasks.registry import task_of
 from errata.tasks.task import Case
@@ -190,7 +190,7 @@ class _Crew:
 
     def __init__(self, ray: Any, cluster: Cluster, work: Work, chunks: Sequence[Chunk]):
         self.ray, self.cluster, self.chunks = ray, cluster, chunks
-        self.standing = standing(cluster.model)
+        self.provenance = provenance(cluster.model)
         self.need = {kind: amount for kind, amount in (("CPU", cluster.cpus), ("GPU", cluster.gpus)) if amount}
         self.size = min(len(chunks), cluster.workers or self._room())
         self.job = ray.put((cluster.load, work.without_model()))
@@ -296,9 +296,9 @@ class _Crew:
     def _require_same(self, host: str, theirs: Mapping[str, Any]) -> None:
         """Make sure that what a worker has loaded is what is here; its name may be another."""
         different = [
-            f"{key} is {theirs[key]} there and {self.standing[key]} here"
-            for key in self.standing
-            if key != "model" and theirs[key] != self.standing[key]
+            f"{key} is {theirs[key]} there and {self.provenance[key]} here"
+            for key in self.provenance
+            if key != "model" and theirs[key] != self.provenance[key]
         ]
         if different:
             raise ConfigError(
@@ -320,7 +320,7 @@ class _Worker:
         try:
             load, self.work = job
             self.model = load()
-            return host, standing(self.model)
+            return host, provenance(self.model)
         except ErrataError as error:
             return type(error)(f"a worker on {host} cannot load the model: {error}")
 

@@ -31,7 +31,7 @@ from errata.base.facts import as_plain
 from errata.base.files import content
 from errata.base.journal import read_journal
 from errata.base.reading import load_json, of_type, reason_of, taking_apart
-from errata.evaluation.run import digest
+from errata.evaluation.run import sha256
 from errata.models.scoring import Score
 from errata.tasks.registry import task_of
 from errata.tasks.task import Case, Probability, Scored, Task
@@ -214,12 +214,12 @@ def _require_one_run(folder: Path, task: Task, unedited: Results, edited: Sequen
         ResultFileError: if one does not.
     """
     records = content(folder / "records.json", "records").decode()  # `written_out`, by this errata or an earlier one
-    whole, found = digest(records), read_back(folder / "records.json", task)
+    whole, found = sha256(records), read_back(folder / "records.json", task)
     for each in (unedited, *edited):  # of all, or of the first ones, if it was begun with fewer
         told = each.settings.get("records")
         told = told if isinstance(told, dict) else {}
         count = told.get("count")
-        first = digest(written_out(found[:count])) if isinstance(count, int) and 0 < count < len(found) else whole
+        first = sha256(written_out(found[:count])) if isinstance(count, int) and 0 < count < len(found) else whole
         if told.get("digest") not in (first, whole):
             raise ResultFileError(
                 f"{folder / 'records.json'} holds other records than {each.name}.jsonl is of: it was changed by hand. "

@@ -1,4 +1,4 @@
-"""Headers of runs over many records, and digests that tell runs apart."""
+"""Headers of runs over many records: provenance, settings and sha256 of inputs."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from errata.models.model import Model
 from errata.statistics.second_moment import SecondMoment
 
 
-def standing(model: Model) -> dict[str, Any]:
-    """The model that a run is of, and what computes it, JSON-able."""
+def provenance(model: Model) -> dict[str, Any]:
+    """Provenance of a run: its model, library versions, dtype and device, JSON-able."""
     return {
         "model": model.name,
         "fingerprint": weights_digest(model.hf),
@@ -34,10 +34,10 @@ def standing(model: Model) -> dict[str, Any]:
 
 def header(model: Model, config: Mapping[str, Any], seed: int, **more: Any) -> dict[str, Any]:
     """All that the numbers of a run depend on, JSON-able; `more` is what is particular to it."""
-    return {**standing(model), "config": dict(config), "seed": seed, **more}
+    return {**provenance(model), "config": dict(config), "seed": seed, **more}
 
 
-def digest(values: Any) -> str:
+def sha256(values: Any) -> str:
     """sha256, in hex, of JSON-able values."""
     return hashlib.sha256(json.dumps(values).encode()).hexdigest()
 

@@ -35,7 +35,7 @@ from errata.evaluation.results import (
     read_back,
     written_out,
 )
-from errata.evaluation.run import digest, standing
+from errata.evaluation.run import provenance, sha256
 from errata.evaluation.training_examples import require_unseen
 from errata.metrics.side_effects import predict_texts
 from errata.metrics.text import words
@@ -110,9 +110,9 @@ def evaluate(
             require_unseen(name, editor.trained_on, task, records)
     text = written_out(records)
     settings = {
-        **standing(model),
+        **provenance(model),
         "records": {"kind": task.name, "source": source},
-        **_told(measures),
+        **_measures_as_dict(measures),
         "together": _together(model, folder / "unedited.jsonl"),
     }
     cases = {record.case_id: record for record in records}
@@ -130,7 +130,12 @@ def evaluate(
                     path,
                     KIND,
                     FORMAT,
-                    {**settings, "records": _told_of(records, settings["records"], path), **more, "begun": time.time()},
+                    {
+                        **settings,
+                        "records": _records_as_dict(records, settings["records"], path),
+                        **more,
+                        "begun": time.time(),
+                    },
                     ignore=_BEGUN,
                     names=_NAMES,
                 )
@@ -146,7 +151,7 @@ def evaluate(
             journals[name] = opened(files[name], editor=editor.method, config=dict(editor.config))
             if keep_edits:
                 _require_kept(name, journals[name][1].values())
-        _write_card(folder, {**settings, "records": _told_of(records, settings["records"])}, editors)
+        _write_card(folder, {**settings, "records": _records_as_dict(records, settings["records"])}, editors)
 
         def tell() -> None:
             if progress:
@@ -193,14 +198,14 @@ def _together(model: Model, path: Path) -> int:
     return max(1, min(TOGETHER, int(_WEIGHTS_AT_ONCE / weights)))
 
 
-def _told_of(records: Sequence[Case], settings: Mapping[str, Any], path: Path | None = None) -> dict[str, Any]:
+def _records_as_dict(records: Sequence[Case], settings: Mapping[str, Any], path: Path | None = None) -> dict[str, Any]:
     """Records as the header names them: those with which the journal at `path` was begun, if it exists."""
     count = len(records)
     if path is not None:
         with suppress(ResultFileError, AttributeError):
             begun = read_journal(path, KIND, FORMAT)[0].get("records", {}).get("count")
             count = begun if isinstance(begun, int) and 0 < begun <= len(records) else count
-    return {**settings, "count": count, "digest": digest(written_out(records[:count]))}
+    return {**settings, "count": count, "digest": sha256(written_out(records[:count]))}
 
 
 def _require_no_more(folder: Path, task: Task, records: Sequence[Case]) -> None:
@@ -245,14 +250,14 @@ def _require_cases(records: Sequence[Case]) -> None:
         seen.add(record.case_id)
 
 
-def _told(measures: Measures) -> dict[str, Any]:
+def _measures_as_dict(measures: Measures) -> dict[str, Any]:
     """Settings of the measurement, JSON-able."""
     generation = measures.generation.model_dump() if measures.generation else None
     if generation is not None:
-        texts = digest(measures.snippets.texts) if measures.snippets else None
+        texts = sha256(measures.snippets.texts) if measures.snippets else None
         generation |= {"references": texts, "tfidf": measures.tfidf.digest if measures.tfidf else None}
         generation["essence"] = measures.essence
-    probes = digest(measures.probes) if measures.probes else None
+    probes = sha256(measures.probes) if measures.probes else None
     return {"generation": generation, "probes": probes, "seed": measures.seed}
 
 

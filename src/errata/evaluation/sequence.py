@@ -30,7 +30,7 @@ from errata.base.reading import of_type, taking_apart
 from errata.editors.editor import Editor
 from errata.editors.rome import RomeConfig, rome
 from errata.edits.edit import Edit
-from errata.evaluation.run import begun_with, broken, digest, header, moment_digest, require_no_more
+from errata.evaluation.run import begun_with, broken, header, moment_digest, require_no_more, sha256
 from errata.models.model import Model
 from errata.models.scoring import Score, score
 from errata.plots.drawing import save
@@ -200,7 +200,7 @@ def edit_in_sequence(
         every=every,
         rewrites=begun,
         untouched=len(untouched),
-        facts=digest([[as_plain(rewrite) for rewrite in rewrites[:begun]], [as_plain(fact) for fact in untouched]]),
+        facts=sha256([[as_plain(rewrite) for rewrite in rewrites[:begun]], [as_plain(fact) for fact in untouched]]),
     )
     with (
         Journal.open(path, KIND, FORMAT, settings, names=_NAMES) as journal,
@@ -210,7 +210,7 @@ def edit_in_sequence(
         lines = _checked(journal.records, settings, path)
         require_no_more(path, len(lines) - 1, len(rewrites), "edits")
         for line, rewrite in zip(lines[begun + 1 :], rewrites[begun:], strict=False):
-            if line.get("rewrite") != digest(as_plain(rewrite)):
+            if line.get("rewrite") != sha256(as_plain(rewrite)):
                 raise ResultFileError(
                     f"edit {line['edits']} of {path} is of another rewrite than {rewrite.text!r} to "
                     f"{rewrite.new_object!r}: give the rewrites that it went on with, or name another file"
@@ -230,7 +230,7 @@ def edit_in_sequence(
                 "untouched_lost": None,
             }
             if number > begun:  # the header does not know it
-                line["rewrite"] = digest(as_plain(rewrites[number - 1]))
+                line["rewrite"] = sha256(as_plain(rewrites[number - 1]))
             if number:
                 made = _put_on(model, rewrites[number - 1], editor, on_model)
                 if isinstance(made, Edit):

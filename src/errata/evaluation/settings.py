@@ -89,7 +89,7 @@ class SettingScores:
     def as_dict(self) -> dict[str, Any]:
         """JSON-able; null for what is not there."""
 
-        def told(one: Estimate | None) -> dict[str, Any]:
+        def as_dict(one: Estimate | None) -> dict[str, Any]:
             numbers = {"mean": one.mean, "low": one.low, "high": one.high} if one else {}
             return {name: value if math.isfinite(value) else None for name, value in numbers.items()}
 
@@ -103,12 +103,13 @@ class SettingScores:
                     "best": self.best(line),
                     "failures": [self.failures.get((line, value)) for value in self.at],
                     **{
-                        name: [told(self.scores[name].get((line, value))) for value in self.at] for name in self.metrics
+                        name: [as_dict(self.scores[name].get((line, value))) for value in self.at]
+                        for name in self.metrics
                     },
                 }
                 for line in self.lines
             },
-            "unedited": {name: told(self.unedited[name]) for name in self.metrics},
+            "unedited": {name: as_dict(self.unedited[name]) for name in self.metrics},
         }
 
     def plot(self, path: str | Path) -> None:

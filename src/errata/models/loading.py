@@ -179,7 +179,7 @@ def _from_disk(
 
     where = _place(source)
     shared: dict[str, Any] = {"trust_remote_code": False, "local_files_only": not download}
-    with _told_briefly(source, "config", download):
+    with _brief_errors(source, "config", download):
         config = AutoConfig.from_pretrained(where, **shared)
     if getattr(config, "is_encoder_decoder", False):
         raise UnsupportedModel(
@@ -188,9 +188,9 @@ def _from_disk(
     told = method_of(config) or method_of(config.get_text_config())
     if told:
         raise refusal(str(source), "the model", told)
-    with _told_briefly(source, "tokenizer", download):
+    with _brief_errors(source, "tokenizer", download):
         tokenizer = AutoTokenizer.from_pretrained(where, **shared)
-    with _told_briefly(source, "weights", download), _quiet(download):
+    with _brief_errors(source, "weights", download), _quiet(download):
         hf, info = _auto_class(config).from_pretrained(
             where,
             config=config,
@@ -268,7 +268,7 @@ def _require_numbers(source: str | Path, where: str, download: bool) -> None:
     from safetensors import safe_open
     from transformers.utils import cached_file
 
-    with _told_briefly(source, "weights", download):
+    with _brief_errors(source, "weights", download):
         config = cached_file(where, "config.json", local_files_only=not download)
         for path in sorted(Path(str(config)).parent.glob("*.safetensors")):
             with safe_open(path, framework="pt") as file:
@@ -321,7 +321,7 @@ def _quiet(download: bool) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _told_briefly(source: str | Path, part: str, download: bool) -> Iterator[None]:
+def _brief_errors(source: str | Path, part: str, download: bool) -> Iterator[None]:
     """Errors of transformers and its friends, which come in all classes and lengths, as one line of ours."""
     try:
         yield

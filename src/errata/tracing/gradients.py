@@ -42,9 +42,9 @@ from errata.models.frozen import frozen
 from errata.models.model import Model
 from errata.passes.replay import Recording, record, tell_if_plain
 from errata.tracing.config import TraceConfig, each_once, several
-from errata.tracing.prepare import prepare
 from errata.tracing.result import CausalTrace, Origin
 from errata.tracing.runs import Progress, checked_memory
+from errata.tracing.tokenized import tokenize_fact
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -250,12 +250,12 @@ def integrated_gradients(
     """
     settings: dict[str, Any] = {"parts": parts, "points": points, "answer": answer}
     config = GradientsConfig(**settings)
-    prepared = prepare(model, fact, TraceConfig(answer=config.answer))
+    tokenized = tokenize_fact(model, fact, TraceConfig(answer=config.answer))
     budget = checked_memory(memory, model) // 2  # half for what autograd keeps, half for what a block holds meanwhile
     tell_if_plain(model)
     keep = [(part, layer) for part in config.parts if part != "state" for layer in range(model.n_layers)]
-    recording = record(model, model.batch([prepared.ids]), keep=keep)
-    runs = _Runs(recording, config, prepared.target[0] if prepared.target else None)
+    recording = record(model, model.batch([tokenized.ids]), keep=keep)
+    runs = _Runs(recording, config, tokenized.target[0] if tokenized.target else None)
 
     shape = (recording.length, model.n_layers)
     norms: dict[str, np.ndarray] = {part: np.zeros(shape) for part in config.parts}
@@ -275,8 +275,8 @@ def integrated_gradients(
     return IntegratedGradients(
         fact=fact,
         answer=str(model.tokenizer.decode([runs.target])),
-        tokens=prepared.span.tokens,
-        subject=(prepared.span.first, prepared.span.last),
+        tokens=tokenized.span.tokens,
+        subject=(tokenized.span.first, tokenized.span.last),
         probability=runs.probability,
         norms=norms,
         sums=sums,

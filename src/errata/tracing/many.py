@@ -26,9 +26,9 @@ from errata.models.fingerprint import weights_digest
 from errata.models.model import Model
 from errata.tracing.config import TraceConfig, chosen
 from errata.tracing.noise import measure
-from errata.tracing.prepare import Prepared, prepare, warn_of_sinks
 from errata.tracing.result import FORMAT, KIND, CausalTrace, as_record, from_record
 from errata.tracing.runs import Progress, checked_memory, rows_at_once, trace_together
+from errata.tracing.tokenized import TokenizedFact, tokenize_fact, warn_of_sinks
 
 # More facts at a time are not faster, and more is lost with a kill. The bounds are on multiply-adds.
 _MOST_FACTS = 8
@@ -87,15 +87,15 @@ def trace_facts(
     facts = list(facts)
     if not facts:
         raise ConfigError("there is no fact to trace: give at least one")
-    prepared, refused = _prepare_all(model, facts, config)
-    if not prepared:
+    tokenized, refused = _tokenize_all(model, facts, config)
+    if not tokenized:
         return TracedFacts((), tuple(refused))
     begun = _begun(path, facts)
-    warn_of_sinks(model, list(prepared.values()))
+    warn_of_sinks(model, list(tokenized.values()))
     if subjects is None:
-        subjects = [each.fact.subject for index, each in prepared.items() if index < begun]
+        subjects = [each.fact.subject for index, each in tokenized.items() if index < begun]
     if not subjects:  # none of the first ones can be traced
-        subjects = [each.fact.subject for each in prepared.values()]
+        subjects = [each.fact.subject for each in tokenized.values()]
     disturbance = measure(config.corruption, model, list(subjects))
     budget = checked_memory(_memory_of(path) if memory is None else memory, model)
     fingerprint = weights_digest(model.hf)
@@ -119,13 +119,13 @@ def trace_facts(
     ):
         traces = _kept(journal.records, facts, header, path)
         if progress:
-            progress(len(traces), len(prepared))
+            progress(len(traces), len(tokenized))
 
         def run(group: Sequence[int]) -> list[CausalTrace]:
-            together = [prepared[index] for index in group]
+            together = [tokenized[index] for index in group]
             return trace_together(model, together, config, [disturbance] * len(group), budget, fingerprint)
 
-        for group in _groups(model, prepared, config):
+        for group in _groups(model, tokenized, config):
             if traces.keys() >= set(group):
                 continue
             for index, trace in _each(run, group, refused):
@@ -133,7 +133,7 @@ def trace_facts(
                     journal.append({"index": index, **as_record(trace)})
                     traces[index] = trace
                     if progress:
-                        progress(len(traces), len(prepared))
+                        progress(len(traces), len(tokenized))
             stop_here()
     return TracedFacts(tuple(traces[index] for index in sorted(traces)), tuple(sorted(refused)))
 
@@ -171,22 +171,22 @@ def _kept(
     return kept
 
 
-def _prepare_all(
+def _tokenize_all(
     model: Model, facts: Sequence[Fact], config: TraceConfig
-) -> tuple[dict[int, Prepared], list[tuple[int, str]]]:
-    prepared, refused = {}, []
+) -> tuple[dict[int, TokenizedFact], list[tuple[int, str]]]:
+    tokenized, refused = {}, []
     for index, fact in enumerate(facts):
         try:
-            prepared[index] = prepare(model, fact, config)
+            tokenized[index] = tokenize_fact(model, fact, config)
         except FactError as error:
             refused.append((index, str(error)))
-    return prepared, refused
+    return tokenized, refused
 
 
-def _groups(model: Model, prepared: dict[int, Prepared], config: TraceConfig) -> list[list[int]]:
+def _groups(model: Model, tokenized: dict[int, TokenizedFact], config: TraceConfig) -> list[list[int]]:
     """Indexes of facts that are traced together: of one length, short ones first."""
     by_length: dict[tuple[int, int], list[int]] = {}
-    for index, fact in prepared.items():
+    for index, fact in tokenized.items():
         by_length.setdefault((len(fact.ids), len(fact.span.ids)), []).append(index)
     groups = []
     for (length, _), members in sorted(by_length.items()):

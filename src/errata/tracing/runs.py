@@ -20,9 +20,9 @@ from errata.models.model import Model
 from errata.passes.replay import Recording, engine_of, record
 from errata.tracing.config import TraceConfig
 from errata.tracing.noise import Disturbance
-from errata.tracing.prepare import Prepared
 from errata.tracing.result import CausalTrace, token_roles
 from errata.tracing.sweep import SEVERED, plan, sweep
+from errata.tracing.tokenized import TokenizedFact
 
 Progress = Callable[[int, int], None]  # (sites or facts done, sites or facts in all)
 
@@ -52,7 +52,7 @@ def rows_at_once(model: Model, length: int, config: TraceConfig, memory: int) ->
 @torch.no_grad()
 def trace_together(
     model: Model,
-    facts: Sequence[Prepared],
+    facts: Sequence[TokenizedFact],
     config: TraceConfig,
     disturbances: Sequence[Disturbance],
     memory: int,
@@ -149,7 +149,7 @@ class _Runs:
         said: each fact's most probable next token.
     """
 
-    def __init__(self, model: Model, facts: Sequence[Prepared], config: TraceConfig, memory: int):
+    def __init__(self, model: Model, facts: Sequence[TokenizedFact], config: TraceConfig, memory: int):
         self.model, self.facts, self.config, self.memory = model, facts, config, memory
         lengths = {(len(fact.ids), len(fact.span.ids)) for fact in facts}
         if len(lengths) != 1:
@@ -168,7 +168,7 @@ class _Runs:
         """Number of positions at the end that predict the answer."""
         return self.length - self.prompt + 1
 
-    def corrupted_tokens(self, fact: Prepared) -> range:
+    def corrupted_tokens(self, fact: TokenizedFact) -> range:
         """The tokens of a fact that are disturbed."""
         return range(fact.span.first, min(fact.span.last + 1 + self.config.corruption.after, self.prompt))
 

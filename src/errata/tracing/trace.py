@@ -24,9 +24,9 @@ from errata.models.model import Model
 from errata.passes.replay import tell_if_plain
 from errata.tracing.config import TraceConfig, chosen
 from errata.tracing.noise import measure
-from errata.tracing.prepare import prepare, warn_of_sinks
 from errata.tracing.result import CausalTrace
 from errata.tracing.runs import Progress, checked_memory, trace_together
+from errata.tracing.tokenized import tokenize_fact, warn_of_sinks
 
 
 @checked(model="Model", fact="Fact", config="TraceConfig")
@@ -62,10 +62,10 @@ def trace(
         Diverged: if the model gives probabilities that are not numbers.
     """
     config = chosen(config, settings)
-    prepared = prepare(model, fact, config)
-    warn_of_sinks(model, [prepared])
+    tokenized = tokenize_fact(model, fact, config)
+    warn_of_sinks(model, [tokenized])
     disturbance = measure(config.corruption, model, subjects, own=fact.subject)
     budget = checked_memory(memory, model)
     fingerprint = weights_digest(model.hf)
     tell_if_plain(model)
-    return trace_together(model, [prepared], config, [disturbance], budget, fingerprint, progress)[0]
+    return trace_together(model, [tokenized], config, [disturbance], budget, fingerprint, progress)[0]

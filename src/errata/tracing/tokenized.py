@@ -1,4 +1,4 @@
-"""A fact as the model will read it: its tokens, the subject among them, and the answer that is scored."""
+"""Tokenized facts: a prompt's tokens, the subject among them, and the answer that is scored."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from errata.tracing.result import token_roles
 
 
 @dataclass(frozen=True)
-class Prepared:
-    """A fact as the model will read it.
+class TokenizedFact:
+    """A tokenized fact.
 
     Attributes:
         fact: the fact.
@@ -37,7 +37,7 @@ class Prepared:
         return (*self.span.ids, *(self.target or ())[:-1])
 
 
-def prepare(model: Model, fact: Fact, config: TraceConfig) -> Prepared:
+def tokenize_fact(model: Model, fact: Fact, config: TraceConfig) -> TokenizedFact:
     """Tokens of a fact.
 
     Raises:
@@ -54,25 +54,25 @@ def prepare(model: Model, fact: Fact, config: TraceConfig) -> Prepared:
     if not fact.object:
         if config.answer == "object":
             raise FactError(f"the fact on {fact.subject!r} names no object, and answer='object' asks for one")
-        return Prepared(fact, span, None, None)
+        return TokenizedFact(fact, span, None, None)
     ids, n_prompt = target_ids(model.tokenizer, fact.text, fact.object, fact.separator)
     if config.answer == "model":
-        return Prepared(fact, span, None, ids[n_prompt])
+        return TokenizedFact(fact, span, None, ids[n_prompt])
     if tuple(ids[:n_prompt]) != span.ids:
         raise FactError(
             f"the prompt {fact.text!r} has other tokens when {fact.object!r} follows, so its answer cannot be scored: "
             "end it with a whole word, or name another separator"
         )
     target = tuple(ids[n_prompt:] if config.scored == "whole" else ids[n_prompt : n_prompt + 1])
-    prepared = Prepared(fact, span, target, ids[n_prompt])
-    if len(prepared.ids) > model.max_length:
+    tokenized = TokenizedFact(fact, span, target, ids[n_prompt])
+    if len(tokenized.ids) > model.max_length:
         raise FactError(f"prompt and answer on {fact.subject!r} have more than {model.max_length} tokens: shorten them")
-    return prepared
+    return tokenized
 
 
-def warn_of_sinks(model: Model, prepared: Sequence[Prepared]) -> None:
+def warn_of_sinks(model: Model, tokenized: Sequence[TokenizedFact]) -> None:
     """Say which subjects end at the first token of their text, if the model keeps an attention sink there."""
-    subjects = [each.fact.subject for each in prepared if each.span.last == 0]
+    subjects = [each.fact.subject for each in tokenized if each.span.last == 0]
     if subjects and first_token_cosines(model, model.n_layers // 2).sink:
         others = f" (and {len(subjects) - 1} more subjects)" if subjects[1:] else ""
         warn_of_sink(
