@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 from errata.base.arguments import require
+from errata.base.autocast import without_autocast
 from errata.base.config import changed
 from errata.base.errors import ConfigError
 from errata.base.facts import Fact, Rewrite
@@ -178,6 +179,7 @@ class Method:
         editor = self.bind(model, config, sample_now=False, **settings) if facts else self._unbound(model)
         return editor(rewrites, sequential=sequential, force=force, errors=errors, progress=progress)
 
+    @without_autocast
     def bind(
         self,
         model: Model,
