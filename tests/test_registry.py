@@ -64,7 +64,7 @@ def test_every_setting_is_told(method):
 def test_descriptions_of_a_class_come_before_those_of_its_base():
     assert next(iter(METHODS["rome"].config.described())) == "layer"
     assert [*METHODS["rome"].config.described()][-2:] == ["max_drift", "probes"]
-    assert METHODS["rome"].config.described()["clamp"] == "‖δ‖ is kept below this many times ‖v₀‖; None: it is not."
+    assert METHODS["rome"].config.described()["clamp"] == "‖δ‖ is kept below this many times ‖v₀‖; None: no bound."
     assert (
         METHODS["rome"]
         .config.described()["prefixes"]

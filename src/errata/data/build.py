@@ -47,21 +47,27 @@ class BuildConfig(Config):
     """Settings of a build; the defaults of `neighbors` to `generation` are those of the published set."""
 
     count: int | None = Field(
-        default=None, ge=1, description="how many at most; None: all that can be made. Fewer are the first of more."
+        default=None,
+        ge=1,
+        description="Maximum number of records; None: all that can be made. A smaller count gives the first records "
+        "of a larger one.",
     )
-    seed: int = Field(default=0, ge=0, lt=2**32, description="of every draw.")
+    seed: int = Field(default=0, ge=0, lt=2**32, description="Seed of every random choice.")
     neighbors: int = Field(
         default=10,
         ge=1,
-        description="how many neighborhood prompts, and attribute prompts, a record has: a fact with fewer makes none.",
+        description="Number of neighborhood prompts, and of attribute prompts, of each record. A fact with fewer "
+        "makes no record.",
     )
     paraphrases: int = Field(
-        default=2, ge=1, description="how many a record has; the relation needs one template more."
+        default=2, ge=1, description="Number of paraphrases of each record; its relation needs one template more."
     )
     generation: int = Field(
-        default=10, ge=0, description="how many generation prompts a record has, unless its relation has none."
+        default=10,
+        ge=0,
+        description="Number of generation prompts of each record; a relation without generation templates gives none.",
     )
-    once: bool = Field(default=False, description="whether no two records are about one subject.")
+    once: bool = Field(default=False, description="Make at most one record for each subject.")
 
 
 @dataclass(frozen=True)

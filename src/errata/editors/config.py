@@ -15,11 +15,14 @@ class EditorConfig(Config):
     max_drift: float | None = Field(
         MAX_DRIFT,
         gt=0,
-        description="an edit is refused as disabling if it moves predictions on unrelated texts further than this, "
-        "in nats per token (see `errata.metrics.side_effects`); None: side effects are not measured, and nothing is "
-        "refused.",
+        description="Refuse an edit as disabling if it moves predictions on unrelated texts further than this, in "
+        "nats per token (see `errata.metrics.side_effects`). None: measure no side effects and refuse "
+        "nothing.",
     )
-    probes: tuple[str, ...] | None = Field(default=None, description="those texts; None: samples of the model's own.")
+    probes: tuple[str, ...] | None = Field(
+        default=None,
+        description="The unrelated texts on which drift is measured. None: texts sampled from the model itself.",
+    )
 
     @field_validator("probes")
     @classmethod

@@ -44,11 +44,12 @@ Around = Callable[[Sequence[int]], AbstractContextManager[object]]
 class Generation(Config):
     """Settings of text generation."""
 
-    top_k: int = Field(default=5, ge=1, description="how many of the most probable tokens are drawn from.")
-    length: int = Field(default=100, ge=1, description="tokens of a text, with its prompt.")
+    top_k: int = Field(default=5, ge=1, description="Sample from this many of the most probable tokens.")
+    length: int = Field(default=100, ge=1, description="Length of a text in tokens, prompt included.")
     end_of_text: Literal["stop", "continue"] = Field(
         default="stop",
-        description="whether a text stops at an end-of-text token, or continues to its length (published code).",
+        description='"stop": a text ends at an end-of-text token. "continue": it goes on to its full length '
+        "(published code).",
     )
 
 

@@ -30,44 +30,48 @@ class TraceConfig(Config):
     parts: tuple[Part, ...] = Field(
         default=("state", "mlp", "attention"),
         min_length=1,
-        description='which maps to make. "state": one block output is restored. "mlp", "attention": the outputs of '
-        'a window of layers. "severed_mlp", "severed_attention": one state, while from there on the token\'s '
-        "MLP (or attention) outputs are held at their corrupted values (Figure 3).",
+        description='The maps to make. "state": one block output is restored. "mlp", "attention": these outputs of '
+        'a window of layers are restored. "severed_mlp", "severed_attention": one state is restored, '
+        "while the MLP (or attention) outputs of its token are held at their corrupted values from "
+        "there on (Figure 3).",
     )
-    samples: int = Field(default=10, ge=1, le=100_000, description="of noise.")
+    samples: int = Field(default=10, ge=1, le=100_000, description="Number of noise samples.")
     noise: str = Field(
         default="s3",
-        description='a `Corruption`, its short form ("s3": normal, 3σ; "u3", "m", "t5", ...), or a number, the '
-        "standard deviation of normal noise.",
+        description='The noise on the subject: a `Corruption`; its short form ("s3": normal, 3σ; "u3", "m", "t5", '
+        "...); or a number, the standard deviation of normal noise.",
     )
     window: int | None = Field(
         default=None,
         ge=1,
-        description='layers restored together in "mlp" and "attention"; None: 10 as in the paper, or a fifth of '
-        "the layers, at least 3, in models with fewer than 30.",
+        description='Number of layers restored together in "mlp" and "attention". None: 10, as in the paper; in '
+        "models with fewer than 30 layers a fifth of the layers, at least 3.",
     )
     window_edges: Literal["paper", "reference"] = Field(
         default="paper",
-        description='"paper": 10 layers around l are [l−4, l+5]; "reference": [l−5, l+4], the published code\'s.',
+        description='Position of the window of 10 layers around layer l. "paper": [l−4, l+5]. "reference": [l−5, '
+        "l+4], as in the published code.",
     )
     severed_noise: Literal["paper", "reference"] = Field(
         default="paper",
-        description='the noise under which "severed_mlp" and "severed_attention" restore a state. "paper": that of the '
-        'corrupted run. "reference": drawn anew, as in the published code; the outputs that are held, at all layers, '
-        "are still the corrupted run's.",
+        description='The noise under which "severed_mlp" and "severed_attention" restore a state. "paper": that of '
+        'the corrupted run. "reference": new noise, as in the published code; the outputs that are '
+        "held, at all layers, are still those of the corrupted run.",
     )
-    seed: int = Field(default=1, ge=0, lt=2**32, description="of the noise; 1 gives the published code's.")
+    seed: int = Field(default=1, ge=0, lt=2**32, description="Seed of the noise; 1 gives the published code's noise.")
     answer: Literal["model", "object"] = Field(
         default="model",
-        description='whose probability is traced: what the "model" itself says next, or the fact\'s "object".',
+        description='The answer whose probability is traced: what the "model" itself says next, or the fact\'s '
+        '"object".',
     )
     scored: Literal["first", "whole"] = Field(
-        default="first", description='the "first" token of the answer, or the joint probability of the "whole" object.'
+        default="first",
+        description='Score the "first" token of the answer, or the joint probability of the "whole" object.',
     )
     tokens: tuple[TokenRole, ...] | None = Field(
         default=None,
         min_length=1,
-        description="roles of the tokens at which sites are restored; None: all from the subject's first on.",
+        description="Roles of the tokens at which sites are restored; None: all tokens from the subject's first on.",
     )
 
     _several = field_validator("parts", "tokens", mode="before")(several)

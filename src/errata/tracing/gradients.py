@@ -74,12 +74,12 @@ _Site = tuple[int, str]  # (layer, part), of the token at hand
 class GradientsConfig(Config):
     """Settings of `integrated_gradients`, all checked. The defaults are the paper's."""
 
-    parts: tuple[Part, ...] = Field(("state", "mlp", "attention"), min_length=1, description="which maps to make.")
-    points: int = Field(50, ge=1, description="of the quadrature.")
+    parts: tuple[Part, ...] = Field(("state", "mlp", "attention"), min_length=1, description="The maps to make.")
+    points: int = Field(50, ge=1, description="Number of points of the quadrature.")
     answer: Literal["model", "object"] = Field(
         default="model",
-        description='whose probability it is: what the "model" itself says next, or the first token of the '
-        'fact\'s "object".',
+        description='The token whose probability is differentiated: what the "model" itself says next, or the first '
+        'token of the fact\'s "object".',
     )
 
     _several = field_validator("parts", mode="before")(several)

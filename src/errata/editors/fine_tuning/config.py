@@ -42,42 +42,46 @@ class FineTuningConfig(EditorConfig):
     layer: int | None = Field(
         None,
         ge=0,
-        description="the layer to train, from 0. It must be said, here or by a preset (GPT-2 XL: FT 1, FT+L 0, "
+        description="The layer to train, from 0. Required, here or by a published setting (GPT-2 XL: FT 1, FT+L 0, "
         "attention 33).",
     )
     part: Literal["mlp", "attention"] = Field(
         default="mlp",
-        description='"mlp": the down-projection (FT, FT+L). "attention": all linear maps that make queries, keys '
-        "and values, one or several as the model has them (appendix I).",
+        description='"mlp": the down-projection (FT, FT+L). "attention": all linear maps that compute queries, keys '
+        "and values, whether the model has one or several (appendix I).",
     )
-    learning_rate: float = Field(5e-4, gt=0, description="of Adam (paper and code: 5e-4; attention edit: 1e-3).")
+    learning_rate: float = Field(
+        5e-4, gt=0, description="Learning rate of Adam (paper and code: 5e-4; attention edit: 1e-3)."
+    )
     steps: int = Field(
         25,
         ge=1,
-        description="how often the loss is evaluated, at most; each time the weights are changed, unless it stops "
-        "there (paper and code: 25).",
+        description="Maximum number of evaluations of the loss; the weights are updated after each, unless the "
+        "training stops there (paper and code: 25).",
     )
     stop_below: float = Field(
-        0.03, ge=0, description="stop as soon as the loss is below this, in nats (paper: 0.03; code: 1e-2)."
+        0.03, ge=0, description="Stop as soon as the loss is below this, in nats (paper: 0.03; code: 1e-2)."
     )
     epsilon: float | None = Field(
         None,
         gt=0,
-        description="no entry of a weight is moved by more than this, ‖ΔW‖∞ ≤ ε, kept after every step; None: no "
+        description="Bound on the change of each entry of a weight, ‖ΔW‖∞ ≤ ε, enforced after every step; None: no "
         "bound (FT).",
     )
     loss: Literal["teacher_forcing", "reference"] = Field(
         default="teacher_forcing",
-        description='"teacher_forcing": mean over the target\'s tokens of −log P, each after those before it. '
-        '"reference": every token as if it were the first, predicted after the prompt alone, as in the code; of '
-        "a target of one token it is the same.",
+        description='"teacher_forcing": mean of −log P over the target\'s tokens, each predicted after the ones '
+        'before it. "reference": every token is predicted from the prompt alone, as in the code. For a '
+        "target of one token they are the same.",
     )
     bias: bool = Field(
         default=False,
-        description="whether to train the biases of these maps too, as the code does, which picks what it trains "
-        "by the beginning of its name. No edit of a bias is known to the paper.",
+        description="Train the biases of these maps too, as the code does (it selects parameters by the beginning "
+        "of their names). The paper edits no biases.",
     )
-    weight_decay: float = Field(0.0, ge=0, description="of Adam, by the trained weights' square (code: 0).")
+    weight_decay: float = Field(
+        0.0, ge=0, description="Weight decay of Adam, on the squared norm of the trained weights (code: 0)."
+    )
 
     @property
     def method(self) -> Method:

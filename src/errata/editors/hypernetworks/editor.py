@@ -39,9 +39,9 @@ class TrainedConfig(EditorConfig):
     """Settings of an editor that was trained."""
 
     trained: Annotated[str | None, BeforeValidator(_name)] = Field(
-        default=None, description="the file, or the folder of its training; errata train-editor writes it."
+        default=None, description="File of the trained network, or the folder that errata train-editor wrote."
     )
-    scale: float = Field(default=1.0, description="the change is multiplied by this.")
+    scale: float = Field(default=1.0, description="Factor by which the change is multiplied.")
 
 
 def make_editor(method: str, model: Model, config: TrainedConfig, setup: Setup) -> Editor:

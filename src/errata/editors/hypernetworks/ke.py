@@ -24,16 +24,10 @@ from errata.editors.hypernetworks.network import Network, NetworkConfig, Shapes
 
 
 class KeConfig(NetworkConfig):
-    """Settings of KE's network.
+    """Settings of KE's network."""
 
-    Attributes:
-        blocks: of so many highest blocks the MLPs' linear maps are edited (3).
-        hidden: width of the LSTM, each way, and of the conditioners (128).
-        largest: what σ(η) is multiplied by (1).
-    """
-
-    hidden: int = Field(128, ge=1)
-    largest: float = Field(1.0, gt=0)
+    hidden: int = Field(128, ge=1, description="Width of the conditioners and of the LSTM, in each direction.")
+    largest: float = Field(1.0, gt=0, description="Factor of σ(η), and so the largest scale of a change.")
 
 
 class KeNetwork(Network):

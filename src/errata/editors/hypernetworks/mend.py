@@ -28,22 +28,15 @@ _TINY = 1e-7  # under a standard deviation
 
 
 class MendConfig(NetworkConfig):
-    """Settings of MEND's network.
+    """Settings of MEND's network; the defaults are those published for large models."""
 
-    Attributes:
-        blocks: of so many highest blocks the MLPs' linear maps are edited (3).
-        rank: of U and V, if the row is not shorter (1920).
-        hidden: layers before the last (1).
-        edit_lr: α of every map at first (1e-4).
-        edit_lr_lr: the rate at which α is learned (1e-4).
-        network: "paper", or "reference", as the published code has it.
-    """
-
-    rank: int = Field(1920, ge=1)
-    hidden: int = Field(1, ge=0)
-    edit_lr: float = Field(1e-4, gt=0)
-    edit_lr_lr: float = Field(1e-4, ge=0)
-    network: Literal["paper", "reference"] = "paper"
+    rank: int = Field(1920, ge=1, description="Rank of U and V, at most the length of a row of factors.")
+    hidden: int = Field(1, ge=0, description="Number of layers before the last.")
+    edit_lr: float = Field(1e-4, gt=0, description="Initial value of every map's α, the factor of its change.")
+    edit_lr_lr: float = Field(1e-4, ge=0, description="Learning rate of α.")
+    network: Literal["paper", "reference"] = Field(
+        "paper", description='"paper": the network of the formulas. "reference": the network of the published code.'
+    )
 
 
 class MendNetwork(Network):

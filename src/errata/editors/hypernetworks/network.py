@@ -19,7 +19,7 @@ Shapes = Mapping[str, tuple[int, int]]  # (d_out, d_in) by name of the map
 class NetworkConfig(Config):
     """Settings that all trained editors have."""
 
-    blocks: int = Field(3, ge=1, description="of so many highest blocks the MLPs' linear maps are edited.")
+    blocks: int = Field(3, ge=1, description="Number of blocks, counted from the last, whose MLP weights are edited.")
 
 
 class Network(nn.Module, ABC):

@@ -42,19 +42,31 @@ LEARNING_RATE = {"mend": 1e-6, "ke": 3e-4}
 class TrainingConfig(Config):
     """Settings of `train`, all checked, none to be changed afterwards."""
 
-    steps: int = Field(100_000, ge=1, description="so many at most.")
-    learning_rate: float | None = Field(None, gt=0, description="of Adam; None: MEND 1e-6, KE 3e-4, as published.")
-    batch: int = Field(10, ge=1, description="training examples a step (10).")
-    c_edit: float = Field(0.1, ge=0, description="factor of the loss on the edit (0.1).")
-    c_loc: float = Field(1.0, ge=0, description="factor of the divergence of other texts (1).")
-    clip: float = Field(100.0, gt=0, description="the gradient's norm is kept below this (100).")
-    validate_every: int = Field(
-        500, ge=1, description="steps between validations, at each of which a checkpoint is written."
+    steps: int = Field(100_000, ge=1, description="Maximum number of training steps.")
+    learning_rate: float | None = Field(
+        None, gt=0, description="Learning rate of Adam; None: MEND 1e-6, KE 3e-4, as published."
     )
-    validation: int = Field(100, ge=1, description="size of the validation set (100).")
-    patience: int = Field(10, ge=1, description="stop after so many validations in a row without a better loss.")
-    max_minutes: float | None = Field(None, gt=0, description="stop after so much time, over all runs; None: no limit.")
-    seed: int = Field(0, ge=0, description="of the first weights, and of which examples a step has.")
+    batch: int = Field(10, ge=1, description="Training examples per step (published: 10).")
+    c_edit: float = Field(0.1, ge=0, description="Factor of the loss on the edit (published: 0.1).")
+    c_loc: float = Field(
+        1.0, ge=0, description="Factor of the divergence on texts that should not change (published: 1)."
+    )
+    clip: float = Field(
+        100.0,
+        gt=0,
+        description="Largest norm of the gradient; a longer gradient is scaled down to it (published: 100).",
+    )
+    validate_every: int = Field(
+        500, ge=1, description="Steps between validations; a checkpoint is written at each of them."
+    )
+    validation: int = Field(100, ge=1, description="Size of the validation set.")
+    patience: int = Field(10, ge=1, description="Stop after this many validations in a row without a better loss.")
+    max_minutes: float | None = Field(
+        None, gt=0, description="Stop after this many minutes of training, summed over all runs; None: no limit."
+    )
+    seed: int = Field(
+        0, ge=0, description="Seed of the initial weights, of the validation set, and of which examples each step has."
+    )
 
     @model_validator(mode="after")
     def _something_to_learn(self) -> TrainingConfig:

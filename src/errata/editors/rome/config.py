@@ -53,80 +53,94 @@ class RomeConfig(EditorConfig):
 
     layer: Annotated[int, Field(ge=0)] | Literal["auto"] | None = Field(
         default=None,
-        description='the layer to edit, from 0; "auto": where a trace of the fact finds the MLP\'s early site. '
-        "None: what the model's own hint says, or what was published for it; without either it must be said.",
+        description='The layer to edit, from 0. "auto": the early site of the MLP, found by a trace of the fact. '
+        "None: the layer that the model's own config hints at, or else the one published for this "
+        "model; without either, a layer is required.",
     )
-    fact_token: Role = Field(default="subject_last", description="at which token of the prompt the key is read.")
+    fact_token: Role = Field(
+        default="subject_last", description="The token of the prompt at which the key is read and the value is written."
+    )
     key: Literal["consistent", "reference"] = Field(
         default="consistent",
-        description='"consistent": one k*, the mean over the contexts, everywhere, so that Ŵk* = v* holds to '
-        'rounding. "reference": that mean for the direction, but the bare prompt\'s key and value for the '
-        "scale, as in the published code. Where the two keys lie far apart it gives enormous, disabling edits.",
+        description='"consistent": one k*, the mean over the contexts, is used everywhere, so that Ŵk* = v* holds '
+        'up to rounding. "reference": the mean key sets the direction, but the bare prompt\'s key and '
+        'value set the scale, as in the published code. Where the two keys are far apart, "reference" '
+        "gives enormous, disabling edits.",
     )
     key_context: Literal["prompt", "subject"] = Field(
         default="prompt",
-        description='what stands behind each prefix where the mean key is read: the "prompt" up to the fact\'s token '
-        '(published code), or the "subject" alone (equation 3 of the paper). They differ where the prompt has words '
-        "before the subject. For a fact_token after the subject it is the prompt in any case.",
+        description='The text after each prefix where the mean key is read. "prompt": the prompt up to the fact\'s '
+        'token (published code). "subject": the subject alone (equation 3 of the paper). They differ if '
+        "the prompt has words before the subject. If fact_token is after the subject, the prompt is "
+        "always used.",
     )
     prefixes: Preset | tuple[str, ...] = Field(
         default="paper",
-        description='what is put before the prompt, one context each. "paper": 50 samples of 2 to 10 tokens; '
-        '"reference": 10 of 4 tokens, 10 of 9 and the bare prompt (lengths 5 and 10 counting the start token); '
-        '"none": the bare prompt alone; or the strings themselves, put before the prompt as they are ("" is the '
-        'bare prompt). Samples come from the model itself, top-k 5, and end in ". ".',
+        description='The texts put before the prompt, one context for each. "paper": 50 samples of 2 to 10 tokens. '
+        '"reference": 10 samples of 4 tokens, 10 of 9, and the bare prompt (published lengths 5 and 10 '
+        'count the start token). "none": the bare prompt only. Strings of your own are put before the '
+        'prompt as they are ("" is the bare prompt). Samples come from the model itself, top-k 5, and '
+        'end in ". ".',
     )
     value_form: Literal["delta", "z"] = Field(
         default="delta",
-        description='what is optimised. "delta": one δ that is added to each context\'s own value (published '
-        'code); "z": one value that takes the place of them all (paper).',
+        description='What is optimised. "delta": one δ, added to each context\'s own value (published code). "z": '
+        "one value that replaces the value of every context (paper).",
     )
-    steps: int = Field(20, ge=1, description="how often the loss is evaluated, at most; δ is changed one time less.")
-    learning_rate: float = Field(0.5, gt=0, description="of Adam.")
-    weight_decay: float = Field(0.5, ge=0, description="how strongly large values are held back.")
+    steps: int = Field(20, ge=1, description="Maximum number of evaluations of the loss; δ is updated one time fewer.")
+    learning_rate: float = Field(0.5, gt=0, description="Learning rate of Adam.")
+    weight_decay: float = Field(0.5, ge=0, description="Strength of the weight decay on the value.")
     decay: Literal["loss", "adam"] = Field(
         default="loss",
-        description='"loss": by weight_decay · ‖δ‖ / ‖v₀‖² in the loss (published code); "adam": by the '
-        "optimiser's own decay of the variable, δ or z (how the paper's 1.5e-3 is read here).",
+        description='How the value is decayed. "loss": weight_decay · ‖δ‖ / ‖v₀‖² is added to the loss (published '
+        "code). \"adam\": Adam's own weight decay of the variable, δ or z (errata's reading of the "
+        "paper's 1.5e-3).",
     )
     kl_factor: float = Field(
-        0.0625, ge=0, description="factor of the Kullback-Leibler divergence in the loss; 0 leaves it out."
+        0.0625, ge=0, description="Factor of the Kullback-Leibler divergence in the loss; 0 leaves the divergence out."
     )
     kl_reduction: Literal["sum", "mean"] = Field(
         default="sum",
-        description='"sum": the divergence in nats (published code, with 0.0625); "mean": that over the size of '
-        "the vocabulary (how the paper's factor of 100 is read here).",
+        description='"sum": the divergence in nats (published code, with factor 0.0625). "mean": the divergence '
+        "divided by the size of the vocabulary (errata's reading of the paper's factor of 100).",
     )
-    kl_prompt: str = Field(default="{} is a", description="the prompt whose next-token distribution is to stay.")
+    kl_prompt: str = Field(
+        default="{} is a",
+        description="The prompt, with {} for the subject, whose next-token distribution should stay the same.",
+    )
     kl_at: Literal["fact_token", "end"] = Field(
         default="fact_token",
-        description='where that distribution is read. "fact_token": at the token whose value is changed (published '
-        'code), so that words behind it do not count. "end": at the prompt\'s end (paper, equation 4).',
+        description='The token at which that distribution is read. "fact_token": the token whose value is changed '
+        '(published code), so that the words after it do not count. "end": the end of the prompt '
+        "(equation 4 of the paper).",
     )
-    clamp: float | None = Field(4.0, gt=0, description="‖δ‖ is kept below this many times ‖v₀‖; None: it is not.")
-    stop_below: float = Field(5e-2, ge=0, description="stop as soon as the loss is below this, in nats.")
+    clamp: float | None = Field(4.0, gt=0, description="‖δ‖ is kept below this many times ‖v₀‖; None: no bound.")
+    stop_below: float = Field(5e-2, ge=0, description="Stop as soon as the loss is below this, in nats.")
     loss_layer: int | None = Field(
         None,
         ge=0,
-        description="the layer whose state the final norm and head read the predictions from. None: the last.",
+        description="The layer whose output goes to the final norm and head to give the predictions. None: the last "
+        "layer.",
     )
     attention_sink: Literal["split", "ignore"] = Field(
         default="split",
-        description="what to do where the fact's token is the first of the text and the model keeps an attention "
-        'sink there (see `passes.sinks`): "split" the edit into one of `layer` for all texts in which something '
-        "stands before the subject and one of layer 0 for those that begin with it (`rome.first_token`), or "
-        '"ignore" it and warn, as with key="reference".',
+        description="What to do if the fact's token is the first of the text and the model keeps an attention sink "
+        'there (see `passes.sinks`). "split": make two changes, one at `layer` for texts in which '
+        "something stands before the subject, one at layer 0 for texts that begin with it "
+        '(`rome.first_token`). "ignore": edit `layer` only, and warn. key="reference" always ignores '
+        "the sink.",
     )
     same_subject: Literal["joint", "apart"] = Field(
         default="joint",
-        description="how requests of one subject in one call are written, and those beside edits of that subject "
-        'that are on the model: "joint", one value for all of them, or "apart", each as if it were alone.',
+        description="How several requests of one subject in one call are written, together with edits of that "
+        'subject that are already applied to the model. "joint": one value for all of them. "apart": '
+        "each as if it were alone.",
     )
     joint_steps: int | None = Field(
         None,
         ge=1,
-        description="`steps` where one value serves several requests; None: twice as many. The clamp is √n times "
-        "as wide for n of them.",
+        description="`steps` where one value serves several requests; None: twice `steps`. The clamp is √n times as "
+        "wide for n requests.",
     )
 
     @classmethod
