@@ -11,7 +11,7 @@ from errata.base.facts import Fact, Rewrite
 from errata.base.journal import write_journal
 from errata.data.records import Record, ZsreRecord
 from errata.evaluation.results import FORMAT, KIND, Result, written_out
-from errata.evaluation.run import sha256
+from errata.evaluation.run_header import sha256
 from errata.models.scoring import Score
 
 PLACES = ("Paris", "Rome", "Oslo", "Lima", "Cairo", "Kyoto", "Buenos Aires", "Tallinn")

@@ -13,7 +13,7 @@ from errata.base.errors import ConfigError, ErrataError
 from errata.cli import sweep
 from errata.evaluation.results import Run
 from errata.evaluation.sequence import SequenceScores, edits_folder
-from errata.evaluation.settings import SettingScores
+from errata.evaluation.setting_scores import SettingScores
 from errata.models.fingerprint import weights_digest
 from errata.models.loading import load_pretrained
 from tiny import byte_tokenizer, tiny

@@ -18,7 +18,7 @@ from errata.evaluation import page as pages
 from errata.evaluation.page import data, in_script, page, write_page
 from errata.evaluation.report import table
 from errata.evaluation.results import Run
-from errata.evaluation.run import sha256
+from errata.evaluation.run_header import sha256
 from made_runs import counterfact_records, counterfact_result, counterfact_run, failed, write_run, zsre_run
 
 pytest.importorskip("jinja2")

@@ -10,7 +10,7 @@ import pytest
 from errata.base.errors import ConfigError
 from errata.plots.drawing import save
 from errata.plots.sequence import sequence_figure
-from errata.plots.settings import settings_figure
+from errata.plots.setting_scores import settings_figure
 
 matplotlib = pytest.importorskip("matplotlib", reason="pictures need the extra errata-lm[plots]")
 

@@ -7,9 +7,9 @@ import pytest
 from errata.base.errors import ConfigError
 from errata.cli.evaluate import _spread
 from errata.evaluation.results import Run
-from errata.evaluation.settings import SettingScores
+from errata.evaluation.setting_scores import SettingScores
 from errata.plots.drawing import save
-from errata.plots.settings import settings_figure
+from errata.plots.setting_scores import settings_figure
 from made_runs import counterfact_records, counterfact_result, write_run, zsre_records, zsre_result
 
 matplotlib = pytest.importorskip("matplotlib", reason="pictures need the extra errata-lm[plots]")

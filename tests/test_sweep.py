@@ -23,7 +23,7 @@ from errata.data.records import Record
 from errata.evaluation import runner
 from errata.evaluation.results import Run
 from errata.evaluation.runner import evaluate
-from errata.evaluation.settings import SettingScores
+from errata.evaluation.setting_scores import SettingScores
 from errata.evaluation.sweep import sweep
 from errata.models.fingerprint import weights_digest
 from errata.models.loading import load_pretrained

@@ -25,7 +25,7 @@ from errata.evaluation.page import write_page
 from errata.evaluation.report import table
 from errata.evaluation.results import Run
 from errata.evaluation.runner import evaluate
-from errata.evaluation.settings import SettingScores
+from errata.evaluation.setting_scores import SettingScores
 from errata.evaluation.training_examples import training_examples
 from errata.models.loading import load_pretrained
 from errata.models.scoring import score

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
 from errata.base.errors import ResultFileError
-from errata.base.reading import taking_apart
+from errata.base.parsing import taking_apart
 
 if TYPE_CHECKING:
     import numpy as np

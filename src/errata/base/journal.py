@@ -16,10 +16,10 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from errata.base.differing import differing, flat
 from errata.base.errors import OutputError, ResultFileError
 from errata.base.files import content, written_whole
-from errata.base.reading import format_of, load_json
+from errata.base.parsing import format_of, load_json
+from errata.base.settings_diff import differing, flat
 
 try:
     import fcntl

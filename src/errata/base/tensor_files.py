@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from errata.base.display import is_torn
 from errata.base.errors import ErrataError, OutputError
 from errata.base.files import written_whole
-from errata.base.reading import format_of, load_json, taking_apart
+from errata.base.parsing import format_of, load_json, taking_apart
 
 if TYPE_CHECKING:
     from torch import Tensor

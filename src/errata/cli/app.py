@@ -14,7 +14,6 @@ from errata.base.display import shown
 from errata.base.errors import ErrataError
 from errata.base.versions import __version__
 from errata.cli import (
-    alive,
     average,
     build,
     data,
@@ -27,6 +26,7 @@ from errata.cli import (
     figure,
     generate,
     gradients,
+    progress_lines,
     report,
     stats,
     sweep,
@@ -118,7 +118,7 @@ def main() -> None:
     if len(sys.argv) == 1:
         sys.argv.append("--help")
     try:
-        with alive.lines(" ".join(["errata", *sys.argv[1:2]])):
+        with progress_lines.lines(" ".join(["errata", *sys.argv[1:2]])):
             code = app(standalone_mode=False)
         sys.exit(code)
     except (KeyboardInterrupt, typer.Abort):

@@ -15,7 +15,7 @@ import typer
 
 from errata.base.display import tell
 from errata.base.text import phrase
-from errata.cli import moments, options, tables
+from errata.cli import options, second_moments, tables
 from errata.cli.export import Lora, Merge
 from errata.data.fact_table import BadLine
 
@@ -66,12 +66,12 @@ def edit(
     ] = None,
     key: Annotated[Optional[str], typer.Option(help="consistent (exact) or reference (the published code).")] = None,  # noqa: UP045
     also: Annotated[Optional[list[str]], typer.Option(help="Another prompt to watch; any number.")] = None,  # noqa: UP045
-    corpus: moments.Corpus = None,
-    field: moments.Field = "text",
-    revision: moments.Revision = None,
-    corpus_tokens: moments.Tokens = 100_000,
-    second_moment: moments.File = None,
-    identity: moments.Identity = False,
+    corpus: second_moments.Corpus = None,
+    field: second_moments.Field = "text",
+    revision: second_moments.Revision = None,
+    corpus_tokens: second_moments.Tokens = 100_000,
+    second_moment: second_moments.File = None,
+    identity: second_moments.Identity = False,
     force: Annotated[bool, typer.Option("--force", help="Make an edit that would disable the model, too.")] = False,
     strict: Annotated[bool, typer.Option("--strict", help="Stop at the first bad line of the table.")] = False,
     seed: options.Seed = 0,
@@ -89,7 +89,7 @@ def edit(
     from errata.base.errors import ConfigError, ErrataError
     from errata.cli import export, show
 
-    source = moments.Source(corpus, field, revision, corpus_tokens, second_moment, identity, download)
+    source = second_moments.Source(corpus, field, revision, corpus_tokens, second_moment, identity, download)
     name, settings = _spec(editor, layer=_layer(layer), preset=preset, key=key)
     table = None
     if requests is None:
@@ -228,7 +228,7 @@ def _made(
     rewrites: Sequence[Rewrite],
     name: str,
     settings: dict[str, Any],
-    source: moments.Source,
+    source: second_moments.Source,
     seed: int,
     *,
     sequential: bool,

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, Optional
 import typer
 
 from errata.base.display import tell as say
-from errata.cli import moments, options
+from errata.cli import options, second_moments
 
 if TYPE_CHECKING:
     from errata.data.snippets import Snippets
@@ -72,12 +72,12 @@ def evaluate(
         Optional[list[Path]],  # noqa: UP045
         typer.Option("--edit", help="With --probe alone: a file of an edit that was made; several add up."),
     ] = None,
-    corpus: moments.Corpus = None,
-    field: moments.Field = "text",
-    revision: moments.Revision = None,
-    corpus_tokens: moments.Tokens = 100_000,
-    second_moment: moments.File = None,
-    identity: moments.Identity = False,
+    corpus: second_moments.Corpus = None,
+    field: second_moments.Field = "text",
+    revision: second_moments.Revision = None,
+    corpus_tokens: second_moments.Tokens = 100_000,
+    second_moment: second_moments.File = None,
+    identity: second_moments.Identity = False,
     executor: Annotated[
         Literal["here", "ray"], typer.Option(help="Where records are measured: in this process, or on Ray.")
     ] = "here",
@@ -141,7 +141,7 @@ def evaluate(
     unused = [option for option, value in ray.items() if value is not None]
     if executor == "here" and unused:
         raise ConfigError(f"{unused[0]} is of Ray: give --executor ray with it")
-    source = moments.Source(corpus, field, revision, corpus_tokens, second_moment, identity, download)
+    source = second_moments.Source(corpus, field, revision, corpus_tokens, second_moment, identity, download)
     probes = None if probe is None else [text[:_PROBE_CHARACTERS] for text in passages(probe)[:_PROBE_TEXTS]]
 
     # Torch comes only now: bad input is told at once.

@@ -134,7 +134,7 @@ def ask(
 ) -> list[str]:
     """Continuation of each fact by the model. Answers are kept as they come, and not computed again."""
     from errata.base.journal import Journal
-    from errata.base.reading import of_type, taking_apart
+    from errata.base.parsing import of_type, taking_apart
     from errata.cli import show
     from errata.metrics.knowledge import continuations
     from errata.models.fingerprint import weights_digest

@@ -111,7 +111,7 @@ def _of_parts(traced: Mapping[str, T], parts: str | None, file: Path) -> dict[st
 def _along(folder: Path, setting: str) -> Figure:
     """Rows of a run along a setting of their editors."""
     from errata.evaluation.results import Run
-    from errata.evaluation.settings import SettingScores
+    from errata.evaluation.setting_scores import SettingScores
 
     return SettingScores.of(Run.load(folder), setting).figure()
 

@@ -13,7 +13,7 @@ import typer
 
 if TYPE_CHECKING:
     from errata.base.facts import Fact
-    from errata.cli.moments import Source
+    from errata.cli.second_moments import Source
     from errata.editors.editor import Editor
     from errata.editors.method import Method
     from errata.models.model import Model

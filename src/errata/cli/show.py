@@ -22,7 +22,7 @@ from rich.text import Text
 
 from errata.base.display import printable
 from errata.base.files import require_there
-from errata.cli import alive
+from errata.cli import progress_lines
 from errata.plots.drawing import part_name
 from errata.tracing.result import ROLES
 
@@ -65,7 +65,7 @@ def progress(what: str, unit: str = "") -> Iterator[Any]:
     )
     # Time left is judged by the last hour: steps that take minutes must count too.
     with (
-        alive.stage(what) as stages,
+        progress_lines.stage(what) as stages,
         Progress(
             *columns, console=errors, transient=True, disable=not errors.is_terminal, speed_estimate_period=3600
         ) as bar,

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Optional
 
 import typer
 
-from errata.cli import moments, options
+from errata.cli import options, second_moments
 
 if TYPE_CHECKING:
     from errata.models.model import Model
@@ -29,9 +29,9 @@ def stats(
         Optional[str],  # noqa: UP045
         typer.Option(help="Such as 3-8, or 3,5, or all. Else the layer that the model's config names for ROME."),
     ] = None,
-    corpus: moments.Corpus = None,
-    field: moments.Field = "text",
-    revision: moments.Revision = None,
+    corpus: second_moments.Corpus = None,
+    field: second_moments.Field = "text",
+    revision: second_moments.Revision = None,
     tokens: Annotated[int, typer.Option(min=1, help="How many tokens count at most.")] = 100_000,
     max_length: Annotated[
         Optional[int],  # noqa: UP045
@@ -159,7 +159,7 @@ def _open(
 ) -> Corpus:
     """The corpus that the options name."""
     own = model.hints.get("corpus") == ATLAS
-    source = moments.Source(what or (None if own else "wikipedia"), field, revision, download=download)
+    source = second_moments.Source(what or (None if own else "wikipedia"), field, revision, download=download)
     corpus = source.texts(model)
     return corpus.shard(*part) if part else corpus
 

@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional, cast
 import typer
 
 from errata.base.display import tell as say
-from errata.cli import moments, options, tables
+from errata.cli import options, second_moments, tables
 
 if TYPE_CHECKING:
     from errata.base.facts import Fact, Rewrite
     from errata.data.fact_table import BadLine
     from errata.evaluation.sequence import SequenceScores
-    from errata.evaluation.settings import SettingScores
+    from errata.evaluation.setting_scores import SettingScores
     from errata.metrics.summary import Estimate
     from errata.models.model import Model
     from errata.models.tokens import Role
@@ -49,11 +49,11 @@ def sweep(
             show_default=False,
         ),
     ] = "subject_first,subject_last,subject_first_after,last",
-    corpus: moments.Corpus = None,
-    field: moments.Field = "text",
-    revision: moments.Revision = None,
-    corpus_tokens: moments.Tokens = 100_000,
-    identity: moments.Identity = False,
+    corpus: second_moments.Corpus = None,
+    field: second_moments.Field = "text",
+    revision: second_moments.Revision = None,
+    corpus_tokens: second_moments.Tokens = 100_000,
+    identity: second_moments.Identity = False,
     seed: options.Seed = 0,
     device: options.Device = None,
     dtype: options.Dtype = "auto",
@@ -68,7 +68,7 @@ def sweep(
     from errata.cli import show
     from errata.cli.evaluate import atlas_records, end, read
 
-    source = moments.Source(corpus, field, revision, corpus_tokens, None, identity, download)
+    source = second_moments.Source(corpus, field, revision, corpus_tokens, None, identity, download)
     numbers = None if layers is None else options.layer_numbers(layers)
     _, method, settings = options.editor_spec(editor)
     options.require_apart({"--out": out, "--picture": picture})
@@ -78,7 +78,7 @@ def sweep(
 
     # Torch comes only now: bad input is told at once.
     from errata.editors.registry import method_of
-    from errata.evaluation.settings import SettingScores
+    from errata.evaluation.setting_scores import SettingScores
     from errata.evaluation.sweep import sweep as run
 
     options.require_no_bound(settings)
@@ -126,11 +126,11 @@ def sequence(
     untouched: Annotated[int, typer.Option(min=1, help="How many such facts that the model recalls, at most.")] = 500,
     layer: Annotated[Optional[int], typer.Option(help="The layer to edit, from 0.")] = None,  # noqa: UP045
     every: Annotated[int, typer.Option(min=1, help="Measure after every so many edits.")] = 1,
-    corpus: moments.Corpus = None,
-    field: moments.Field = "text",
-    revision: moments.Revision = None,
-    corpus_tokens: moments.Tokens = 100_000,
-    identity: moments.Identity = False,
+    corpus: second_moments.Corpus = None,
+    field: second_moments.Field = "text",
+    revision: second_moments.Revision = None,
+    corpus_tokens: second_moments.Tokens = 100_000,
+    identity: second_moments.Identity = False,
     seed: options.Seed = 0,
     device: options.Device = None,
     dtype: options.Dtype = "auto",
@@ -146,7 +146,7 @@ def sequence(
     from errata.base.errors import ConfigError
     from errata.cli import show
 
-    source = moments.Source(corpus, field, revision, corpus_tokens, None, identity, download)
+    source = second_moments.Source(corpus, field, revision, corpus_tokens, None, identity, download)
     options.require_apart({"--requests": requests, "--facts": facts, "--save": save, "--out": out})
     _require_files(save, out)
     bad: list[BadLine] = []

@@ -22,7 +22,7 @@ from typing import Any
 from errata.base.errors import FactError, ResultFileError
 from errata.base.facts import Fact, require_characters
 from errata.base.files import content
-from errata.base.reading import taking_apart
+from errata.base.parsing import taking_apart
 from errata.data.fact_table import TableKind, field_text, read_rows, unread_message
 
 KINDS = ("template", "generation", "prompt")

@@ -16,7 +16,7 @@ from errata.base.arguments import require
 from errata.base.errors import ConfigError, EditFileError
 from errata.base.facts import Fact, Rewrite
 from errata.base.fingerprint import tensor_digest
-from errata.base.reading import of_type, taking_apart
+from errata.base.parsing import of_type, taking_apart
 from errata.base.versions import library_versions
 from errata.edits.delta import Delta
 from errata.edits.immutable import frozen

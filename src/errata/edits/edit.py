@@ -19,7 +19,7 @@ from errata.base.autocast import without_autocast
 from errata.base.errors import ConfigError, EditFileError, EditMismatch, ErrataError
 from errata.base.facts import Rewrite
 from errata.base.fingerprint import tensor_digest
-from errata.base.reading import taking_apart
+from errata.base.parsing import taking_apart
 from errata.edits import files, lora
 from errata.edits.content import COMBINED, Content
 from errata.edits.contradictions import warn_of_contradictions

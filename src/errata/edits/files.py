@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from errata.base.errors import EditFileError
-from errata.base.reading import of_type, taking_apart
+from errata.base.parsing import of_type, taking_apart
 from errata.base.tensor_files import read_tensors, write_tensors
 from errata.edits.delta import KINDS, Delta
 

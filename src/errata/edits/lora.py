@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from errata.base.errors import ConfigError, EditFileError, OutputError
-from errata.base.reading import format_of, load_json, of_type, taking_apart
+from errata.base.parsing import format_of, load_json, of_type, taking_apart
 from errata.base.tensor_files import KEY, read_safetensors
 from errata.edits.delta import Delta, Dense, LowRank, RankOne
 from errata.models.saving import written_folder

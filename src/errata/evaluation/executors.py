@@ -21,7 +21,7 @@ from errata.base.errors import ConfigError, ErrataError
 from errata.base.extras import needed
 from errata.editors.editor import Editor
 from errata.evaluation.measure import Measured, Measures, measure
-from errata.evaluation.run import provenance
+from errata.evaluation.run_header import provenance
 from errata.models.model import Model
 from errata.tasks.registry import task_of
 from errata.tasks.task import Case

@@ -25,13 +25,13 @@ from typing import Annotated, Any
 from pydantic import Field, TypeAdapter
 from typing_extensions import NotRequired, TypedDict
 
-from errata.base.differing import differing, flat
 from errata.base.errors import ConfigError, ResultFileError
 from errata.base.facts import as_plain
 from errata.base.files import content
 from errata.base.journal import read_journal
-from errata.base.reading import load_json, of_type, reason_of, taking_apart
-from errata.evaluation.run import sha256
+from errata.base.parsing import load_json, of_type, reason_of, taking_apart
+from errata.base.settings_diff import differing, flat
+from errata.evaluation.run_header import sha256
 from errata.models.scoring import Score
 from errata.tasks.registry import task_of
 from errata.tasks.task import Case, Probability, Scored, Task

@@ -20,7 +20,7 @@ from errata.base.errors import ConfigError, ResultFileError
 from errata.base.files import write_text
 from errata.base.interrupt import deferred_interrupt
 from errata.base.journal import Journal, read_journal
-from errata.base.reading import load_json, of_type
+from errata.base.parsing import load_json, of_type
 from errata.editors.editor import Editor
 from errata.evaluation.executors import Chunk, Executor, Here, Work
 from errata.evaluation.measure import Measures
@@ -35,7 +35,7 @@ from errata.evaluation.results import (
     read_back,
     written_out,
 )
-from errata.evaluation.run import provenance, sha256
+from errata.evaluation.run_header import provenance, sha256
 from errata.evaluation.training_examples import require_unseen
 from errata.metrics.side_effects import predict_texts
 from errata.metrics.text import words

@@ -26,11 +26,11 @@ from errata.base.errors import ConfigError, EditFileError, EditMismatch, ErrataE
 from errata.base.facts import Fact, Rewrite, as_plain
 from errata.base.interrupt import deferred_interrupt
 from errata.base.journal import Journal, read_journal
-from errata.base.reading import of_type, taking_apart
+from errata.base.parsing import of_type, taking_apart
 from errata.editors.editor import Editor
 from errata.editors.rome import RomeConfig, rome
 from errata.edits.edit import Edit
-from errata.evaluation.run import begun_with, broken, header, moment_digest, require_no_more, sha256
+from errata.evaluation.run_header import begun_with, broken, header, moment_digest, require_no_more, sha256
 from errata.models.model import Model
 from errata.models.scoring import Score, score
 from errata.plots.drawing import save

@@ -41,7 +41,8 @@ def sweep(
     """Edit and score every record at every layer and token role, with one loop over records (`evaluate`).
 
     The editors of one layer are made when their turn comes, so that one second moment is in memory at a time. The run
-    can be stopped and continued; `evaluation.settings.SettingScores.of(run, "layer")` has the scores and the figure.
+    can be stopped and continued; `evaluation.setting_scores.SettingScores.of(run, "layer")`
+    has the scores and the figure.
 
     Args:
         model: the model; left as it was.

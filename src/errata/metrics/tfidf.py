@@ -23,7 +23,7 @@ from errata.base.arrays import read_array
 from errata.base.errors import ConfigError
 from errata.base.extras import needed
 from errata.base.files import content
-from errata.base.reading import load_json, of_type, taking_apart
+from errata.base.parsing import load_json, of_type, taking_apart
 from errata.metrics.text import require_list
 
 IDF_FILE, VOCABULARY_FILE = "idf.npy", "tfidf_vocab.json"

@@ -14,7 +14,7 @@ import torch
 
 from errata.base.arrays import read_arrays
 from errata.base.errors import ResultFileError
-from errata.base.reading import taking_apart
+from errata.base.parsing import taking_apart
 from errata.statistics.second_moment import SecondMoment
 
 MAX_BYTES = 16 * 2**30  # of an array; keys of 32,768 features take half of that in float64

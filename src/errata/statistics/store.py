@@ -20,7 +20,7 @@ from typing_extensions import NotRequired, TypedDict
 from errata.base import cache
 from errata.base.errors import ConfigError, OutputError, ResultFileError, StaleStatistics
 from errata.base.files import require_writable
-from errata.base.reading import format_of, load_json, of_type, taking_apart
+from errata.base.parsing import format_of, load_json, of_type, taking_apart
 from errata.base.tensor_files import KEY, opened, read_tensors, write_tensors
 from errata.models.model import Model
 from errata.statistics import sums

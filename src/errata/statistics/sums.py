@@ -16,7 +16,7 @@ from torch import Tensor
 from typing_extensions import TypedDict
 
 from errata.base.errors import ResultFileError
-from errata.base.reading import of_type, taking_apart
+from errata.base.parsing import of_type, taking_apart
 from errata.base.tensor_files import read_tensors, write_tensors
 from errata.statistics.fingerprint import different
 from errata.statistics.second_moment import Halves, SecondMoment

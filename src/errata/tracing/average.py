@@ -26,9 +26,9 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import numpy as np
 
 from errata.base.arguments import checked
-from errata.base.differing import differing, flat
 from errata.base.errors import ConfigError
 from errata.base.extras import needed
+from errata.base.settings_diff import differing, flat
 from errata.tracing import average_files
 from errata.tracing.corruption import MEASURED
 from errata.tracing.means import COLUMNS, PLACE, SCALARS, SCOPES, Array, Best, Mean, places_of, plain

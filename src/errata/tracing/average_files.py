@@ -19,7 +19,7 @@ from typing_extensions import TypedDict
 from errata.base.errors import ConfigError, ResultFileError
 from errata.base.extras import needed
 from errata.base.files import content, write_text, written_whole
-from errata.base.reading import format_of, instance_of, load_json, taking_apart
+from errata.base.parsing import format_of, instance_of, load_json, taking_apart
 from errata.tracing.means import COLUMNS, PLACE, SCALARS, SCOPES, Array, Best, Mean, places_of, plain
 from errata.tracing.result import ROLES
 

@@ -35,7 +35,7 @@ from errata.base.config import Config
 from errata.base.errors import ConfigError, Diverged, ResultFileError
 from errata.base.facts import Fact
 from errata.base.journal import read_journal, write_journal
-from errata.base.reading import of_type, taking_apart
+from errata.base.parsing import of_type, taking_apart
 from errata.base.versions import library_versions
 from errata.models.fingerprint import weights_digest
 from errata.models.frozen import frozen

@@ -19,7 +19,7 @@ from errata.base.errors import ConfigError, ResultFileError
 from errata.base.extras import needed
 from errata.base.facts import Fact
 from errata.base.journal import read_journal, write_journal
-from errata.base.reading import of_type, taking_apart
+from errata.base.parsing import of_type, taking_apart
 from errata.base.versions import library_versions
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ from torch import Tensor
 from typing_extensions import TypedDict
 
 from errata.base.errors import ConfigError, EditMismatch, ResultFileError
-from errata.base.reading import of_type, taking_apart
+from errata.base.parsing import of_type, taking_apart
 from errata.base.tensor_files import read_tensors, write_tensors
 from errata.base.versions import library_versions
 from errata.editors.hypernetworks.ke import KeConfig, KeNetwork

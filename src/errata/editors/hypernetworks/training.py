@@ -22,7 +22,7 @@ from errata.base.autocast import without_autocast
 from errata.base.config import Config
 from errata.base.errors import ConfigError, Diverged, FactError, ResultFileError
 from errata.base.interrupt import deferred_interrupt
-from errata.base.reading import of_type, taking_apart
+from errata.base.parsing import of_type, taking_apart
 from errata.base.seeds import derive
 from errata.base.tensor_files import read_tensors, write_tensors
 from errata.editors.hypernetworks.files import Trained, new_network

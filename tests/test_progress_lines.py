@@ -8,12 +8,12 @@ import time
 
 import pytest
 
-from errata.cli import alive, app, show
+from errata.cli import app, progress_lines, show
 
 
 @pytest.fixture(autouse=True)
 def _soon(monkeypatch):
-    monkeypatch.setattr(alive, "EVERY", 0.05)
+    monkeypatch.setattr(progress_lines, "EVERY", 0.05)
 
 
 @pytest.fixture
@@ -60,6 +60,6 @@ def test_on_a_terminal_there_are_bars_and_no_lines(slow, capsys, monkeypatch):
 
 
 def test_short_commands_say_nothing(slow, capsys, monkeypatch):
-    monkeypatch.setattr(alive, "EVERY", 60)
+    monkeypatch.setattr(progress_lines, "EVERY", 60)
     slow(lambda: None)
     assert not capsys.readouterr().err

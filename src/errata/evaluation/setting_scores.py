@@ -16,7 +16,7 @@ from errata.base.errors import ConfigError
 from errata.evaluation.results import Results, Run
 from errata.metrics.summary import Estimate
 from errata.plots.drawing import save
-from errata.plots.settings import settings_figure
+from errata.plots.setting_scores import settings_figure
 from errata.tasks.task import Probability, Task, estimates
 
 if TYPE_CHECKING:
