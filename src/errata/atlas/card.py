@@ -190,7 +190,7 @@ def page(card: dict[str, Any]) -> str:
         "causal tracing does it. So the truth that tracing must find is known, and the model is used to being asked "
         "for it. What tracing finds here says nothing about where other models keep their facts.",
         "",
-        "It knows its world and nothing else. Its English is the templates of that world. `make atlas` trains it "
+        "It knows its world and nothing else; its English consists of that world's templates. `make atlas` trains it "
         f"anew from seed {card['recipe']['seed']}: {card['recipe']['steps']} steps, some 75 minutes on one core with "
         "bfloat16 instructions.",
         "",
