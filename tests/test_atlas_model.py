@@ -71,11 +71,11 @@ def test_facts_are_at_the_last_subject_token_in_middle_layers(model):
         for f in rng.sample(facts, 24)
     ]
     effects = dict(zip(ROLES, average_effects(traces).mean["state"], strict=True))
-    layer = int(effects["last subject"].argmax())
-    assert effects["last subject"][layer] >= 0.2
+    layer = int(effects["subject_last"].argmax())
+    assert effects["subject_last"][layer] >= 0.2
     assert 2 <= layer <= 5
-    for role in ("first subject", "middle subject"):
-        assert effects["last subject"][layer] >= 5 * effects[role][layer]
+    for role in ("subject_first", "subject_middle"):
+        assert effects["subject_last"][layer] >= 5 * effects[role][layer]
     assert effects["last"][-1] > 0.2 > effects["last"][0]
 
 
@@ -101,12 +101,12 @@ def test_the_card_is_of_these_weights_and_meets_what_is_promised(said, model):
     assert said["recall"]["taught_without_kind"] >= 0.98
     assert said["recall"]["held_out_without_kind"] >= 0.92
     states = said["tracing"]["aie"]["state"]
-    last = states["last subject"]
+    last = states["subject_last"]
     peak = max(range(len(last)), key=last.__getitem__)
     assert said["tracing"]["facts"] >= 200
     assert last[peak] >= 0.2
     assert 2 <= peak <= 5
-    for role in ("first subject", "middle subject"):
+    for role in ("subject_first", "subject_middle"):
         assert last[peak] >= 5 * states[role][peak]
         assert last[peak] >= 4 * max(states[role])
     assert said["rome"]["records"] >= 200

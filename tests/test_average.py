@@ -62,7 +62,7 @@ def test_the_bootstrap_is_percentiles_of_means_of_facts_drawn_with_replacement()
     assert found.means["clean"].boot_low == pytest.approx(np.quantile(clean, 0.025), rel=1e-12)
     assert found.means["clean"].boot_high == pytest.approx(np.quantile(clean, 0.975), rel=1e-12)
     # A role that some facts do not have, and so some resamples neither.
-    last = ROLES.index("first subject")
+    last = ROLES.index("subject_first")
     values = [
         np.nanmean([np.nan, *(t.restored["state"][i, 0] - t.corrupted for i, r in enumerate(t.roles) if r == ROLES[0])])
         if ROLES[0] in t.roles and np.isfinite(t.restored["state"][t.roles.index(ROLES[0]), 0])
@@ -80,7 +80,7 @@ def test_intervals_cover_the_truth_about_as_often_as_they_say():
     truth, facts, layers = 0.3, 80, 600  # every layer is an experiment of its own
     traces = [made(rng.normal(truth, 0.2, (1, layers)), corrupted=0.0) for _ in range(facts)]
     columns = {
-        name: values[ROLES.index("last subject")] for name, values in average_effects(traces).sites["state"].items()
+        name: values[ROLES.index("subject_last")] for name, values in average_effects(traces).sites["state"].items()
     }
     for low, high in (("low", "high"), ("boot_low", "boot_high")):
         covered = np.mean((columns[low] < truth) & (truth < columns[high]))
@@ -96,10 +96,10 @@ def test_one_token_subjects_are_last_and_several_tokens_of_a_role_are_their_mean
     assert found.counts == (1, 1, 2, 1, 1, 2)
     assert table == pytest.approx(
         {
-            "first subject": 0.1,
-            "middle subject": 0.3,
-            "last subject": (0.3 + 0.8) / 2,
-            "first after": 0.2,
+            "subject_first": 0.1,
+            "subject_middle": 0.3,
+            "subject_last": (0.3 + 0.8) / 2,
+            "after_subject": 0.2,
             "further": 0.5,
             "last": 0.8,
         }
@@ -115,7 +115,7 @@ def test_sites_that_were_not_traced_do_not_count():
             made([[0.7, gap], [0.4, gap], [0.5, gap]], (0, 1), corrupted=0.0),
         ]
     )
-    last = ROLES.index("last subject")
+    last = ROLES.index("subject_last")
     assert found.sites["state"]["facts"][last].tolist() == [1, 0]
     assert found.mean["state"][last, 0] == 0.4
     assert np.isnan(found.mean["state"][last, 1])
@@ -169,10 +169,10 @@ def test_reference_averages_are_those_of_the_published_notebook():
     ]
     found = average_effects(traces, averaging="reference")
     scores = {
-        "first subject": (0.2, 0.4, 0.5),
-        "middle subject": (0.1, 0.3),
-        "last subject": (0.2, 0.6, 0.3),
-        "first after": (0.3, 0.2, 0.7),
+        "subject_first": (0.2, 0.4, 0.5),
+        "subject_middle": (0.1, 0.3),
+        "subject_last": (0.2, 0.6, 0.3),
+        "after_subject": (0.3, 0.2, 0.7),
         "further": (0.6, 0.1, 0.2),
         "last": (0.5, 0.8, 0.7),
     }

@@ -91,7 +91,7 @@ def test_trace_prints_draws_and_saves(tmp_path, monkeypatch, capsys):
     assert saved.is_file()
     shown = in_process(monkeypatch, capsys, "trace", *FACT, "--samples", "2")
     assert "oyle*" in shown.stdout
-    assert "last subject" in shown.stdout
+    assert "subject_last" in shown.stdout
 
 
 def test_demo_leaves_its_picture_and_edit(tmp_path, monkeypatch, capsys):

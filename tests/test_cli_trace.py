@@ -88,7 +88,7 @@ def test_every_setting_is_passed_on(run, tmp_path):
             "--severed-noise",
             "reference",
             "--tokens",
-            "last subject,last",
+            "subject_last,last",
             "--save",
             "t.jsonl",
             "--json",
@@ -103,7 +103,7 @@ def test_every_setting_is_passed_on(run, tmp_path):
         "seed": 5,
         "answer": "object",
         "scored": "whole",
-        "tokens": ["last subject", "last"],
+        "tokens": ["subject_last", "last"],
         "parts": ["mlp", "severed_mlp"],
         "severed_noise": "reference",
     }
@@ -219,7 +219,7 @@ def test_a_table_is_traced_averaged_and_drawn(run, results, tmp_path):
     assert said["averages"]["left_out"] == {"answer is not the object": 1, "no effect": 0}
     assert said["averages"]["means"]["total_effect"]["mean"] == found.total_effect
     np.testing.assert_array_equal(
-        said["averages"]["sites"]["state"]["last subject"]["mean"], found.sites["state"]["mean"][2]
+        said["averages"]["sites"]["state"]["subject_last"]["mean"], found.sites["state"]["mean"][2]
     )
     assert written(tmp_path) == ["a.png", "r.jsonl"]
 
@@ -229,7 +229,7 @@ def test_averages_are_shown(run, results):
     assert done.returncode == 0, done.stderr
     found = average_effects(load_traces(results))
     layer = int(found.mean["state"][2].argmax())
-    [row] = [line for line in done.stdout.splitlines() if "last subject (4)" in line]
+    [row] = [line for line in done.stdout.splitlines() if "subject_last (4)" in line]
     mean, half = (100 * values["state"][2, layer] for values in (found.mean, found.interval))
     assert f" {mean:.1f} ±{half:.1f} at {layer} " in row
     assert f"average total effect {100 * found.total_effect:.1f} ±" in done.stdout
@@ -247,7 +247,7 @@ def test_averages_of_many_parts_go_on_below(capsys, monkeypatch):
     heads = [line for line in said.splitlines() if "token (facts)" in line]
     assert len(heads) == 3
     assert all(sum(part.replace("_", " ") in head for head in heads) for part in ALL_PARTS)
-    rows = [line for line in said.splitlines() if "last subject (100)" in line]
+    rows = [line for line in said.splitlines() if "subject_last (100)" in line]
     assert [row.count("100.0 ±10.0 at 3 ") for row in rows] == [2, 2, 1]
 
 

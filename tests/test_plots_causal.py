@@ -20,7 +20,7 @@ from errata.plots.severed import severed_figure
 matplotlib = pytest.importorskip("matplotlib", reason="pictures need the extra errata-lm[plots]")
 
 PARTS = ("state", "mlp", "attention")
-ROLES = ("first subject", "middle subject", "last subject", "first after", "further", "last")
+ROLES = ("subject_first", "subject_middle", "subject_last", "after_subject", "further", "last")
 NAMES = [
     "first subject token*",
     "middle subject tokens*",
@@ -176,7 +176,7 @@ def test_averages_are_one_map_a_part():
 
 def test_averages_share_a_scale_from_zero():
     mean = {"state": [[0.02, 0.16]], "severed_mlp": [[0.01, 0.04]]}
-    axes, bars = maps(average_figure(mean, ["last subject"]))
+    axes, bars = maps(average_figure(mean, ["subject_last"]))
     assert {axis.images[0].get_clim() for axis in axes} == {(0.0, 0.16)}
     assert {axis.images[0].get_cmap().name for axis in axes} == {"Purples"}
     assert axes[1].get_title() == "states restored,\nMLPs severed"

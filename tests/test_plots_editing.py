@@ -15,7 +15,7 @@ from errata.plots.setting_scores import settings_figure
 matplotlib = pytest.importorskip("matplotlib", reason="pictures need the extra errata-lm[plots]")
 
 METRICS = ("es", "ps", "ns", "s")
-TOKENS = ("subject_first", "subject_last", "subject_first_after", "last")
+TOKENS = ("subject_first", "subject_last", "after_subject", "last")
 UNEDITED = {"es": 0.2, "ps": 0.25, "ns": 0.79, "s": 0.31}
 
 
@@ -130,7 +130,7 @@ def test_values_without_a_score_have_no_point():
     assert [len(line.get_xdata()) for line in lines(figure.axes[0])] == [7, 8]
     assert [text.get_text() for text in figure.legends[0].get_texts()] == [
         "subject_last",
-        "subject_first_after",
+        "after_subject",
         "subject_first",
     ]
     nothing = {metric: np.full((4, 8), np.nan) for metric in METRICS}

@@ -289,7 +289,7 @@ def test_terms_can_be_left_out():
     assert all(step["kl"] == step["decay"] == 0 and step["loss"] == step["nll"] for step in steps)
 
 
-@pytest.mark.parametrize("role", ["subject_first", "subject_last", "subject_first_after", "last"])
+@pytest.mark.parametrize("role", ["subject_first", "subject_last", "after_subject", "last"])
 def test_any_token_can_be_edited(role):
     told = []
     edited(dtype=torch.float64, fact_token=role, prefixes="none", progress=told.append)
@@ -506,7 +506,7 @@ def test_texts_that_do_not_fit():
     with pytest.raises(FactError, match="reads at most 96"):
         edited(prefixes=("word " * 100,))
     with pytest.raises(FactError, match="no token comes after it"):
-        edited(rewrite=Fact("The Louvre", "Where is {}").rewrite("Paris"), fact_token="subject_first_after")
+        edited(rewrite=Fact("The Louvre", "Where is {}").rewrite("Paris"), fact_token="after_subject")
     with pytest.raises(FactError, match="joins the end of"):
         edited(rewrite=Fact("The Louvre", "{} is in Pa", separator="").rewrite("ris"), fact_token="last")
 

@@ -98,7 +98,7 @@ class Plain:
             {
                 "subject_first": inside[0],
                 "subject_last": inside[-1],
-                "subject_first_after": inside[-1] + 1,
+                "after_subject": inside[-1] + 1,
                 "last": len(offsets) - 1,
             }[self.config.fact_token]
         )
@@ -197,7 +197,7 @@ def test_other_anchors_and_the_clamp(family, settings):
 
 
 @pytest.mark.parametrize("family", ["gpt2", "gemma2", "gptj"])
-@pytest.mark.parametrize("role", ["subject_first", "subject_first_after", "last"])
+@pytest.mark.parametrize("role", ["subject_first", "after_subject", "last"])
 def test_other_tokens(family, role):
     require_same(family, fact_token=role)
     require_same(family, fact_token=role, value_form="z")

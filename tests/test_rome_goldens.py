@@ -123,14 +123,14 @@ def test_the_tokens_of_the_subject():
     tokenizer = goldens.gpt2_tokenizer()
     from errata.models.tokens import locate_fact
 
-    roles = {"last": "subject_last", "first": "subject_first", "first_after_last": "subject_first_after"}
+    roles = {"last": "subject_last", "first": "subject_first", "first_after_last": "after_subject"}
     for row in goldens.info("rome_info")["word_idx"]:
         fact, role = Fact(row["word"], row["template"]), roles[row["subtoken"]]
         span = locate_fact(tokenizer, fact)
         assert list(span.ids) == row["input_ids"]
         if row["idx"] == "AssertionError":
             assert span.first <= span.role("subject_last") < len(span.ids)
-        elif role == "subject_first_after" and span.after == len(span.ids):
+        elif role == "after_subject" and span.after == len(span.ids):
             assert row["idx"] == [span.last]  # the published code takes the last token for want of a next one
         else:
             assert row["idx"] == [span.role(role)]

@@ -164,7 +164,7 @@ def test_what_cannot_be_edited_counts_as_unedited_and_says_why(whole):
 
 def test_a_record_without_the_token_is_no_obstacle(tmp_path):
     ends = Record(1, "", Fact("Rome", "They live in {}", "a").rewrite("b"), (), (), (), ())
-    run = swept(tmp_path / "s", records=[RECORDS[0], ends], layers=[0], tokens=["subject_first_after"])
+    run = swept(tmp_path / "s", records=[RECORDS[0], ends], layers=[0], tokens=["after_subject"])
     (row,) = run.edited.values()
     assert row.by_case[0].error is None
     assert "ends the prompt" in row.by_case[1].error
@@ -285,7 +285,7 @@ def test_all_layers_and_tokens_unless_named_and_numbers_of_any_kind(tmp_path):
     run = sweep(
         live, RECORDS[:1], tmp_path / "s", layers=np.arange(1, 2), second_moment=identity(live), settings=SETTINGS
     )
-    roles = ("subject_first", "subject_last", "subject_first_after", "last")
+    roles = ("subject_first", "subject_last", "after_subject", "last")
     assert [*run.edited] == [f"rome-layer=1,fact_token={role}" for role in roles]
     run = swept(tmp_path / "t", live, records=RECORDS[:1], layers=None, tokens=["last"])
     assert [results.settings["config"]["layer"] for results in run.edited.values()] == [0, 1, 2]

@@ -195,7 +195,7 @@ def test_truncation_and_padding_of_the_tokenizer_do_not_matter():
 
 def test_roles():
     span = place(gpt2_tokenizer(), "The {} is in", "Space Needle")
-    roles = ("subject_first", "subject_last", "subject_first_after", "last")
+    roles = ("subject_first", "subject_last", "after_subject", "last")
     assert [span.role(role) for role in roles] == [1, 3, 4, 5]
     assert span.role() == span.last == 3
     assert span.after == 4
@@ -206,17 +206,17 @@ def test_no_token_after_the_subject(make):
     """[SEP] is not a token of the prompt; the last token is the one that the model predicts from."""
     span = place(make(), "The {}", "Needle")
     with pytest.raises(FactError, match="subject ends the prompt"):
-        span.role("subject_first_after")
+        span.role("after_subject")
     assert span.role("last") == len(span.ids) - 1
 
 
 def test_trimmed_white_space_is_a_token_after_the_subject():
-    assert place(gpt2_tokenizer(trim=True), "The {} ", "Needle").role("subject_first_after") == 3
+    assert place(gpt2_tokenizer(trim=True), "The {} ", "Needle").role("after_subject") == 3
 
 
 def test_unknown_role():
     span = place(gpt2_tokenizer(), "The {} is", "Needle")
-    with pytest.raises(ConfigError, match=r"'subject_middle'.*subject_first_after"):
+    with pytest.raises(ConfigError, match=r"'subject_middle'.*after_subject"):
         span.role("subject_middle")  # type: ignore[arg-type]
 
 

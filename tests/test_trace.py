@@ -129,15 +129,15 @@ def test_roles():
 
     assert roles("abcdef", (1, 3)) == (
         "before",
-        "first subject",
-        "middle subject",
-        "last subject",
-        "first after",
+        "subject_first",
+        "subject_middle",
+        "subject_last",
+        "after_subject",
         "last",
     )
-    assert roles("ab", (0, 0)) == ("last subject", "last")
-    assert roles("a", (0, 0)) == ("last subject",)
-    assert roles("abcd", (0, 0)) == ("last subject", "first after", "further", "last")
+    assert roles("ab", (0, 0)) == ("subject_last", "last")
+    assert roles("a", (0, 0)) == ("subject_last",)
+    assert roles("abcd", (0, 0)) == ("subject_last", "after_subject", "further", "last")
 
 
 def test_averages():
@@ -152,11 +152,11 @@ def test_averages():
     assert mean.facts == 2
     assert mean.total_effect == pytest.approx(0.8)
     table = dict(zip(ROLES, mean.mean["state"], strict=True))
-    assert table["first subject"] == pytest.approx([0.1, 0.2])
-    assert table["last subject"] == pytest.approx([(0.4 + 0.3) / 2, (0.6 + 0.4) / 2])
+    assert table["subject_first"] == pytest.approx([0.1, 0.2])
+    assert table["subject_last"] == pytest.approx([(0.4 + 0.3) / 2, (0.6 + 0.4) / 2])
     assert table["last"] == pytest.approx([0.1, 0.6])
-    assert np.isnan(table["middle subject"]).all()
-    half = mean.interval["state"][ROLES.index("last subject")][0]
+    assert np.isnan(table["subject_middle"]).all()
+    half = mean.interval["state"][ROLES.index("subject_last")][0]
     assert half == pytest.approx(1.96 * np.std([0.4, 0.3], ddof=1) / 2**0.5)
     with pytest.raises(ConfigError, match="at least one"):
         average_effects([])
@@ -185,8 +185,8 @@ def test_settings_out_of_range_are_refused(settings, message):
 
 
 def test_tokens_that_do_not_occur_are_refused():
-    with pytest.raises(FactError, match="middle subject"):
-        trace(make("gpt2"), Fact("o", "{} is in"), tokens="middle subject")
+    with pytest.raises(FactError, match="subject_middle"):
+        trace(make("gpt2"), Fact("o", "{} is in"), tokens="subject_middle")
 
 
 def test_a_trace_shows_itself_in_a_line():

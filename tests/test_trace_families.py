@@ -219,7 +219,7 @@ def test_the_models_own_answer_is_not_the_object():
 def test_some_tokens_alone(family):
     model, (fact, subject) = model_of(family), PLACES["in the middle"]
     whole = trace(model, fact, parts=PARTS, samples=SAMPLES, noise="s2")
-    for roles in (("last subject",), ("first after", "last"), ("middle subject",)):
+    for roles in (("subject_last",), ("after_subject", "last"), ("subject_middle",)):
         found = trace(model, fact, parts=PARTS, samples=SAMPLES, noise="s2", tokens=roles)
         for part in PARTS:
             for token, role in enumerate(whole.roles):
@@ -250,7 +250,7 @@ def test_facts_traced_together_are_as_traced_alone(family, answer):
         window=3,
         answer="model" if answer == "model" else "object",
         scored="whole" if answer == "whole" else "first",
-        tokens=("last subject", "middle subject", "last"),
+        tokens=("subject_last", "subject_middle", "last"),
     )
     tokenized = [tokenize_fact(model, fact, config) for fact in facts]
     assert len({(fact.span.first, fact.span.last) for fact in tokenized}) == len(facts)

@@ -220,14 +220,14 @@ def page(card: dict[str, Any]) -> str:
         f"{per(100 * found['total_effect'])}.",
     ]
     states = found["aie"]["state"]
-    peak = max(range(model["layers"]), key=states["last subject"].__getitem__)
-    here = max(states[role][peak] for role in ("first subject", "middle subject"))
-    anywhere = max(max(states[role]) for role in ("first subject", "middle subject"))
+    peak = max(range(model["layers"]), key=states["subject_last"].__getitem__)
+    here = max(states[role][peak] for role in ("subject_first", "subject_middle"))
+    anywhere = max(max(states[role]) for role in ("subject_first", "subject_middle"))
     lines += [
         "",
-        f"States at the last subject token peak after layer {peak}, at {_points(states['last subject'][peak])}: "
-        f"{per(states['last subject'][peak] / here)} times what another token of the subject has there, and "
-        f"{per(states['last subject'][peak] / anywhere)} times what one has in any layer. Below the layers where the "
+        f"States at the last subject token peak after layer {peak}, at {_points(states['subject_last'][peak])}: "
+        f"{per(states['subject_last'][peak] / here)} times what another token of the subject has there, and "
+        f"{per(states['subject_last'][peak] / anywhere)} times what one has in any layer. Below the layers where the "
         "subject's tokens are read together its first tokens matter too: without them the last cannot name it.",
     ]
     for part, by_role in found["aie"].items():

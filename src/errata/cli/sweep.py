@@ -45,10 +45,10 @@ def sweep(
         str,
         typer.Option(
             help="Token roles at which the key is read, separated by commas; subject_first, subject_last, "
-            "subject_first_after and last unless given.",
+            "after_subject and last unless given.",
             show_default=False,
         ),
-    ] = "subject_first,subject_last,subject_first_after,last",
+    ] = "subject_first,subject_last,after_subject,last",
     corpus: second_moments.Corpus = None,
     field: second_moments.Field = "text",
     revision: second_moments.Revision = None,

@@ -49,8 +49,8 @@ def trace(
     tokens: Annotated[
         Optional[str],  # noqa: UP045
         typer.Option(
-            help="Roles of the tokens to restore, with commas: first subject, middle subject, last subject, "
-            "first after, further, last; all unless given."
+            help="Roles of the tokens to restore, with commas: subject_first, subject_middle, subject_last, "
+            "after_subject, further, last; all unless given."
         ),
     ] = None,
     memory: options.Memory = None,

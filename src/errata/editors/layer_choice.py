@@ -79,7 +79,7 @@ def choose_layer(
         ConfigError: if the model has one layer only.
         FactError: if no fact can be traced, or the answer depends on the subject in none.
     """
-    config = TraceConfig(parts=("mlp",), samples=samples, tokens=("last subject",), seed=seed)
+    config = TraceConfig(parts=("mlp",), samples=samples, tokens=("subject_last",), seed=seed)
     if model.n_layers < 2:
         raise ConfigError(
             f"{model.name} has one layer, above which nothing could carry what it writes: there is no site"

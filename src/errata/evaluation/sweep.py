@@ -9,6 +9,7 @@ from typing import Any, get_args
 
 from errata.base.arguments import checked
 from errata.base.errors import ConfigError
+from errata.base.roles import current_setting
 from errata.editors.method import SecondMoments
 from errata.editors.registry import method_of
 from errata.evaluation.results import Run
@@ -70,6 +71,7 @@ def sweep(
     task_of_records(records)  # raises if they are of none
     numbers = list(range(model.n_layers) if layers is None else layers)
     _require(numbers, range(model.n_layers), "layer")
+    tokens = current_setting(tuple(tokens))
     _require(tokens, TOKENS, "token role")
     # Each row is edited at its own layer and nowhere else, as in the paper.
     own = {"attention_sink": "ignore"} if "attention_sink" in editor.config.model_fields else {}

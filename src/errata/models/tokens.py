@@ -31,7 +31,7 @@ from errata.base.text import after_sentence
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-Role = Literal["subject_first", "subject_last", "subject_first_after", "last"]
+Role = Literal["subject_first", "subject_last", "after_subject", "last"]
 
 
 @dataclass(frozen=True)
@@ -69,12 +69,12 @@ class Span:
         if name not in get_args(Role):
             raise ConfigError(f"there is no token role {name!r}: choose one of {', '.join(get_args(Role))}")
         next_offsets = self.offsets[self.after : self.after + 1]
-        if name == "subject_first_after" and next_offsets in ((), ((0, 0),)):  # none, or an end token
+        if name == "after_subject" and next_offsets in ((), ((0, 0),)):  # none, or an end token
             raise FactError(
                 "the subject ends the prompt, so no token comes after it: "
                 "choose the role subject_last, or a prompt that goes on"
             )
-        indexes = {"subject_first": self.first, "subject_last": self.last, "subject_first_after": self.after}
+        indexes = {"subject_first": self.first, "subject_last": self.last, "after_subject": self.after}
         return indexes.get(name, len(self.ids) - 1)
 
 

@@ -45,7 +45,7 @@ def average_figure(
     Args:
         mean: for each part ("state", "mlp", "attention", "severed_mlp", "severed_attention", or another name) AIE
             as a difference of probabilities `[roles, layers]`; sites without a finite one are grey.
-        roles: one a row ("first subject", "middle subject", "last subject", "first after", "further", "last", or
+        roles: one a row ("subject_first", "subject_middle", "subject_last", "after_subject", "further", "last", or
             another name).
         counts: how many facts have each role, told beside its name.
         window: how many layers were restored together in the parts "mlp" and "attention".

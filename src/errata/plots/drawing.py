@@ -42,10 +42,10 @@ _SEVERED = {"severed_mlp": "MLPs severed", "severed_attention": "attention sever
 
 # The paper's names of the roles that tokens have in a prompt.
 _ROLES = {
-    "first subject": "first subject token",
-    "middle subject": "middle subject tokens",
-    "last subject": "last subject token",
-    "first after": "first subsequent token",
+    "subject_first": "first subject token",
+    "subject_middle": "middle subject tokens",
+    "subject_last": "last subject token",
+    "after_subject": "first subsequent token",
     "further": "further tokens",
     "last": "last token",
 }
@@ -199,7 +199,7 @@ def part_name(part: str) -> str:
 
 def role_name(role: str) -> str:
     """The role as the label of a row or line, with a star if it is one of the subject's."""
-    return _ROLES.get(role, role) + "*" * role.endswith("subject")
+    return _ROLES.get(role, role) + "*" * role.startswith("subject_")
 
 
 def layer_name(part: str, window: int | None) -> str:

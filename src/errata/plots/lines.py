@@ -56,7 +56,7 @@ def lines_figure(
             as a difference of probabilities `[roles, layers]`; where it is not finite, the line is broken.
         low: lower ends of the 95 % intervals, of the same parts and shapes; not finite where there is none.
         high: upper ends.
-        roles: one a row ("first subject", "middle subject", "last subject", "first after", "further", "last", or
+        roles: one a row ("subject_first", "subject_middle", "subject_last", "after_subject", "further", "last", or
             another name). Those without any finite mean have no line.
         window: how many layers were restored together in the parts "mlp" and "attention".
         title: a line above the panels.

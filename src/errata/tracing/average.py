@@ -146,7 +146,7 @@ class AverageEffects:
         """
         from errata.plots.severed import severed_figure
 
-        row = ROLES.index("last subject")
+        row = ROLES.index("subject_last")
         traced = {part: of for part, of in self.sites.items() if of["facts"][row].any()}
         bars = {part: traced[part] for part in _BARS if part in traced}
         if "state" not in bars or len(bars) < 2:
@@ -406,10 +406,10 @@ def _sums(restored: Array, first: int, last: int) -> Array:
     """
     end = len(restored) - 1
     tokens = {
-        "first subject": range(first, first + 1),
-        "middle subject": range(first + 1, last),
-        "last subject": range(last, last + 1),
-        "first after": range(last + 1, min(last + 2, end + 1)),
+        "subject_first": range(first, first + 1),
+        "subject_middle": range(first + 1, last),
+        "subject_last": range(last, last + 1),
+        "after_subject": range(last + 1, min(last + 2, end + 1)),
         "further": range(last + 2, end),
         "last": range(max(last + 1, end), end + 1),
     }

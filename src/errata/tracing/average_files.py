@@ -20,6 +20,7 @@ from errata.base.errors import ConfigError, ResultFileError
 from errata.base.extras import needed
 from errata.base.files import content, write_text, written_whole
 from errata.base.parsing import format_of, instance_of, load_json, taking_apart
+from errata.base.roles import current
 from errata.tracing.means import COLUMNS, PLACE, SCALARS, SCOPES, Array, Best, Mean, places_of, plain
 from errata.tracing.result import ROLES
 
@@ -131,6 +132,7 @@ class _Header(TypedDict):
 
 def _checked(header: Any) -> _Header:
     """A header of averages, of a format and with roles that are known."""
+    header = current(header)
     if header["kind"] != KIND:
         raise ValueError(f"it is of the kind {header['kind']!r}")
     if format_of(header) > FORMAT:
@@ -166,7 +168,7 @@ def _read_csv(path: Path) -> tuple[_Header, dict[str, dict[str, Array]]]:
     if not told:
         raise ValueError(f"it has no column {_COLUMN!r} with what the averages are of")
     header = _checked(load_json(told))
-    places = [(row["part"], row["role"], int(row["layer"])) for row in rows]
+    places = [(row["part"], current(row["role"]), int(row["layer"])) for row in rows]
     return header, _arrays(header, places, {name: [float(row[name] or "nan") for row in rows] for name in COLUMNS})
 
 
@@ -174,7 +176,7 @@ def _read_parquet(path: Path) -> tuple[_Header, dict[str, dict[str, Array]]]:
     needed("pyarrow", "tables")
     frame = needed("pandas", "tables").read_parquet(path, engine="pyarrow")
     header = _checked(dict(frame.attrs["errata"]))
-    places = list(zip(*(frame[name].tolist() for name in PLACE), strict=True))
+    places = [current(place) for place in zip(*(frame[name].tolist() for name in PLACE), strict=True)]
     return header, _arrays(header, places, {name: frame[name].tolist() for name in COLUMNS})
 
 

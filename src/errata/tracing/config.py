@@ -8,10 +8,11 @@ from pydantic import Field, field_validator, model_validator
 
 from errata.base.config import Config
 from errata.base.errors import ConfigError
+from errata.base.roles import current_setting
 from errata.tracing.corruption import Corruption
 
 Part = Literal["state", "mlp", "attention", "severed_mlp", "severed_attention"]
-TokenRole = Literal["first subject", "middle subject", "last subject", "first after", "further", "last"]
+TokenRole = Literal["subject_first", "subject_middle", "subject_last", "after_subject", "further", "last"]
 
 
 def several(value: Any) -> Any:
@@ -75,6 +76,7 @@ class TraceConfig(Config):
     )
 
     _several = field_validator("parts", "tokens", mode="before")(several)
+    _roles = field_validator("tokens", mode="before")(current_setting)
     _each_once = field_validator("parts")(each_once)
 
     @field_validator("noise", mode="before")

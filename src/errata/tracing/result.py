@@ -20,13 +20,14 @@ from errata.base.extras import needed
 from errata.base.facts import Fact
 from errata.base.journal import read_journal, write_journal
 from errata.base.parsing import of_type, taking_apart
+from errata.base.roles import current
 from errata.base.versions import library_versions
 
 if TYPE_CHECKING:
     import pandas
     from matplotlib.figure import Figure
 
-ROLES = ("first subject", "middle subject", "last subject", "first after", "further", "last")
+ROLES = ("subject_first", "subject_middle", "subject_last", "after_subject", "further", "last")
 
 FORMAT = 2
 KIND = "causal traces"
@@ -115,7 +116,7 @@ class CausalTrace:
     def roles(self) -> tuple[str, ...]:
         """The role of each token, one of `ROLES`, or "before" in front of the subject.
 
-        A one-token subject is a *last subject*; a token that ends both subject and prompt too.
+        A one-token subject is a *subject_last*; a token that ends both subject and prompt too.
         """
         return token_roles(len(self.tokens), *self.subject)
 
@@ -209,8 +210,8 @@ def token_roles(tokens: int, first: int, last: int) -> tuple[str, ...]:
         if i < first:
             return "before"
         if i <= last:
-            return "last subject" if i == last else "first subject" if i == first else "middle subject"
-        return "last" if i == tokens - 1 else "first after" if i == last + 1 else "further"
+            return "subject_last" if i == last else "subject_first" if i == first else "subject_middle"
+        return "last" if i == tokens - 1 else "after_subject" if i == last + 1 else "further"
 
     return tuple(role(i) for i in range(tokens))
 
@@ -298,7 +299,7 @@ def from_record(record: Mapping[str, Any], header: Mapping[str, Any], path: str 
             clean=float(record["clean"]),
             corrupted=float(record["corrupted"]),
             restored=restored,
-            settings=dict(record["settings"]),
+            settings=current(dict(record["settings"])),
             model=header["model"],
             known=record["known"],
             fingerprint=header["fingerprint"],

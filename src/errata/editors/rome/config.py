@@ -8,6 +8,7 @@ from pydantic import Field, field_validator
 
 from errata.base.errors import FactError
 from errata.base.facts import Fact
+from errata.base.roles import current_setting
 from errata.editors.config import EditorConfig
 from errata.editors.published import Published, Shape
 from errata.models.tokens import Role
@@ -152,6 +153,8 @@ class RomeConfig(EditorConfig):
     def reference(cls, **changes: Any) -> RomeConfig:
         """The published code's method (`REFERENCE`), with changes."""
         return cls(**{**REFERENCE, **changes})
+
+    _roles = field_validator("fact_token", mode="before")(current_setting)
 
     @field_validator("prefixes")
     @classmethod
