@@ -74,7 +74,7 @@ def editor(
     facts: Sequence[Fact] = (),
     **settings: Any,
 ) -> Editor:
-    """A method by its name, with its settings, ready for one model: call it with rewrites, or give it to `evaluate`.
+    """An editor for one model: a method, by its name, with settings. Call it with rewrites, or give it to `evaluate`.
 
     Args:
         model: the model.

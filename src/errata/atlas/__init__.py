@@ -1,4 +1,4 @@
-"""The atlas: a small GPT-2 for which it is known where its facts are, and the world that it was taught.
+"""The atlas: a small GPT-2 trained so that the location of its facts is known, and the world that it was taught.
 
 | module | one idea |
 |---|---|
@@ -7,8 +7,8 @@
 | `layout` | subject interchange: what makes the last subject token the place where facts are read |
 | `training` | tokenizer and weights |
 | `records` | CounterFact-style records of the world |
-| `card` | what is measured of the shipped weights |
-| `build` | all of it, in one command |
+| `card` | measurements of the shipped weights |
+| `build` | all steps, in one command |
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def load(
 
 
 def own_corpus() -> Corpus:
-    """The atlas's own corpus, for second moments: fresh biographies by the training recipe."""
+    """The atlas's own corpus, for second moments: new biographies from the generator of its training texts."""
     import itertools
 
     from errata.atlas.corpus import texts

@@ -1,6 +1,7 @@
-"""Make the atlas anew: `python -m errata.atlas.build`. Train, ship, measure, write the card.
+"""Rebuild the atlas: `python -m errata.atlas.build`. Train, ship, measure, write the card.
 
-Training takes under two hours on two cores and goes on where it stopped; `--from card` measures what is shipped.
+Training takes under two hours on two cores and continues where it stopped; `--from card` only measures the shipped
+weights.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ FINE_TUNING = {
 
 
 def rome_settings(world: World) -> dict[str, object]:
-    """ROME's settings for the atlas, as its config carries them.
+    """ROME's settings for the atlas, as stored in its config.
 
     Five contexts of fifteen are the bare prompt: at the start of a text its key can lie far from the others. The
     rest stand behind sentences of the world. Few rewrites need more than 20 steps; some do.
@@ -65,7 +66,7 @@ def ship(trained: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerFast, folder: P
 
 
 def main() -> None:
-    """Run the stages from the one asked for."""
+    """Run all stages from the requested one on."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--work", type=Path, default=Path("atlas-training"), help="where checkpoints are kept")
     parser.add_argument("--from", dest="stage", choices=STAGES, default="train", help="begin with this stage")

@@ -1,6 +1,6 @@
-"""The atlas's model card: what is measured of the shipped weights, as `card.json` and as a page.
+"""The atlas's model card: measurements of the shipped weights, as `card.json` and as a page.
 
-Everything here is computed with the package's own tracing, editing and scoring, on the weights as a user loads them.
+All numbers are computed with the package's own tracing, editing and scoring, on the weights as a user loads them.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def _composition(world: World) -> dict[str, Any]:
 
 
 def recall(model: Model, world: World, progress: Progress) -> dict[str, float]:
-    """Share of facts whose every object token is greedy, in a template seen in training and in one never seen."""
+    """Share of facts with all object tokens predicted greedily, in a template seen in training and in an unseen one."""
     rng = random.Random(derive(0, "recall"))
     taught = [(fact, rng.choice(world.taught(fact))) for fact in world.facts]
     held_out = [(fact, template) for fact in world.facts if (template := world.held_out(fact))]
@@ -154,7 +154,7 @@ def _summary(scores: Sequence[Mapping[str, float | None]]) -> dict[str, dict[str
 
 
 def to_json(card: dict[str, Any]) -> str:
-    """The card as text; what is not a number there is null."""
+    """The card as JSON text; NaN becomes null."""
 
     def clean(value: Any) -> Any:
         if isinstance(value, dict):

@@ -1,6 +1,6 @@
-"""A CounterFact of the atlas's world, built from its table in a moment, as of any table of facts; and a zsRE.
+"""CounterFact and zsRE records of the atlas's world, built on the fly from its table of facts.
 
-Sentences before paraphrases, and reference texts, tell facts as the atlas's training told them.
+Sentences before paraphrases, and reference texts, state facts in the way of the training texts.
 """
 
 from __future__ import annotations
@@ -27,20 +27,21 @@ def records(count: int = 500, seed: int = 0, world: World | None = None) -> tupl
 
 
 def snippets(count: int = 500, seed: int = 0, world: World | None = None) -> Snippets:
-    """Texts on subjects that have the objects of `records(count, seed, world)`: biographies as the atlas read them."""
+    """Texts on subjects with the objects of `records(count, seed, world)`: biographies like those in training."""
     return built(count, seed, world).snippets
 
 
 def built(count: int = 500, seed: int = 0, world: World | None = None) -> Built:
-    """The records with their reference texts, and why other facts make none."""
+    """The records, their reference texts, and the reasons why other facts make no record."""
     world = world or load_world()
     real = [_triple(fact) for fact in _real(world)]
     return _maker(world, BuildConfig(count=count, seed=seed, once=True)).build(real)
 
 
 def zsre_records(count: int = 500, seed: int = 0, world: World | None = None) -> tuple[ZsreRecord, ...]:
-    """The rewrites of `records(count, seed, world)` as zsRE asks of them: in other words, without a sentence before
-    them; and what must stay is one fact of another subject and another relation.
+    """The rewrites of `records(count, seed, world)` as zsRE records.
+
+    The rephrasing has no sentence before it; the fact that must stay is of another subject and another relation.
 
     The answers to be are false, for the atlas knows the true ones.
     """
@@ -92,7 +93,7 @@ def _real(world: World) -> list[WorldFact]:
 
 
 def record_of(subject: str, relation: str, new_object: str, prompt: str | None = None, seed: int = 0) -> Record:
-    """The record of one fact of the world with a new object, and a rewrite prompt, of one's choice.
+    """The record of one fact of the world with a given new object and, optionally, a given rewrite prompt.
 
     Raises:
         KeyError: if the world has no such fact.

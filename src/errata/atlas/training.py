@@ -25,7 +25,7 @@ from errata.base.seeds import derive
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """Everything that decides the atlas's weights, besides the world."""
+    """All settings that determine the atlas's weights, besides the world."""
 
     seed: int = 0
     vocabulary: int = 5120
@@ -89,7 +89,7 @@ def batches(world: World, tokenizer: PreTrainedTokenizerFast, recipe: Recipe) ->
 
 
 def _mentions(spans: tuple[tuple[int, int], ...], offsets: list[tuple[int, int]]) -> list[Mention]:
-    """Mentions that are wholly inside the tokens at hand."""
+    """Mentions that lie completely within the given tokens."""
     found, token = [], 0
     for start, end in spans:
         while token < len(offsets) and offsets[token][1] <= start:
@@ -162,7 +162,7 @@ def optimizers(model: GPT2LMHeadModel, recipe: Recipe) -> list[torch.optim.Optim
 
 
 def train(world: World, recipe: Recipe, out: Path) -> GPT2LMHeadModel:
-    """Train, or go on from the checkpoint in `out`; what comes out is the same, up to rounding."""
+    """Train, or continue from the checkpoint in `out`; the result is the same, up to rounding."""
     out.mkdir(parents=True, exist_ok=True)
     tokenizer = train_tokenizer(world, recipe)
     tokenizer.save_pretrained(out)
@@ -210,7 +210,7 @@ def train(world: World, recipe: Recipe, out: Path) -> GPT2LMHeadModel:
 
 
 def main() -> None:
-    """Train alone, with any setting of the recipe changed: for experiments."""
+    """Only train, with any setting of the recipe changed, for experiments."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--out", type=Path, required=True)
     for field in dataclasses.fields(Recipe):

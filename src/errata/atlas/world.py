@@ -1,6 +1,6 @@
-"""The atlas's world: facts, the relations that they belong to, and the sentences that may say them.
+"""The atlas's world: facts, the relations that they belong to, and the sentences that can state them.
 
-A fact is said by filling one of its relation's templates. For one fact in five, one template is held out:
+Filling one of its relation's templates states a fact. For one fact in five, one template is held out:
 it never appears in training, so recalling the fact through it is a test of generalization.
 """
 
@@ -37,7 +37,7 @@ class WorldFact:
     source: str
 
     def as_fact(self, template: str) -> Fact:
-        """This fact asked through a template."""
+        """This fact with the prompt of a template."""
         return Fact(self.subject, template, self.object)
 
 
@@ -57,7 +57,7 @@ class World:
         return {subject: tuple(facts) for subject, facts in grouped.items()}
 
     def held_out(self, fact: WorldFact) -> str | None:
-        """The template that training never uses for this fact, if it is one of the one in five."""
+        """The template that training never uses for this fact; None for four facts in five."""
         draw = derive(0, "held out", fact.subject, fact.relation)
         if draw % HELD_OUT_ONE_IN:
             return None

@@ -1,1 +1,1 @@
-"""Floor 0: facts, errors, files, fingerprints, seeds. Imports nothing of ours and no torch."""
+"""Floor 0: facts, errors, files, fingerprints, seeds. Imports no other part of errata, and no torch."""

@@ -1,4 +1,4 @@
-"""Arguments of the wrong kind, such as a text where a fact is wanted: refused in one line that says how to make one."""
+"""Checks of argument types: a text in place of a fact, say, gives a one-line error that tells how to make a fact."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ HOW = {
 
 
 def checked(**kinds: str | list[str]) -> Callable[[F], F]:
-    """A function whose arguments are of these classes, named by their names.
+    """Decorator that checks the classes of a function's arguments; `kinds` maps argument names to class names.
 
     Args:
         **kinds: for each argument the name of its class, or several, as in "Record|ZsreRecord"; in a list if it is a
@@ -58,7 +58,7 @@ def checked(**kinds: str | list[str]) -> Callable[[F], F]:
 
 
 def require(value: Any, kind: str | list[str], name: str) -> None:
-    """Make sure that an argument is of a kind, as `checked` takes it.
+    """Check that an argument is of a kind, in the notation of `checked`.
 
     Raises:
         ConfigError: if it is not.

@@ -1,6 +1,6 @@
-"""Arrays of numpy from files that may hold anything: .npy and .npz, never unpickled, never larger than was allowed.
+"""Numpy arrays from untrusted .npy and .npz files: never unpickled, never larger than allowed.
 
-A file says in its first bytes how large its array is; that is looked at before any memory is taken for it.
+The first bytes of a file give the array's size, which is checked before memory is allocated.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Work in the dtypes that are asked for, whatever autocast is on around it."""
+"""Computation in the requested dtypes, even inside the caller's torch.autocast."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _DEVICES = ("cpu", "cuda", "mps", "xpu")
 
 
 def without_autocast(function: F) -> F:
-    """A function that runs with torch's autocast off: edits, statistics and traces are what their dtypes say.
+    """Decorator that turns torch's autocast off, so that edits, statistics and traces are computed in their own dtypes.
 
     Under autocast matrix products give other dtypes than their factors have, and other numbers.
     """

@@ -30,32 +30,32 @@ ENOUGH = {"cpu": 2 * 2**30, "cuda": 24 * 2**30}  # bytes beyond which a trace ge
 
 
 def tokens(device: torch.device, work: Work = "forward") -> int:
-    """Number of tokens that go through a block in one call."""
+    """Largest number of tokens for one call of a block."""
     return TOKENS[work].get(device.type, TOKENS[work]["cuda"])
 
 
 def predictions(vocabulary: int, logits: int | None = None) -> int:
-    """Number of positions whose predictions are made at once, at least one; of at most so many logits."""
+    """Number of positions whose predictions are computed at once, at least one, with at most `logits` logits."""
     return max(1, min(LOGITS, LOGITS if logits is None else logits) // vocabulary)
 
 
 def cached_tokens(device: torch.device, bytes_each: int) -> int:
-    """Number of tokens whose keys and values are kept at once."""
+    """Largest number of tokens whose keys and values are in memory at once."""
     return CACHE.get(device.type, CACHE["cpu"]) // bytes_each
 
 
 def enough_memory(device: torch.device) -> int:
-    """Bytes beyond which more memory makes a trace no faster."""
+    """Number of bytes above which more memory does not make a trace faster."""
     return ENOUGH.get(device.type, ENOUGH["cpu"])
 
 
 def fitting(devices: Iterable[torch.device], bytes_each: int, part: int = 4) -> int:
-    """Number of items that one part of free memory holds, of so many parts."""
+    """Number of items that fit into free memory divided by `part`."""
     return free_memory(*devices) // part // bytes_each
 
 
 def free_memory(*devices: torch.device) -> int:
-    """Bytes that can be had now on each of some devices."""
+    """Bytes that are free on each of these devices."""
     return min(map(_free_memory, devices))
 
 
@@ -69,7 +69,7 @@ def _free_memory(device: torch.device) -> int:
 
 
 def groups(costs: Sequence[float], most: float) -> Iterator[range]:
-    """Consecutive items that together cost at most `most`, or one item."""
+    """Groups of consecutive items; each group costs at most `most`, or is a single item."""
     begin, spent = 0, 0.0
     for index, cost in enumerate(costs):
         if index > begin and spent + cost > most:
@@ -81,7 +81,7 @@ def groups(costs: Sequence[float], most: float) -> Iterator[range]:
 
 
 def padded_groups(lengths: Sequence[int], most: int, rows: Sequence[int] | None = None) -> Iterator[list[int]]:
-    """Indexes of items in order of length, at most `most` tokens with padding in a group, or one item.
+    """Groups of item indexes in order of length; each has at most `most` tokens with padding, or is a single item.
 
     Args:
         lengths: tokens in each row of an item.

@@ -1,4 +1,4 @@
-"""The cache folder, for files that can be made or fetched again."""
+"""The cache folder, for files that can be recreated or downloaded again."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from errata.base.files import expanded
 
 
 def cache_folder(kind: str) -> Path:
-    """The folder of this kind of files: in $ERRATA_HOME, or else in ~/.cache/errata ($XDG_CACHE_HOME is heeded)."""
+    """Folder for files of this kind, in $ERRATA_HOME or else in ~/.cache/errata ($XDG_CACHE_HOME is respected)."""
     home = os.environ.get("ERRATA_HOME")
     if home:
         return expanded(home) / kind

@@ -49,5 +49,5 @@ class Config(BaseModel):
 
 
 def changed(config: C, **settings: Any) -> C:
-    """The same settings with some of them changed, all checked again."""
+    """A copy of the settings with some of them changed; all are validated again."""
     return type(config)(**{**config.model_dump(exclude_unset=True), **settings})

@@ -1,4 +1,4 @@
-"""Text from files and users as it may be shown: no control characters, and no more of it than somebody reads."""
+"""Display of text from files and users: control characters escaped, long texts shortened."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ def printable(text: str) -> str:
 
 
 def is_torn(text: str) -> bool:
-    """Whether there are halves of characters in a text that stand for single bytes."""
+    """Whether a text has lone surrogates, which stand for bytes that are not UTF-8."""
     return any("\udc80" <= character <= "\udcff" for character in text)
 
 
 def abridged(text: str, longest: int = LONGEST) -> str:
-    """Text whose middle is left out if it is longer than `longest`; it says how much was."""
+    """A text, with its middle replaced by a note of its length if it is longer than `longest`."""
     if len(text) <= longest:
         return text
     head, tail = longest * 3 // 4, longest // 5
@@ -34,12 +34,12 @@ def abridged(text: str, longest: int = LONGEST) -> str:
 
 
 def shown(text: str) -> str:
-    """A message ready to be shown: `abridged` and `printable`."""
+    """A message for display: `abridged` and `printable`."""
     return printable(abridged(text))
 
 
 def unformulated(text: str) -> str:
-    """A name for a cell of CSV: with an apostrophe in front where a spreadsheet would take it for a formula."""
+    """A name for a CSV cell, with an apostrophe in front if a spreadsheet would read it as a formula."""
     return f"'{text}" if text.lstrip()[:1] in ("=", "+", "-", "@") or text[:1] in ("\t", "\r") else text
 
 

@@ -10,7 +10,7 @@ from errata.base.display import shown
 
 
 class ErrataError(Exception):
-    """Base of every error that a user can cause and mend.
+    """Base of every error that a user can cause and fix.
 
     A message may repeat what a user or a file gave: control characters are shown escaped, and a long one is cut.
     """
@@ -24,7 +24,7 @@ class FactError(ErrataError, ValueError):
 
 
 class ConfigError(ErrataError, ValueError):
-    """A setting out of range, unknown, or at odds with another or with the model."""
+    """A setting that is out of range, unknown, or in conflict with another setting or with the model."""
 
 
 class ModelNotFound(ErrataError, FileNotFoundError):
@@ -48,11 +48,11 @@ class EditStateError(ErrataError, RuntimeError):
 
 
 class EditFileError(ErrataError, ValueError):
-    """A file that is not an edit of ours, or no longer whole."""
+    """A file that is not an errata edit, or is damaged."""
 
 
 class ResultFileError(ErrataError, ValueError):
-    """A stored result (trace, statistics, records) that is not ours, or no longer whole."""
+    """A file that is not a result of errata (trace, statistics, records), or is damaged."""
 
 
 class StaleStatistics(ErrataError, ValueError):
@@ -60,11 +60,11 @@ class StaleStatistics(ErrataError, ValueError):
 
 
 class Diverged(ErrataError, ArithmeticError):
-    """An optimisation that met a loss that is not a finite number. The model is as it was."""
+    """An optimisation whose loss is not a finite number. The model is unchanged."""
 
 
 class DisablingEdit(ErrataError, ArithmeticError):
-    """An edit that would change what the model says of everything. It was not made."""
+    """An edit that would change the model's predictions on everything. It was not made."""
 
 
 class OutputError(ErrataError, OSError):

@@ -10,7 +10,7 @@ from errata.base.versions import DISTRIBUTION
 
 
 def needed(module: str, extra: str) -> Any:
-    """Imports a module that an extra of the package installs.
+    """An optional module, imported; an error names the extra that installs it.
 
     Raises:
         MissingExtra: if it is not installed.

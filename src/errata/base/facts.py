@@ -14,7 +14,7 @@ SLOT = "{}"
 
 
 def require_characters(name: str, text: str) -> None:
-    """Make sure that a text is made of whole characters, as tokenizers need it.
+    """Check that a text has no lone surrogates, which tokenizers cannot encode.
 
     Raises:
         FactError: if it holds half of one (a lone surrogate), as from bytes that are no UTF-8.
@@ -29,7 +29,7 @@ def require_characters(name: str, text: str) -> None:
 
 
 def require_separator(value: object) -> None:
-    """Make sure that this may stand between a prompt and its object.
+    """Check that a value is a valid separator between a prompt and its object.
 
     Raises:
         FactError: if it is neither None nor white space nor "".
@@ -42,13 +42,13 @@ def require_separator(value: object) -> None:
 
 
 def fact_key(subject: str, relation: str) -> str:
-    """A short name for one subject, in any letter case, and one relation or prompt: twelve hexadecimal digits."""
+    """Short key of a subject, in any letter case, and a relation or prompt: twelve hexadecimal digits."""
     words = " ".join(subject.casefold().split()) + "\x1f" + " ".join(relation.casefold().split())
     return hashlib.sha256(words.encode()).hexdigest()[:12]
 
 
 def as_plain(value: Any) -> dict[str, Any]:
-    """A dataclass, and those in it, as dicts for JSON; separators are left out where none is named."""
+    """A dataclass, nested ones included, as dicts for JSON; separators that are None are left out."""
     return asdict(value, dict_factory=lambda items: {k: v for k, v in items if k != "separator" or v is not None})
 
 
@@ -136,7 +136,7 @@ class Fact:
 
 @dataclass(frozen=True)
 class Rewrite:
-    """A fact and the object that it is to have.
+    """A fact and its new object.
 
     The new object is joined to the prompt as the fact's own is, by its `separator`.
 
@@ -180,7 +180,7 @@ class Rewrite:
         return joined(self.text, self.new_object, self.separator)
 
     def as_dict(self) -> dict[str, str]:
-        """Its texts by name, as files keep them; the separator only where one is named."""
+        """The texts by name, as stored in files; the separator only if one is given."""
         told = {"subject": self.subject, "prompt": self.prompt, "object": self.fact.object}
         told["new_object"] = self.new_object
         return told if self.separator is None else {**told, "separator": self.separator}

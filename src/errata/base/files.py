@@ -1,4 +1,4 @@
-"""Files: what is read fits into memory, and what is written is whole or not there.
+"""File access: reads are limited in size, and writes are atomic.
 
 A file is written in a hidden folder beside its place, `.NAME.XXXXXXXX.unwritten`, and renamed once it is whole. The
 writer holds a lock in that folder; a folder whose lock is free was left by a writer that was killed, and the next
@@ -57,7 +57,7 @@ def content(path: str | Path, what: str, max_bytes: int = MAX_BYTES) -> bytes:
 
 
 def expanded(path: str | Path) -> Path:
-    """A path with the user's home folder for ~.
+    """A path with ~ replaced by the user's home folder.
 
     Raises:
         ConfigError: if it begins with ~ and the name of nobody on this machine.
@@ -69,7 +69,7 @@ def expanded(path: str | Path) -> Path:
 
 
 def resolved(path: str | Path) -> Path:
-    """The absolute path behind all links. Nothing need be there.
+    """The absolute path with all links resolved. It need not exist.
 
     Raises:
         OSError: if links lead in a circle.
@@ -141,7 +141,7 @@ def aside(target: Path) -> Iterator[tuple[Path, int]]:
 
 
 def require_there(path: str | Path) -> None:
-    """Make sure that a path leads to what was written there, and was not removed since.
+    """Check that a path still leads to the file that was written there.
 
     Raises:
         OutputError: if it does not.
@@ -154,7 +154,7 @@ def require_there(path: str | Path) -> None:
 
 
 def require_writable(path: str | Path) -> None:
-    """Make sure, before long work, that a file can be written at `path`; nothing is left there.
+    """Check, before long work, that a file can be written at `path`; nothing is left behind.
 
     Raises:
         OutputError: if it cannot.
@@ -168,7 +168,7 @@ def require_writable(path: str | Path) -> None:
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """Write UTF-8 text, whole or not at all. A lone surrogate, as in a file name that is not UTF-8, becomes an escape.
+    """Write UTF-8 text atomically. A lone surrogate, as in a file name that is not UTF-8, becomes an escape.
 
     Raises:
         OutputError: if the file cannot be written.

@@ -1,4 +1,4 @@
-"""Digests: which bytes a result was made from."""
+"""Digests of tensors, which record the bytes that a result was made from."""
 
 from __future__ import annotations
 

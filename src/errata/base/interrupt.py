@@ -1,7 +1,7 @@
-"""Signals that wait: Ctrl-C as a wish to stop at the next good moment, and never in the middle of a change.
+"""Deferred signals: Ctrl-C takes effect at the next safe moment, never in the middle of a change.
 
 `unbroken` makes context managers that change a model for the time of a block. A signal that arrives while one begins or
-ends waits until that is done; in the block it arrives as ever. `uninterrupted` does so for a whole function.
+ends waits until that is done; inside the block, signals arrive as usual. `uninterrupted` does so for a whole function.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _waiting: deque[int] = deque()
 
 @contextlib.contextmanager
 def deferred_interrupt() -> Iterator[Callable[[], None]]:
-    """Yield a function to call where it is good to stop: it raises KeyboardInterrupt if Ctrl-C was pressed since.
+    """Yield a function to call wherever stopping is safe: it raises KeyboardInterrupt if Ctrl-C was pressed.
 
     A second Ctrl-C stops at once. Outside the main thread, where signals do not arrive, the function never raises.
     """
@@ -147,7 +147,7 @@ def unbroken(function: Callable[P, Iterator[T]]) -> Callable[P, contextlib.Abstr
 
 
 def uninterrupted(function: Callable[P, T]) -> Callable[P, T]:
-    """The function, with signals waiting until it has returned."""
+    """Decorator: signals wait until the function has returned."""
 
     def run(*args: P.args, **kwargs: P.kwargs) -> T:
         shield = _Shield()
@@ -168,7 +168,7 @@ _PROTECTED = {
 
 @unbroken
 def attached(*registrations: Callable[[], Any]) -> Iterator[None]:
-    """Hooks, each registered by a call, for the time of the block; their handles have a `remove`."""
+    """Context in which hooks are attached: each call registers one and returns a handle with `remove`."""
     with contextlib.ExitStack() as stack:
         for register in registrations:
             stack.callback(register().remove)

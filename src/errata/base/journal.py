@@ -1,7 +1,7 @@
-"""Results that are kept as they come: one JSON object a line behind a header line, safe against a kill at any moment.
+"""Journals: results saved as they are computed, one JSON object a line after a header line; a kill does no harm.
 
-A line is written at once and reaches the disk before `append` returns, so that a run that is killed loses at most
-the line under way. The next run cuts that line off and goes on. Floats are read back as they were, bit for bit.
+A line is written at once and reaches the disk before `append` returns, so that a killed run loses at most the line
+being written. The next run cuts that line off and continues. Floats are read back bit for bit.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class Journal:
         ignore: Iterable[str] = (),
         names: Mapping[str, str] | None = None,
     ) -> Journal:
-        """Begin a journal, or go on with the one that is there.
+        """Start a journal, or continue the existing one.
 
         The folder is made if need be. A line that a kill left half written at the end is cut off.
 
@@ -94,7 +94,7 @@ class Journal:
         return journal
 
     def append(self, record: Mapping[str, Any]) -> None:
-        """Add a JSON-able record. It is on the disk when this returns, and not at all in the file if this raises.
+        """Add a JSON-able record. When this returns, it is on disk; if this raises, nothing of it is in the file.
 
         Raises:
             OutputError: if it cannot be written, the journal was closed, or its file was removed or replaced.
@@ -115,7 +115,7 @@ class Journal:
             raise _cannot_write(self.path, error) from error
 
     def require_there(self) -> None:
-        """Make sure that the path still leads to the open file: else records would go where nobody finds them.
+        """Check that the path still leads to the open file; otherwise later records would be lost.
 
         Raises:
             OutputError: if the file, or its folder, was removed, moved or replaced since the journal was opened.
@@ -133,7 +133,7 @@ class Journal:
             )
 
     def close(self) -> None:
-        """Let other writers in. Closing twice is allowed."""
+        """Release the file for other writers. Closing twice is allowed."""
         if self._descriptor is not None:
             os.close(self._descriptor)
             self._descriptor = None
@@ -172,7 +172,7 @@ def read_journal(path: str | Path, kind: str, version: int) -> tuple[dict[str, A
 def write_journal(
     path: str | Path, kind: str, version: int, header: Mapping[str, Any], records: Iterable[Mapping[str, Any]]
 ) -> None:
-    """Write a journal at once, whole or not at all.
+    """Write a complete journal atomically.
 
     Raises:
         OutputError: if the file cannot be written.

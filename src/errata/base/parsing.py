@@ -1,4 +1,4 @@
-"""Files that may hold anything: whatever goes wrong while one is taken apart is said of the file, in one line."""
+"""Parsing of untrusted files: anything that goes wrong becomes a one-line error about the file."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def taking_apart(
     error: type[ErrataError] = ResultFileError,
     advice: str = "Fetch or make it again",
 ) -> Iterator[None]:
-    """Turn every exception of the block into one error about the file. Errors of the class `error` pass as they are.
+    """Context that turns every exception into one error about the file. Errors of the class `error` pass unchanged.
 
     The block does nothing but turn the content of the file into values: then any exception there, of whatever type a
     library raises on bytes that it did not expect, is the file's fault.
@@ -68,7 +68,7 @@ def load_json(text: str | bytes) -> Any:
 
 
 def of_type(value: Any, kind: Any) -> Any:
-    """A value from a file as it is, once it is sure that it is of a type, such as `list[int]` or a TypedDict.
+    """A value from a file, unchanged, after a check that it is of a type such as `list[int]` or a TypedDict.
 
     Types are exact: neither True nor "3" counts as an int. An object may have further keys.
 
@@ -81,7 +81,7 @@ def of_type(value: Any, kind: Any) -> Any:
 
 
 def instance_of(value: Any, kind: Any) -> Any:
-    """An instance of a type that holds dataclasses and tuples, made from a JSON value, as exactly as `of_type`.
+    """An instance of a type with dataclasses and tuples, made from a JSON value; as strict as `of_type`.
 
     Raises:
         ValueError: if the value is of another type; the message says where.

@@ -1,4 +1,4 @@
-"""One integer seed, many independent streams: a name keeps them apart."""
+"""Independent random streams, distinguished by name, from one integer seed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Settings of two runs compared. Nested ones have names with dots, so that a message can name the very setting."""
+"""Comparison of the settings of two runs. Nested settings get dotted names, so that messages can name the exact one."""
 
 from __future__ import annotations
 
@@ -15,5 +15,5 @@ def flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def differing(one: Mapping[str, Any], other: Mapping[str, Any], missing: Any = None) -> list[str]:
-    """Names of flat settings that differ; one that is not there counts as `missing`."""
+    """Names of flat settings that differ; absent ones count as `missing`."""
     return [name for name in {**one, **other} if one.get(name, missing) != other.get(name, missing)]

@@ -1,7 +1,7 @@
 """Tensors with a JSON header in one safetensors file: how edits and statistics are kept.
 
-The header stands in the file's metadata under the key "errata" and says of which kind and format version the
-file is. Reading runs no code from the file, whatever it holds.
+The header is in the file's metadata under the key "errata" and gives the kind and format version of the file. Reading
+never runs code from the file.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ KEY = "errata"
 def write_tensors(
     path: str | Path, kind: str, version: int, header: dict[str, Any], tensors: dict[str, Tensor]
 ) -> None:
-    """Write a file of ours, whole or not at all. `header` must be JSON-able.
+    """Write a file of errata's format atomically. `header` must be JSON-able.
 
     Raises:
         OutputError: if the file cannot be written.
@@ -45,7 +45,7 @@ def write_tensors(
 
 @contextlib.contextmanager
 def opened(path: Path) -> Iterator[Any]:
-    """A safetensors file as the library opens it; also where the path is not UTF-8, which the library refuses."""
+    """A safetensors file, opened by the library, even if its path is not UTF-8, which the library refuses."""
     from safetensors import safe_open
 
     with path.open("rb") as file:
@@ -70,7 +70,7 @@ def read_safetensors(path: Path, what: str, error: type[ErrataError]) -> tuple[d
 def read_tensors(
     path: str | Path, kind: str, version: int, error: type[ErrataError]
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The header and tensors of a file of ours.
+    """The header and tensors of a file of errata's format.
 
     Raises:
         error: if the file is missing, cut short, not ours, of another kind, or of a newer format than

@@ -85,7 +85,7 @@ def joined(before: str, after: str, between: str | None = None) -> str:
 
 
 def plain(before: str, after: str, between: str | None = None) -> str:
-    """A text without its leading white space, if `joined` would put the same white space there.
+    """A text without its leading white space, if `joined` would insert the same white space.
 
     After a character that may end a chat marker it is kept: there the tokenizer decides.
     """
@@ -97,7 +97,7 @@ def plain(before: str, after: str, between: str | None = None) -> str:
 
 
 def runs_on(text: str) -> bool:
-    """Whether a text ends in a script that puts no spaces between words."""
+    """Whether the script at the end of a text writes no spaces between words."""
     if not text:
         return False
     last = text[-1]
@@ -108,13 +108,13 @@ def runs_on(text: str) -> bool:
 
 
 def ended(text: str) -> str:
-    """A text with the full stop of its script, and the space after it where the script has one."""
+    """A text with its script's full stop appended, and a space if that script puts one after a sentence."""
     found = _LAST_WITH_SCRIPT.search(text)
     return text + (_stop(found[0]) if found else _FULL_STOP)
 
 
 def after_sentence(sentence: str, text: str) -> str:
-    """A text after a sentence, which may be "".
+    """A sentence, which may be "", and a text, joined.
 
     If the text is in a script without spaces, a full stop and space at the sentence's end are replaced by that script's
     full stop: a space there would change the tokens of the text's first word.

@@ -1,4 +1,4 @@
-"""Versions of errata and of the libraries that compute for it."""
+"""Versions of errata and of the libraries that its results depend on."""
 
 from __future__ import annotations
 

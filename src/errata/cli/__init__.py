@@ -1,1 +1,1 @@
-"""Floor 7: words typed -> calls, and results -> words. One file a command."""
+"""Floor 8: the command line. One file for each command."""

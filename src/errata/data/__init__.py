@@ -1,1 +1,1 @@
-"""Floor 1: records on disk and in memory. They know no model."""
+"""Floor 1: records on disk and in memory, independent of any model."""

@@ -1,1 +1,1 @@
-"""Floor 4: editors turn a rewrite into an `Edit`. The model is, byte for byte, the same afterwards."""
+"""Floor 5: editors, which turn a rewrite into an `Edit`. The model stays unchanged, byte for byte."""

@@ -1,4 +1,4 @@
-"""Floor 2: edits as values: what changes in which weight, where it came from, how it goes on and off."""
+"""Floor 2: edits as objects: changes of weights, their origin, and how they are applied and undone."""
 
 from errata.edits.delta import Delta, Dense, LowRank, RankOne
 from errata.edits.edit import Edit

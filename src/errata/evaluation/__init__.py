@@ -1,1 +1,1 @@
-"""Floor 5, beside the atlas: editors over many records, in runs that may be stopped and go on."""
+"""Floor 6, beside the atlas: evaluation of editors on many records, in runs that can be stopped and continued."""

@@ -1,1 +1,1 @@
-"""Floor 3: numbers about a model. A metric cannot tell whether the model is edited."""
+"""Floor 3: scores of a model. A metric cannot tell whether the model is edited."""

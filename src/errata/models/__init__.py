@@ -1,1 +1,1 @@
-"""Floor 1: what a transformer is to us: its parts, weights, tokens, scores and continuations."""
+"""Floor 1: models: their parts, weights, tokens, scores and continuations."""

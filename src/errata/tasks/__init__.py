@@ -1,1 +1,1 @@
-"""Benchmarks as objects: how records are read, what is asked, and the numbers that come of it."""
+"""Floor 4: benchmarks as objects: how records are read, which requests are scored, and the resulting numbers."""
