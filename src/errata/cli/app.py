@@ -1,4 +1,4 @@
-"""The command line: which commands there are. No torch is imported before a command runs."""
+"""The command line: the list of commands. No torch is imported before a command runs."""
 
 from __future__ import annotations
 

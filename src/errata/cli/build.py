@@ -1,4 +1,4 @@
-"""`errata data build`: a CounterFact of one's own facts."""
+"""`errata data build`: a CounterFact built from the user's own facts."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def build(
     start_token: options.StartToken = None,
     json: options.Json = False,
 ) -> None:
-    """Make a CounterFact of a table of facts and of templates for their relations.
+    """Make a CounterFact from a table of facts and templates for their relations.
 
     It says which facts make no record, and why. Bad lines are named, and the others used; the exit code is 1 then.
     """
@@ -149,7 +149,7 @@ def build(
 
 @dataclass(frozen=True)
 class _Given:
-    """Content of the input files; `inputs` are their names and digests, for the card."""
+    """Content of the input files; `inputs` has their names and digests, for the card."""
 
     facts: Sequence[Triple]
     wordings: Mapping[str, Wordings]

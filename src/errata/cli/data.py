@@ -1,4 +1,4 @@
-"""`errata data`: get the published sets, see which are here, and what a file of records is made of."""
+"""`errata data`: download the published sets, list the local ones, and describe files of records."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def get(
     folder: Folder = None,
     json: options.Json = False,
 ) -> None:
-    """Fetch published sets, and check that they are whole. What was stopped is gone on with; what is here is kept."""
+    """Fetch published sets, and check that they are complete. Stopped downloads continue; existing files are kept."""
     from errata.cli import show
     from errata.data.sources import source
     from errata.tasks.fetching import fetch
@@ -77,7 +77,7 @@ def describe_file(
     file: Annotated[Path, typer.Argument(help="Records (.json, .jsonl, or their folder), or a table of facts.")],
     json: options.Json = False,
 ) -> None:
-    """Tell what a set is made of: records, subjects, objects, prompts of each kind; in all, by relation, by record.
+    """Describe a set: records, subjects, objects, prompts of each kind; in total, by relation, by record.
 
     Bad records are named, and the others counted; the exit code is 1 then.
     """

@@ -1,4 +1,4 @@
-"""`errata demo`: the whole main job on the embedded model, in about a minute, offline."""
+"""`errata demo`: trace, edit, measure and undo on the embedded model, in about a minute, offline."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def demo(
     seed: options.Seed = 1,
     json: options.Json = False,
 ) -> None:
-    """Trace a fact, rewrite it, see what moved, and take the edit back: on the embedded model, offline."""
+    """Trace a fact, rewrite it, show what changed, and undo the edit: on the embedded model, offline."""
     picture, kept = out / "trace.png", out / "edit.safetensors"
     options.require_outputs(picture, kept)
 

@@ -1,4 +1,4 @@
-"""`errata edit`: change a fact, or those of a table."""
+"""`errata edit`: change one fact, or all facts of a table."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`errata editors`: which there are, what each can be told, and where it is from."""
+"""`errata editors`: the editors, their settings and their sources."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def editors(
     name: Annotated[Optional[str], typer.Argument(help="An editor, to see all of its settings.")] = None,  # noqa: UP045
     json: options.Json = False,
 ) -> None:
-    """List the editors; or one editor's settings, presets, and what is known for which model.
+    """List the editors; or show one editor's settings, its presets, and the published settings for each model.
 
     They are given to errata evaluate as --editor NAME or NAME:SETTING=VALUE,...
     """

@@ -98,7 +98,7 @@ def evaluate(
     start_token: options.StartToken = None,
     json: options.Json = False,
 ) -> None:
-    """Measure edits on records: CounterFact's and zsRE's numbers, before and after, one result a record.
+    """Measure edits on records: the scores of CounterFact or zsRE before and after, one result for each record.
 
     Bad records are named, and the others used; the exit code is 1 then. A run that was stopped goes on where it was if
     it is started again; other editors can be added to it. errata report shows what a run folder holds.
@@ -226,7 +226,7 @@ def end(found: RecordSet | None) -> None:
 
 
 def passages(file: Path) -> tuple[str, ...]:
-    """The texts of a file, which are parted by blank lines.
+    """The texts of a file, separated by blank lines.
 
     Raises:
         ResultFileError: if it is missing, empty or not UTF-8.

@@ -1,4 +1,4 @@
-"""`errata facts`: check a table of facts, convert it, and keep what a model knows."""
+"""`errata facts`: check a table of facts, convert it, and select the facts that a model knows."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def facts(
     start_token: options.StartToken = None,
     json: options.Json = False,
 ) -> None:
-    """Check a table of facts (subject, prompt, object, relation), convert it, and keep what a model knows.
+    """Check a table of facts (subject, prompt, object, relation), convert it, and select the facts that a model knows.
 
     Bad lines are named, and the others used; the exit code is 1 then. A run with --known that was stopped goes on
     where it was if it is started again.
@@ -132,7 +132,7 @@ def _tell_unknown(unknown: Sequence[Knowledge]) -> None:
 def ask(
     model: Model, rows: Sequence[FactRow], progress: Path, facts: str, max_new_tokens: int, batch_size: int
 ) -> list[str]:
-    """Continuation of each fact by the model. Answers are kept as they come, and not computed again."""
+    """The model's continuation of each fact. Answers are saved as they are computed, and not computed again."""
     from errata.base.journal import Journal
     from errata.base.parsing import of_type, taking_apart
     from errata.cli import show

@@ -1,4 +1,4 @@
-"""`errata figure`: pictures of stored results."""
+"""`errata figure`: figures of stored results."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`errata generate`: what does the model say, as it is or with edits?"""
+"""`errata generate`: text from the model, unedited or with edits."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def generate(
     start_token: options.StartToken = None,
     json: options.Json = False,
 ) -> None:
-    """Go on from a prompt: greedily, or sampled if --top-k or --temperature is given."""
+    """Continue a prompt: greedily, or by sampling if --top-k or --temperature is given."""
     from errata.base.errors import FactError
     from errata.base.facts import require_characters
     from errata.cli import show

@@ -81,7 +81,7 @@ Picture = Annotated[Optional[Path], typer.Option("--out", help="Picture: .png, .
 
 
 def require_outputs(*paths: Path | None) -> None:
-    """Make sure, before long work, that its results can be written.
+    """Check, before long work, that its results can be written.
 
     Raises:
         OutputError: if one cannot.
@@ -94,7 +94,7 @@ def require_outputs(*paths: Path | None) -> None:
 
 
 def require_picture(path: Path | None) -> None:
-    """Make sure, before long work, that a picture can be drawn there.
+    """Check, before long work, that a figure can be written there.
 
     Raises:
         ConfigError: if its ending is none of a picture.
@@ -111,7 +111,7 @@ def require_picture(path: Path | None) -> None:
 
 
 def require_apart(paths: Mapping[str, Path | None]) -> None:
-    """Make sure that no two of these files, by the names of their options, are one.
+    """Check that no two of these files are the same; the keys are the names of their options.
 
     Raises:
         ConfigError: if two are.
@@ -128,7 +128,7 @@ def require_apart(paths: Mapping[str, Path | None]) -> None:
 
 
 def require_ending(path: Path, endings: Sequence[str], what: str) -> None:
-    """Make sure that a file is named as what it will hold.
+    """Check that a file's ending fits its content.
 
     Raises:
         ConfigError: if its ending is none of these.
@@ -140,12 +140,12 @@ def require_ending(path: Path, endings: Sequence[str], what: str) -> None:
 
 
 def comma_separated(text: str) -> tuple[str, ...]:
-    """The words of an option that takes several."""
+    """The values of a comma-separated option."""
     return tuple(word.strip() for word in text.split(","))
 
 
 def layer_numbers(text: str) -> list[int]:
-    """Layers as people write them: 3, 3-5, 2,4-6.
+    """Layer numbers from a text such as 3, 3-5 or 2,4-6.
 
     Raises:
         ConfigError: if they are written otherwise.
@@ -164,7 +164,7 @@ def layer_numbers(text: str) -> list[int]:
 
 
 def memory_bytes(text: str | None) -> int | None:
-    """Bytes, from how people write them: 4GB, 1.5 GiB, 500M, 4096.
+    """Number of bytes from a text such as 4GB, 1.5 GiB, 500M or 4096.
 
     Raises:
         ConfigError: if they are written otherwise, or are none.
@@ -199,7 +199,7 @@ def require_share(min_effect: float | None) -> None:
 def averaged(
     traces: Sequence[CausalTrace], averaging: Literal["facts", "reference"], min_effect: float | None, unknown: bool
 ) -> AverageEffects:
-    """The averages of traces, as the options choose them.
+    """Averages of traces, by the options.
 
     Raises:
         ConfigError: if none is left, or they do not belong together.
@@ -254,7 +254,7 @@ def editor_spec(text: str) -> tuple[str, str, dict[str, Any]]:
 def bind(
     method: Method, model: Model, settings: Mapping[str, Any], source: Source, seed: int, facts: Sequence[Fact]
 ) -> Editor:
-    """The editor of a method with settings as they were typed.
+    """The editor of a method, with settings as texts from the command line.
 
     Raises:
         ConfigError: if a setting is unknown, wrong or missing.

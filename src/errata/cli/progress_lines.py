@@ -15,7 +15,7 @@ _stages: list[str] = []  # what is under way, and how far it has come; the inner
 
 @contextlib.contextmanager
 def stage(what: str) -> Iterator[list[str]]:
-    """Text of the lines while the block runs. The last item of the yielded list can be replaced."""
+    """Context in which the lines show this text. The last item of the yielded list can be replaced."""
     _stages.append(what)
     try:
         yield _stages
@@ -25,7 +25,7 @@ def stage(what: str) -> Iterator[list[str]]:
 
 @contextlib.contextmanager
 def lines(command: str) -> Iterator[None]:
-    """A line every minute on standard error for the time of the block; none on a terminal, where there are bars."""
+    """Context with a line every minute on standard error; none on a terminal, which shows progress bars instead."""
     if sys.stderr.isatty():
         yield
         return

@@ -38,7 +38,7 @@ def console() -> Console:
 
 
 def as_json(value: Any) -> None:
-    """One JSON object on standard output, with escapes for what a terminal would obey or its encoding has not."""
+    """Print one JSON object; control characters, and characters that the terminal's encoding lacks, are escaped."""
     text = json.dumps(value, ensure_ascii=False, indent=1, allow_nan=False)
     plain = str(sys.stdout.encoding).casefold().replace("-", "") == "utf8"
     sys.stdout.write(re.sub(_NO_TEXT if plain else r"[^\n -~]", _json_escape, text) + "\n")
@@ -81,7 +81,7 @@ def progress(what: str, unit: str = "") -> Iterator[Any]:
 
 @contextlib.contextmanager
 def going_on(what: str, unit: str) -> Iterator[Callable[[int, int], None]]:
-    """Like `progress`, for work that is saved as it goes: Ctrl-C exits with code 130 and says how far it came."""
+    """Like `progress`, for work that is saved as it is done: Ctrl-C exits with code 130 and says how far it got."""
     come = 0, 0
     try:
         with progress(what, unit) as bar:
@@ -98,12 +98,12 @@ def going_on(what: str, unit: str) -> Iterator[Callable[[int, int], None]]:
 
 
 def line(text: str) -> None:
-    """A sentence, which wraps."""
+    """Print a sentence, wrapped."""
     console().print(printable(text), highlight=False, markup=False)
 
 
 def written(*paths: Path | None) -> None:
-    """Say which files there are now.
+    """Print the names of the written files.
 
     Raises:
         OutputError: if one is not there any more.
@@ -114,12 +114,12 @@ def written(*paths: Path | None) -> None:
 
 
 def percent(probability: float) -> str:
-    """A probability as people read it."""
+    """A probability as text, in percent."""
     return f"{100 * probability:.1f} %"
 
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[str]], title: str | None = None) -> None:
-    """A table of texts, which wrap."""
+    """Print a table of texts, wrapped."""
     console().print(_table(columns, rows, title))
 
 
@@ -139,7 +139,7 @@ def _table(columns: Sequence[str], rows: Sequence[Sequence[str]], title: str | N
 def side_by_side(
     build: Callable[[Sequence[int]], Table], groups: Sequence[Sequence[int]], room: int
 ) -> list[tuple[int, ...]]:
-    """Columns of the tables into which one is divided so that none is wider than a terminal.
+    """Columns of each table when a table is split so that none is wider than the terminal.
 
     Tables are as few as can be, and then the widest of them is as narrow as can be.
 
@@ -170,7 +170,7 @@ def side_by_side(
 
 
 def effects(trace: CausalTrace) -> None:
-    """The indirect effects of the first part, a row a token, a column a layer, in percentage points."""
+    """Print the indirect effects of the first part in percentage points: tokens as rows, layers as columns."""
     part = next(iter(trace.restored))
     values = 100 * trace.indirect_effect(part)
     best = _best(trace)[:2]
@@ -275,7 +275,7 @@ def averages(found: AverageEffects, parts: Sequence[str] | None = None, label: s
 
 
 def averages_summary(found: AverageEffects) -> str:
-    """The facts that averages are over, in one sentence."""
+    """Summary of the facts in an average, in one sentence."""
     total = found.means["total_effect"]
     spread = "" if total.high is None or total.mean is None else f" ± {100 * (total.high - total.mean):.1f}"
     left_out = ", ".join(f"{count} ({reason})" for reason, count in found.left_out.items() if count)
@@ -287,7 +287,7 @@ def averages_summary(found: AverageEffects) -> str:
 
 
 def averages_as_json(found: AverageEffects) -> dict[str, Any]:
-    """Averages ready for JSON: probabilities and their differences, not points; null for what is not there."""
+    """Averages as JSON-able values: probabilities and their differences, not percentage points; null where absent."""
     return {
         "model": found.model,
         "facts": found.facts,

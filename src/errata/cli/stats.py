@@ -1,4 +1,4 @@
-"""`errata stats`: second moments of keys, which ROME needs, and which of them there are."""
+"""`errata stats`: collect second moments of keys, which ROME needs, and list the stored ones."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def stats(
     start_token: options.StartToken = None,
     json: options.Json = False,
 ) -> None:
-    """Collect second moments of MLP keys, all layers in one pass, and say whether there is text enough.
+    """Collect second moments of MLP keys, all layers in one pass, and show whether there was enough text.
 
     They are kept in $ERRATA_HOME (or ~/.cache/errata), and found there by all that they depend on. A run that was
     stopped goes on where it was if it is started again.

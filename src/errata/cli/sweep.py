@@ -138,7 +138,7 @@ def sequence(
     start_token: options.StartToken = None,
     json: options.Json = False,
 ) -> None:
-    """Make edits one after the other on one model: how many of them, and of untouched facts, does it recall?
+    """Make edits one after the other on one model, and measure how many edited and untouched facts it recalls.
 
     Bad lines of a table are named, and the others used; the exit code is 1 then. A run that was stopped goes on where
     it was if it is started again, and goes on with more --edits. The edits are kept in a folder beside --save.

@@ -1,4 +1,4 @@
-"""Tables that commands read: what is in them, and what is wrong with them."""
+"""Input tables of commands, with messages about bad lines."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ MOST_TOLD = 100  # bad lines; the others are counted
 
 
 def tell_bad_lines(bad: Sequence[BadLine], file: Path, unit: str, strict: bool = False) -> None:
-    """Name bad lines (or entries: `unit`) on standard error.
+    """List bad lines (or entries: `unit`) on standard error.
 
     Raises:
         FactError: of the first, if strict.
@@ -34,7 +34,7 @@ def tell_bad_lines(bad: Sequence[BadLine], file: Path, unit: str, strict: bool =
 
 
 def tell_unread(unread: Sequence[str], file: Path, kind: TableKind[Any]) -> None:
-    """Name the columns that mean nothing, on standard error, if there are any."""
+    """List the columns that are not read, if any, on standard error."""
     from errata.data.fact_table import unread_message
 
     if unread:
@@ -42,7 +42,7 @@ def tell_unread(unread: Sequence[str], file: Path, kind: TableKind[Any]) -> None
 
 
 def facts_of(file: Path) -> FactTable:
-    """A table of facts, of which columns that are not read are told."""
+    """A table of facts; its unread columns are reported."""
     from errata.data.fact_table import FACTS, read_facts
 
     table = read_facts(file)
@@ -51,7 +51,7 @@ def facts_of(file: Path) -> FactTable:
 
 
 def requested(file: Path, strict: bool = False) -> RequestTable:
-    """A table of requests, of which bad lines and contradictions are told.
+    """A table of requests; its bad lines and contradictions are reported.
 
     Raises:
         FactError: of the first bad line, if strict.

@@ -1,4 +1,4 @@
-"""`errata trace`: where is a fact? And where are the facts of a table?"""
+"""`errata trace`: where a model stores a fact, or the facts of a table."""
 
 from __future__ import annotations
 

@@ -1,17 +1,17 @@
-"""Makes a CounterFact of a table of facts, as the paper made it (section 3.3): each fact (s, r, oᶜ) becomes a record.
+"""Builds a CounterFact from a table of facts as in section 3.3 of the paper: each fact (s, r, oᶜ) becomes a record.
 
 | part | is |
 |---|---|
 | rewrite prompt | a template of r |
-| o* | another object of r, drawn by frequency: never one that s has too |
+| o* | another object of r, drawn by frequency, never one that s also has |
 | paraphrases | other templates of r, each after a sentence about something else |
 | neighborhood | other subjects that have oᶜ, and not o*, each through any template of r |
 | attribute | other subjects that have o*, and not oᶜ, each through any template of r |
 | generation | r's openings in random order, again from the first one on until there are enough |
-| snippets | texts on subjects that have o*, for reference; and on those that have oᶜ, s among them |
+| snippets | reference texts about subjects that have o*, and about those that have oᶜ, s included |
 
 Every draw orders its candidates by digests of the seed, the fact and the candidate, and takes the first. So a record
-depends on no other record nor on the order of the table, and a fact that is added moves few records.
+depends on no other record nor on the order of the table, and adding a fact changes few records.
 """
 
 from __future__ import annotations
@@ -76,9 +76,10 @@ class Built:
 
     Attributes:
         records: numbered from 0.
-        snippets: a text on every subject that has the new or the old object of a record, and so of the record's own.
-        missed: facts that make no record, by the reason why. Facts that were not reached, as there were records
-            enough, are not among them.
+        snippets: a text about every subject that has the new or the old object of a record, the record's own subject
+            included.
+        missed: facts that make no record, by reason. Facts that were not reached, because there were enough records,
+            are not listed.
     """
 
     records: tuple[Record, ...]
@@ -98,7 +99,7 @@ def build(
     progress: Callable[[int, int], object] | None = None,
     **settings: Any,
 ) -> Built:
-    """Make records of facts.
+    """Make records from facts.
 
     Args:
         facts: all that is true, in any order. A name may be written in several ways (`triples.folded`): it becomes
@@ -248,7 +249,7 @@ class Maker:
         )
 
     def asked(self, fact: Triple) -> Fact:
-        """A fact through the template that its rewrite has.
+        """A fact with the template of its rewrite.
 
         Raises:
             KeyError: if its relation has no templates.
@@ -258,7 +259,7 @@ class Maker:
         return Fact(fact.subject, prompt, fact.object)
 
     def unfit(self, fact: Triple) -> str | None:
-        """Why no record can be made of a fact, whatever its new object; None if nothing stands against it."""
+        """Why a fact can make no record, whatever its new object; None if it can."""
         wordings, wanted = self.wordings.get(fact.relation), self.config.neighbors
         if wordings is None:
             return "its relation has no templates"
@@ -273,7 +274,7 @@ class Maker:
         return None
 
     def new_objects(self, fact: Triple) -> Iterator[str]:
-        """The objects that o* can be, in the order in which they are drawn."""
+        """The possible objects o*, in the order in which they are drawn."""
         count, wanted = self._counts[fact.relation], self.config.neighbors
 
         def rank(name: str) -> float:  # an exponential race: each comes first as often as it is frequent

@@ -1,21 +1,21 @@
-"""CounterFact, in the schema that its authors published (nested) and in one that other tools distribute (flat).
+"""CounterFact records, in the published schema (nested) and in the schema of other tools (flat).
 
 | nested | flat | is |
 |---|---|---|
-| `case_id` | `case_id` | a number; in the flat schema it may be left out, and is the entry's place then, from 0 |
+| `case_id` | `case_id` | a number; the flat schema may omit it, and it is then the entry's position, from 0 |
 | `requested_rewrite.subject` | `subject` | what the fact is about |
 | `.prompt` | `prompt` | the rewrite prompt, with `{}` for the subject, or with the subject itself, once |
 | `.target_new.str`, `.target_true.str` | `target_new`, `ground_truth` | new and old object |
-| `.separator` | `separator` | what stands between prompts and objects, if not what the text asks for |
-| `.target_new.id`, `.target_true.id` | | what the set calls them; may be left out |
-| `.relation_id` | `relation_id` | name of the relation; may be left out |
+| `.separator` | `separator` | white space between prompts and objects, if the text does not decide it |
+| `.target_new.id`, `.target_true.id` | | ids of the objects in the set; optional |
+| `.relation_id` | `relation_id` | name of the relation; optional |
 | `paraphrase_prompts` | `rephrase_prompt` | whole texts; in the flat schema one, or a list |
 | `neighborhood_prompts` | `locality_prompt` | the same |
-| | `locality_ground_truth` | the neighbours' object; may be left out |
+| | `locality_ground_truth` | the neighbours' object; optional |
 | `attribute_prompts`, `generation_prompts` | | lists of whole texts |
 
-A neighbourhood prompt is scored by the record's own old object. A flat record that says that a neighbour has another
-one would be scored by a wrong answer, so it is refused.
+A neighbourhood prompt is scored by the record's own old object. A flat record with another object for a neighbour would
+be scored by a wrong answer, so it is refused.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ def flat_record(entry: Mapping[str, Any], place: int) -> Record:
 
 
 def write_records(path: str | Path, records: Iterable[Record]) -> None:
-    """Write records in the published schema, a line each, whole or not at all. `read_records` reads them back.
+    """Write records atomically in the published schema, one on each line. `read_records` reads them back.
 
     Raises:
         ConfigError: if the file's ending is none of .json, .jsonl.

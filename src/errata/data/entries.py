@@ -1,4 +1,4 @@
-"""Files of JSON, as lists of entries that are looked at one by one: `.json` holds a list, `.jsonl` one entry a line."""
+"""JSON files as lists of entries: a `.json` file holds a list, a `.jsonl` file one entry on each line."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ MAX_LINE = 2**24  # characters of one entry of a .jsonl file
 
 @dataclass(frozen=True)
 class NoEntry:
-    """A line that is not JSON, and why."""
+    """A line that is not JSON, with the reason."""
 
     reason: str
 
@@ -68,7 +68,7 @@ def named_through(value: Any) -> Any:
 
 
 def require_keys(entry: Mapping[str, Any], *keys: str) -> None:
-    """Make sure that an entry has these keys, and something in each.
+    """Check that an entry has these keys, with non-empty values.
 
     Raises:
         FactError: if not; the message names all that are missing.
@@ -81,7 +81,7 @@ def require_keys(entry: Mapping[str, Any], *keys: str) -> None:
 
 
 def text_in(entry: Mapping[str, Any], key: str) -> str:
-    """The text under a key, as it is.
+    """The text under a key, unchanged.
 
     Raises:
         FactError: if there is none, or it is blank or not made of whole characters.
@@ -99,7 +99,7 @@ def optional_text(entry: Mapping[str, Any], key: str) -> str:
 
 
 def texts_in(entry: Mapping[str, Any], key: str) -> tuple[str, ...]:
-    """The texts under a key, as they are; one text alone is a list of one.
+    """The texts under a key, unchanged; a single text counts as a list of one.
 
     Raises:
         FactError: if there is no list of texts, or one is blank or not made of whole characters.
@@ -127,7 +127,7 @@ def case_id(entry: Mapping[str, Any]) -> int:
 
 
 def whole_text(value: Any, name: str, may_be_blank: bool = False) -> str:
-    """A value that is a text, as it is.
+    """A value, unchanged, after a check that it is a text.
 
     Raises:
         FactError: if it is none, or blank where that will not do, or not made of whole characters.

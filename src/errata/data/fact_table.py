@@ -1,4 +1,4 @@
-"""Tables of facts: read from .csv, .tsv, .jsonl or .json, line by line, so that one bad line spoils no other.
+"""Tables of facts: read line by line from .csv, .tsv, .jsonl or .json, so that a bad line does not affect the others.
 
 | column | is |
 |---|---|
@@ -8,7 +8,7 @@
 | one of `OBJECTS`, such as `object` or `answer` | what completes the sentence; may be left out |
 | `separator` | what stands between prompt and object: white space, or `none` or `space`; left out, the text decides |
 | `relation` or `relation_id` | facts of one relation have answers of one kind; may be left out |
-| `name`, `known_id` or `case_id` | what to call the row; may be left out |
+| `name`, `known_id` or `case_id` | name of the row; optional |
 
 In any format the names of columns may be written in capitals, and with a space or hyphen for `_`. Other columns are not
 read (`unread` names them), so the known facts of the published code (`known_1000.json`) are such a table as they are,
@@ -52,10 +52,10 @@ class FactRow:
     """One fact of a table.
 
     Attributes:
-        line: where it stands: the line it begins on, from 1; in a .json list, the number of the entry, from 1.
+        line: the line on which it begins, from 1; in a .json list, the number of the entry, from 1.
         fact: the fact; its object may be empty.
         relation: name of the relation, or "".
-        name: what the table calls the row; if nothing, `line`.
+        name: the row's name in the table; `line` if it has none.
     """
 
     line: int
@@ -66,7 +66,7 @@ class FactRow:
 
 @dataclass(frozen=True)
 class BadLine:
-    """A line, or entry, that is not a fact, and why."""
+    """A line or entry that is not a fact, with the reason."""
 
     line: int
     reason: str
@@ -117,12 +117,12 @@ class TableKind(Generic[Row]):
 
     @property
     def groups(self) -> tuple[tuple[str, ...], ...]:
-        """Names of one meaning each."""
+        """Groups of column names with the same meaning."""
         return (*self.needed, *self.optional)
 
 
 def read_facts(path: str | Path) -> FactTable:
-    """The facts of a table and its bad lines. Of a fact that stands there twice, the first is kept.
+    """The facts of a table and its bad lines. If a fact is listed twice, the first is kept.
 
     Raises:
         ConfigError: if the file's ending is none of .csv, .tsv, .jsonl, .json.
@@ -196,7 +196,7 @@ def parsed(path: Path, entries: Iterable[Entry], kind: TableKind[Row], unit: str
 
 
 def column_name(name: str) -> str:
-    """A column's name as it is looked for: small letters, `_` for spaces and hyphens."""
+    """A column's name in the form used for look-ups: small letters, `_` for spaces and hyphens."""
     return "_".join(name.strip().casefold().replace("-", " ").split())
 
 
@@ -242,7 +242,7 @@ def unread_message(unread: Sequence[str], kind: TableKind[Any]) -> str:
 
 
 def write_facts(path: str | Path, rows: Iterable[FactRow]) -> None:
-    """Write a table that `read_facts` reads back, line numbers aside; whole or not at all.
+    """Write a table atomically; `read_facts` reads it back, except for line numbers.
 
     Raises:
         ConfigError: if the file's ending is none of .csv, .tsv, .jsonl.
@@ -273,7 +273,7 @@ def write_facts(path: str | Path, rows: Iterable[FactRow]) -> None:
 
 
 def require_table_ending(path: Path) -> None:
-    """Make sure that a path ends as a table that can be written.
+    """Check that a path has the ending of a table format.
 
     Raises:
         ConfigError: if it does not.
@@ -452,7 +452,7 @@ def field_text(found: Mapping[str, Any], *names: str, number: bool = False) -> s
 
 
 def with_slot(subject: str, prompt: str, template: str = "") -> str:
-    """The prompt with `{}` in place of the subject, if it is filled; a template is the beginning of a filled prompt.
+    """A filled prompt with `{}` in place of the subject; a template is the beginning of a filled prompt.
 
     Raises:
         FactError: if the subject stands in a filled prompt not at all, or more than once.
@@ -472,7 +472,7 @@ def with_slot(subject: str, prompt: str, template: str = "") -> str:
 
 
 def shortened(text: str, length: int = 80) -> str:
-    """A text for a message, in quotes and not too long."""
+    """A text for a message, quoted and shortened."""
     return repr(text if len(text) <= length else text[: length - 1] + "…")
 
 

@@ -1,4 +1,4 @@
-"""Records: a rewrite, and the prompts that show whether it took and what else moved."""
+"""Records: a rewrite, and the prompts that test whether the edit worked and what else changed."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from errata.base.facts import Rewrite
 
 @dataclass(frozen=True)
 class Record:
-    """One case of CounterFact. All prompts are whole texts up to the object.
+    """One record of CounterFact. All prompts are complete texts up to the object.
 
     Attributes:
         case_id: its number in its set.
@@ -34,7 +34,7 @@ class Record:
 
 @dataclass(frozen=True)
 class QuestionRecord:
-    """A question, the answer that it should get, and questions of other facts, as in zsRE and WikiBigEdit.
+    """A question, its new answer, and questions about other facts, as in zsRE and WikiBigEdit.
 
     Attributes:
         case_id: its number in its set.

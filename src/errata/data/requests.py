@@ -1,20 +1,20 @@
-"""Tables of rewrite requests, in .csv, .tsv, .jsonl or .json: read line by line, so that one bad line spoils no other.
+"""Tables of rewrite requests: .csv, .tsv, .jsonl or .json, read line by line; a bad line does not affect the others.
 
 | column | is |
 |---|---|
 | `subject` | what the fact is about |
 | `prompt` | a sentence up to the object, with `{}` for the subject, or with the subject itself, once |
-| one of `NEW`, such as `new_object` or `to` | what the model is to answer |
-| one of `OLD`, such as `object` or `from` | what the answer was; may be left out |
+| one of `NEW`, such as `new_object` or `to` | the answer that the model should give |
+| one of `OLD`, such as `object` or `from` | the previous answer; optional |
 | `separator` | what stands between prompt and object: white space, or `none` or `space`; left out, the text decides |
-| `name` or `case_id` | what to call the row; may be left out |
+| `name` or `case_id` | name of the row; optional |
 
 In JSON an object may stand as `{"str": "football"}`, as in the requests of the published code, and a request within
 `requested_rewrite`, as in CounterFact, or several, as in MQuAKE, each of which is a row; of one that stands in several
 entries the first is kept. Read as they are, too: KnowEdit (whose `ground_truth` is a list), FastEdit (`target`),
-CounterFact as it is prepared for tracing (`target_false`), and RippleEdits, of whose edits subject and objects are
-taken out of their sentences. What these sets ask beside their requests is not read. Names of columns are read as in
-tables of facts (`fact_table.py`). Files are UTF-8.
+CounterFact as it is prepared for tracing (`target_false`), and RippleEdits, where subject and objects are extracted
+from the sentences. The further questions of these sets are not read. Names of columns are read as in tables of facts
+(`fact_table.py`). Files are UTF-8.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ class RequestTable:
 
     @property
     def contradictions(self) -> tuple[tuple[RequestRow, ...], ...]:
-        """Rows that want different new objects for one subject and prompt, those of one such pair together."""
+        """Groups of rows that request different new objects for the same subject and prompt."""
         alike: dict[tuple[str, str], list[RequestRow]] = defaultdict(list)
         for row in self.rows:
             alike[row.rewrite.subject, row.rewrite.prompt].append(row)
@@ -94,7 +94,7 @@ class RequestTable:
 
 
 def read_requests(path: str | Path) -> RequestTable:
-    """The requests of a table and its bad lines. Of a request that stands there twice, the first is kept.
+    """The requests of a table and its bad lines. If a request is listed twice, the first is kept.
 
     Raises:
         ConfigError: if the file's ending is none of .csv, .tsv, .jsonl, .json.

@@ -34,7 +34,7 @@ _FORMS = tuple(
 
 
 def is_ripple_edit(entry: Mapping[str, Any]) -> bool:
-    """Whether an entry is one of RippleEdits."""
+    """Whether an entry is in RippleEdits' format."""
     edit = entry.get("edit")
     return isinstance(edit, Mapping) and {"prompt", "subject_id"} <= edit.keys()
 

@@ -1,4 +1,4 @@
-"""Attribute snippets: texts about subjects that have an object of a relation, such as what Wikipedia says of them.
+"""Attribute snippets: texts, such as Wikipedia's, about subjects that have a certain object of a relation.
 
 The published `attribute_snippets.json` is a list of `{"relation_id": …, "target_id": …, "samples": [{"name": …, "text":
 …}, …]}`; read as well is what the published code makes of it, `{relation: {target: [{"name": …, "text": …}, …]}}`.
@@ -39,7 +39,7 @@ class Snippet:
 
 @dataclass(frozen=True)
 class Snippets:
-    """Texts by what their subjects have.
+    """Texts, by relation and object of their subjects.
 
     Attributes:
         groups: the texts on subjects that have an object of a relation, by the names that the set gives to relation and
@@ -51,7 +51,7 @@ class Snippets:
     digest: str = field(default="", compare=False)
 
     def of(self, record: Record) -> tuple[Snippet, ...]:
-        """The texts on subjects that have the record's new object; an object without an id goes by its name."""
+        """The texts about subjects that have the record's new object; an object without an id is looked up by name."""
         return self.groups.get((record.relation, record.object_ids[1] or record.rewrite.new_object), ())
 
     def about(self, record: Record) -> tuple[Snippet, ...]:
@@ -66,12 +66,12 @@ class Snippets:
 
     @cached_property
     def texts(self) -> tuple[str, ...]:
-        """All texts, in order; one that stands there several times comes as often."""
+        """All texts in order, repetitions included."""
         return tuple(snippet.text for group in self.groups.values() for snippet in group)
 
 
 def read_snippets(path: str | Path) -> Snippets:
-    """The snippets of a file, in either form. They are read whole or not at all.
+    """The snippets of a file, in either form; an error in any entry refuses the file.
 
     Raises:
         ResultFileError: if it is missing or holds none, or an entry is none; the message says which, from 1.

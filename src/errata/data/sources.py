@@ -1,4 +1,4 @@
-"""The published sets: where each one is, how to tell that it is whole, and under which terms.
+"""The published data sets: their addresses, checksums and licences.
 
 Sizes and digests are those of the files as they are served; where one is None it is not known, and a fetched file is
 judged by whether it can be read, with as many records as it should have. Addresses are those in the code of ROME's
@@ -29,16 +29,16 @@ class Source:
     """A published file.
 
     Attributes:
-        name: what it is called here.
+        name: its name in errata.
         file: its name on disk.
-        what: what is in it, in a few words.
-        schema: how it is read: "records", "facts", "snippets", "vocabulary" or "array".
-        licence: what is known of its terms.
+        what: a short description.
+        schema: its format: "records", "facts", "snippets", "vocabulary" or "array".
+        licence: its licence, as far as known.
         citation: the paper to cite.
         size: bytes, if known.
-        sha256: of its bytes, in hex, if known.
-        count: records or facts in it, bad ones included, if known.
-        host: the address of the folder that it is in.
+        sha256: in hex, if known.
+        count: number of records or facts, bad ones included, if known.
+        host: address of its folder.
     """
 
     name: str
@@ -118,7 +118,7 @@ SOURCES = {
 
 
 def source(name: str) -> Source:
-    """The source of this name.
+    """The source with this name.
 
     Raises:
         ConfigError: if there is none; the message names the nearest.

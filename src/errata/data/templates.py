@@ -1,12 +1,12 @@
-"""Wordings of relations, as a person writes them down.
+"""Sentence templates of relations, written by a person.
 
-A JSON object has an entry a relation:
+A JSON object has one entry for each relation:
 
     {"made by": {"templates": ["{} is made by", "The maker of {} is"], "generation": ["{}'s factory is in"]}}
 
-An entry may also have "prompt": the template of every rewrite, which is else drawn from the templates. A table (.csv,
-.tsv, .jsonl) has a row a template: columns `relation`, `template` and `kind`, which is template (or blank), generation
-or prompt.
+An entry may also have "prompt": the template of every rewrite, which is otherwise drawn from the templates. A table
+(.csv, .tsv, .jsonl) has one row for each template: columns `relation`, `template` and `kind`, which is template (or
+blank), generation or prompt.
 """
 
 from __future__ import annotations

@@ -60,7 +60,7 @@ class Triple:
 
 @dataclass(frozen=True)
 class TripleRow:
-    """A line of a table: where it stands, from 1, its fact, and the text about its subject, or ""."""
+    """A line of a table: its number, from 1, its fact, and the text about its subject, or ""."""
 
     line: int
     triple: Triple
@@ -92,13 +92,13 @@ class TripleTable:
 
 
 def folded(name: str) -> str:
-    """Normal form of a name, the same for all its spellings."""
+    """Normal form of a name, equal for all its spellings."""
     plain = unicodedata.normalize("NFC", " ".join(name.split())).casefold()
     return unicodedata.normalize("NFC", plain)  # folding may take a letter and its accent apart
 
 
 def uniform(facts: Iterable[Triple], relations: Iterable[str] = ()) -> tuple[Triple, ...]:
-    """Every fact once, in an order of their own, and every name as it is written most often.
+    """Every fact once, in an order independent of the table's, with every name in its most frequent spelling.
 
     Args:
         facts: any, in any order.
@@ -111,7 +111,7 @@ def uniform(facts: Iterable[Triple], relations: Iterable[str] = ()) -> tuple[Tri
 
 
 def read_triples(path: str | Path) -> TripleTable:
-    """The facts of a table and its bad lines. Of a fact that stands there twice, the first is kept.
+    """The facts of a table and its bad lines. If a fact is listed twice, the first is kept.
 
     Raises:
         ConfigError: if the file's ending is none of a table's.
@@ -122,7 +122,7 @@ def read_triples(path: str | Path) -> TripleTable:
 
 
 def read_texts(path: str | Path) -> tuple[dict[str, str], tuple[BadLine, ...], str, str]:
-    """Texts by subject, those of one subject joined; bad lines, unit and digest as of a `TripleTable`.
+    """Texts by subject, joined for each subject; then bad lines, unit and digest, as in a `TripleTable`.
 
     Raises:
         ConfigError, ResultFileError, MissingExtra: as `read_triples`.

@@ -2,12 +2,12 @@
 
 | key | is |
 |---|---|
-| `subject`, `prompt` | what the question is about, and the question |
+| `subject`, `prompt` | the subject of the question, and the question |
 | `target_new` | the answer that the model should give |
 | `rephrase_prompt` | the question in other words; one, or a list |
 | `locality_prompt`, `locality_ground_truth` | a question of something else and its answer; one, or a list of each |
-| `separator` | what stands between questions and answers, if not what the text asks for |
-| `case_id` | number of the record; its place in the file, from 0, where there is none |
+| `separator` | white space between questions and answers, if the text does not decide it |
+| `case_id` | number of the record; by default its position in the file, from 0 |
 
 Entries with an old object (`ground_truth`) are CounterFact's flat schema, which compares the two objects.
 """

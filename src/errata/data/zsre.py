@@ -1,16 +1,16 @@
-"""Questions and answers: zsRE in the schema of MEND's file, made into records as the published code of ROME makes them.
+"""zsRE records from the schema of MEND's file, made in the same way as in ROME's published code.
 
 | key | is |
 |---|---|
 | `subject` | what the question is about |
 | `src` | the question, with the subject in it, once |
-| `answers` | a list; the first is the answer to be |
+| `answers` | a list; the first is the new answer |
 | `rephrase` | the question in other words; one, or a list |
-| `separator` | what stands between questions and answers, if not what the text asks for |
+| `separator` | white space between questions and answers, if the text does not decide it |
 | `loc`, `loc_ans` | a question of something else, without its question mark, and its answer |
 
-Other keys are not read: `alt`, a wrong answer, and `pred`, what some model said. Records have no number of their own,
-so `case_id` is their place in the file, from 0. `loc` gets its question mark here.
+Other keys are not read: `alt`, a wrong answer, and `pred`, some model's answer. Records have no numbers, so `case_id`
+is the position in the file, from 0. `loc` gets its question mark here.
 """
 
 from __future__ import annotations

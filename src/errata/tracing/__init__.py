@@ -1,1 +1,1 @@
-"""Causal tracing: where in a model is a fact, measured by what restores it."""
+"""Floor 3: causal tracing, which finds the activations that carry a fact by restoring them."""
