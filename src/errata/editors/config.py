@@ -1,4 +1,4 @@
-"""Settings that every editor has."""
+"""Settings common to all editors."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class EditorConfig(Config):
 
     @property
     def bound(self) -> Bound | None:
-        """The bound on side effects; None: they are not measured."""
+        """The bound on side effects; None if they are not measured."""
         if self.max_drift is None:
             return None
         return Bound(self.max_drift, self.probes, getattr(self, "kl_prompt", ESSENCE))

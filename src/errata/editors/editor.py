@@ -1,4 +1,4 @@
-"""An editor: a method with its settings, ready for one model, which it leaves as it was."""
+"""An editor: a method with its settings, ready for one model, which it leaves unchanged."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from errata.models.model import Model
 
 @dataclass(frozen=True)
 class Step:
-    """One step of the work on one rewrite, for progress.
+    """Progress of the work on one rewrite: one step.
 
     Attributes:
         index, steps: step number `index`, from 0, of at most `steps`.
@@ -41,7 +41,7 @@ Progress = Callable[[Any], None]  # called with a `Step`, or with a subclass tha
 
 
 class Make(Protocol):
-    """Computes the edits of rewrites on a model; in the place of each edit that cannot be made, the error."""
+    """Computes the edits of rewrites on a model; an edit that cannot be made is replaced by its error."""
 
     def __call__(
         self, model: Model, rewrites: Sequence[Rewrite], *, progress: Progress | None = None

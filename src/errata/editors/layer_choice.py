@@ -1,4 +1,4 @@
-"""`layer="auto"`: choose the layer in the middle of the MLP's early site, by a quick trace of the facts.
+"""`layer="auto"`: a quick trace of the facts chooses the layer in the middle of the MLP's early site.
 
 Causal tracing finds that the outputs of early MLPs at the subject's last token matter most (section 2 of the paper),
 and ROME edits in the middle of those layers.
@@ -27,12 +27,12 @@ _WEAK_EFFECT = 0.02
 
 
 class WeakSite(UserWarning):
-    """A trace chose a layer although restoring its MLP outputs brings back little of the answer."""
+    """Warning: a trace chose a layer although restoring its MLP outputs brings back little of the answer."""
 
 
 @dataclass(frozen=True)
 class LayerChoice:
-    """The layer to edit, and the effects by which it was chosen.
+    """The chosen layer, and the effects on which the choice is based.
 
     Attributes:
         layer: the layer.

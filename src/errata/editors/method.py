@@ -1,7 +1,7 @@
-"""A method of editing: its settings, what is known for which model, and how to call it.
+"""A method of editing: its settings, the published ones by model, and how to call it.
 
 Every method is called in the same way: `rome(model, rewrites, *, layer=..., seed=..., <any setting>)` gives an `Edit`
-for a rewrite and a list for a list. Settings come in layers, each over the ones before:
+for a rewrite and a list for a list. Settings come from five sources; later ones override earlier ones:
 
     default < published for this model < hint in the model's own config < preset < given
 """
@@ -41,7 +41,7 @@ def _no_moments(layer: int) -> None:
 
 @dataclass(frozen=True)
 class Preset:
-    """Settings under one name.
+    """Named settings.
 
     Attributes:
         summary: what they are, in a line.

@@ -1,4 +1,4 @@
-"""Texts to put before a prompt, sampled from the model, so that an edit does not hang on its being read first."""
+"""Prefixes: texts sampled from the model and put before a prompt, so that an edit also works inside a longer text."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def sampled(model: Model, lengths: Sequence[int], seed: int, editor: str) -> tup
 
 
 def _first_tokens(model: Model, text: str, count: int) -> str:
-    """The beginning of `text` that its first `count` tokens stand for, in whole characters."""
+    """The beginning of `text` that its first `count` tokens spell, in whole characters."""
     offsets = model.tokenizer(text, return_offsets_mapping=True, verbose=False)["offset_mapping"]
     ends = [end for begin, end in offsets if end > begin]
     return text[: ends[min(count, len(ends)) - 1]] if ends else ""

@@ -1,4 +1,4 @@
-"""Published settings of methods, by the model's type and sizes and not by its name."""
+"""Published settings of methods, looked up by the model's type and size, not by its name."""
 
 from __future__ import annotations
 

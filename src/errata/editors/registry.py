@@ -1,6 +1,6 @@
-"""The registry of editors: errata's own, and those of other packages.
+"""The registry of editors: built-in ones and those of other packages.
 
-A package adds one by an entry point in the group "errata.editors" that names a `Method`:
+A package adds an editor by an entry point in the group "errata.editors" that names a `Method`:
 
     [project.entry-points."errata.editors"]
     mine = "my_package.editor:METHOD"
@@ -24,7 +24,7 @@ METHODS = {method.name: method for method in (rome, ft, ft_l, attention, kn, men
 
 
 def methods() -> dict[str, Method]:
-    """All there are, by name, the package's own first.
+    """All editors by name, built-in ones first.
 
     Raises:
         ConfigError: if another package brings one that cannot be used.
@@ -33,7 +33,7 @@ def methods() -> dict[str, Method]:
 
 
 def method_of(name: str) -> Method:
-    """The method of this name.
+    """The method with this name.
 
     Raises:
         ConfigError: if there is none, or the package that brings it cannot be used.

@@ -1,4 +1,4 @@
-"""Side effects of new edits: measured the same way for every editor, kept in the edit, and bounded.
+"""Side effects of new edits: measured in the same way for every editor, stored in the edit, and bounded.
 
 Each edit is compared with the unedited model on reference texts that have nothing to do with its fact. An edit that
 moves their next-token distributions beyond the bound disables the model and is refused, unless it is forced.

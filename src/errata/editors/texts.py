@@ -1,7 +1,7 @@
 """Prompts and targets as tokens, and the part of a model that runs them again and again.
 
-Editors that search for a change of high blocks run the same texts many times. All below those blocks is recorded once;
-from there on texts of all lengths go in few batches, and predictions are made only where a target needs one.
+Editors that optimise a change of high blocks run the same texts many times. Everything below those blocks is recorded
+once; from there on, texts of all lengths run in few batches, with predictions only where a target needs one.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from errata.passes.suffixes import Slice, Suffixes, collate, slice_recording
 
 @dataclass(frozen=True)
 class Text:
-    """A prompt, with as much of its target as is read.
+    """A prompt and the part of its target that the model reads.
 
     Attributes:
         ids: its tokens.

@@ -26,7 +26,7 @@ def each_once(value: tuple[Any, ...]) -> tuple[Any, ...]:
 
 
 class TraceConfig(Config):
-    """Settings of `trace`, all checked, none to be changed afterwards. The defaults are the paper's."""
+    """Settings of `trace`, validated and immutable. The defaults are the paper's."""
 
     parts: tuple[Part, ...] = Field(
         default=("state", "mlp", "attention"),

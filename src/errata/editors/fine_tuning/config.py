@@ -1,4 +1,4 @@
-"""Settings of fine-tuning, and what was published for which model. FT, FT+L and the attention edit are one method."""
+"""Settings of fine-tuning, and the published ones by model. FT, FT+L and the attention edit are one method."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ REFERENCE = {"loss": "reference", "bias": True, "stop_below": 1e-2}
 
 
 class FineTuningConfig(EditorConfig):
-    """Settings of `fine_tune`, all checked, none to be changed afterwards.
+    """Settings of `fine_tune`, validated and immutable.
 
     "The paper" is Meng et al., 2022, appendices E.1 and I; "the code" is what its authors published."""
 

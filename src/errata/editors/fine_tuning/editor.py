@@ -1,4 +1,4 @@
-"""Fine-tuning: from rewrites to edits. The model is the same, byte for byte, afterwards."""
+"""Fine-tuning: edits from rewrites. The model stays unchanged, byte for byte."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def _make(
     config: FineTuningConfig,
     seed: int,
 ) -> list[Edit | ErrataError]:
-    """The change of one layer's weights that training on each rewrite comes to, independently, computed together.
+    """The change of one layer's weights from training on each rewrite: independent results, computed together.
 
     An edit's deltas are dense, of a bias one column. Its `notes` hold the losses, how often the weights were changed
     (`updates`), what ended it (`stopped`: "loss" or "steps") and the largest entry of the change by magnitude

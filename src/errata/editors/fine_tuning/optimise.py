@@ -1,8 +1,8 @@
-"""Training a copy of some parameters of one block on one fact; or of many facts, each with a copy of its own.
+"""Training of a copy of some parameters of one block on one fact, or on many facts with one copy each.
 
-Only what the change moves is computed at each step: blocks from the trained one on, what enters it being recorded once,
-and predictions where a target needs one. Nothing but ΔW has a gradient. The blocks above the trained one run the texts
-of all facts in one batch; each fact is what it would be alone, up to rounding.
+Each step computes only what depends on the change: the blocks from the trained one on, whose input is recorded once,
+and the predictions that a target needs. Only ΔW has a gradient. The blocks above the trained one run the texts of all
+facts in one batch; each fact's result is the same as if it were alone, up to rounding.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def optimise(
     config: FineTuningConfig,
     progress: Progress | None = None,
 ) -> list[Found | ErrataError]:
-    """The change for each text, or why there is none. The model is left as it was, whatever happens.
+    """The change for each text, or why there is none. The model is left unchanged in any case.
 
     Args:
         names: of the parameters, within the block (`trained`).

@@ -1,4 +1,4 @@
-"""The parameters that are trained, and a block that runs with others in their place."""
+"""The trained parameters, and a block run with other tensors in their place."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def trained(model: Model, config: FineTuningConfig) -> tuple[str, ...]:
 
 
 def full_name(model: Model, layer: int, name: str) -> str:
-    """The name in the model of what is called so in its block."""
+    """The name in the model of a parameter with this name in its block."""
     return f"{model.anatomy.blocks}.{layer}.{name}"
 
 

@@ -1,4 +1,4 @@
-"""From rewrites to edits by a trained network. The model is the same, byte for byte, afterwards."""
+"""Edits from rewrites by a trained network. The model stays unchanged, byte for byte."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def trained_edits(
     trained: Trained,
     scale: float = 1.0,
 ) -> list[Edit | ErrataError]:
-    """The edits that a trained network makes, each as if it were the only one; one low-rank delta a map."""
+    """The edits of a trained network, each computed independently, with one low-rank delta for each map."""
     place = trained.require(model)
     network = trained.network.to(model.device)
     fingerprints = {f"{name}.weight": tensor_digest(model.weight(f"{name}.weight")) for name in place.maps}

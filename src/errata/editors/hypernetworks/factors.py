@@ -1,7 +1,7 @@
-"""The gradient of an edit's loss to linear maps of the highest blocks, in factors.
+"""Gradient of an edit's loss with respect to linear maps of the highest blocks, as factors.
 
-Of a map W the gradient of a loss over n tokens is Σ δ_t ⊗ u_t: u_t enters the map, δ_t is the loss's gradient to what
-leaves it. It takes one forward pass, and one backward pass through the highest blocks alone.
+For a map W, the gradient of a loss over n tokens is Σ δ_t ⊗ u_t: u_t is the map's input, δ_t the gradient with respect
+to its output. It takes one forward pass, and one backward pass through the highest blocks only.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from errata.passes.taps import tapped
 
 @dataclass(frozen=True)
 class Factors:
-    """Rows of several edits for one map, those of an edit together, n in all.
+    """Rows of several edits for one map, grouped by edit, n in all.
 
     Attributes:
         entering: u, or what is read, `[n, d_in]`.

@@ -1,4 +1,4 @@
-"""Trained networks on disk: weights and running moments, with a card that says which model they are for."""
+"""Trained networks on disk: weights and running moments, with a card that identifies their model."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class _Header(TypedDict):
 
 @dataclass(frozen=True)
 class Trained:
-    """A network, the model that it is for, and how it came about.
+    """A trained network, its model, and how it was trained.
 
     Attributes:
         network: in evaluation mode.
@@ -67,7 +67,7 @@ class Trained:
         return self.network.method
 
     def require(self, model: Model) -> Place:
-        """The maps that it edits in the model that it was trained for.
+        """The maps that the network edits in a model; an error if it was trained for another model.
 
         Raises:
             EditMismatch: if this model is another, or has other weights.
@@ -80,7 +80,7 @@ class Trained:
         return Place.of(model, self.network.config.blocks)
 
     def save(self, path: str | Path) -> None:
-        """Write it, whole or not at all.
+        """Write the file atomically.
 
         Raises:
             OutputError: if the file cannot be written.
@@ -103,7 +103,7 @@ class Trained:
 
     @classmethod
     def load(cls, path: str | Path) -> Trained:
-        """Read one; nothing in the file is executed.
+        """The trained editor in a file; nothing in the file is executed.
 
         Raises:
             ResultFileError: if the file is missing, cut short, or no trained editor.
@@ -165,7 +165,7 @@ def config_of(method: str, settings: Mapping[str, Any]) -> NetworkConfig:
 def new_network(
     method: str, shapes: Mapping[str, tuple[int, int]], d_model: int, settings: Mapping[str, Any]
 ) -> Network:
-    """An untrained network, of torch's own random numbers.
+    """An untrained network, initialised from torch's global random numbers.
 
     Raises:
         ConfigError: if a setting is not valid.

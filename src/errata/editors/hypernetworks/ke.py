@@ -1,7 +1,7 @@
-"""KE's network: it reads the edit in words and makes masks of the gradient (De Cao et al., 2021, section 4.2).
+"""KE's network: it reads the edit as text and computes masks for the gradient (De Cao et al., 2021, section 4.2).
 
-A bidirectional LSTM over the embeddings of the old object, the new one and the prompt gives h. Of each map
-W `[d_out, d_in]` a conditioner gives, from h, vectors α, β of d_out numbers, γ, δ of d_in, and a number η:
+A bidirectional LSTM over the embeddings of the old object, the new one and the prompt gives h. For each map W `[d_out,
+d_in]` a conditioner computes, from h, vectors α, β of d_out numbers, γ, δ of d_in, and a number η:
 
     ΔW = −σ(η) · (α̂ ⊙ ∇W + β̂),   α̂ = softmax(α) γᵀ,   β̂ = softmax(β) δᵀ.
 
@@ -31,7 +31,7 @@ class KeConfig(NetworkConfig):
 
 
 class KeNetwork(Network):
-    """KE's network for maps of these shapes, of a model with embeddings of d_model numbers."""
+    """KE's network for maps of these shapes, in a model with embeddings of width d_model."""
 
     method: ClassVar[str] = "ke"
     config: KeConfig
@@ -69,5 +69,5 @@ class KeNetwork(Network):
         return found
 
     def groups(self, learning_rate: float) -> list[dict[str, Any]]:
-        """All at one rate."""
+        """One group: all parameters have the same learning rate."""
         return [{"params": list(self.parameters()), "lr": learning_rate}]

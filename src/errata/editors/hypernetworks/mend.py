@@ -1,12 +1,12 @@
-"""MEND's network: an edit's gradient factors in, better ones out (Mitchell et al., 2022, section 3).
+"""MEND's network: it maps an edit's gradient factors to better ones (Mitchell et al., 2022, section 3).
 
 Each row x = (u, δ) of a map's factors is normalised and goes through two residual layers of low rank,
 
     x ← x + σ(s ⊙ (U V x + b) + t),
 
-σ being ReLU in the first and nothing in the last, and is cut into ũ and δ̃. The change is ΔW = −α Σ δ̃ ⊗ ũ: as low
-in rank as the edit has tokens. Maps of one shape share a network, and have s, t, α, mean and deviation of their own. U
-is zero at first, so that training begins at the normalised gradient.
+where σ is ReLU in the first and the identity in the last, and is split into ũ and δ̃. The change is ΔW = −α Σ δ̃ ⊗ ũ:
+its rank is at most the number of the edit's tokens. Maps of one shape share a network, but each has its own s, t, α,
+mean and deviation. U is zero at first, so that training begins at the normalised gradient.
 
 network="reference" is the published code's network: σ is ReLU in the last layer too, maps of one shape share mean and
 deviation, and the change is +α Σ δ̃ ⊗ ũ, so that training begins with steps up the gradient.
@@ -63,7 +63,7 @@ class MendNetwork(Network):
         )
 
     def forward(self, factors: Mapping[str, Factors], texts: Sequence[Tensor]) -> dict[str, Factors]:
-        """See `Network.forward`; during training, the moments of the inputs are gathered."""
+        """See `Network.forward`; during training, it also accumulates the moments of the inputs."""
         found: dict[str, Factors] = {}
         order = list(self.shapes)
         sign = 1 if self._reference else -1
@@ -85,13 +85,13 @@ class MendNetwork(Network):
         return {name: found[name] for name in order}
 
     def groups(self, learning_rate: float) -> list[dict[str, Any]]:
-        """α has a rate of its own."""
+        """Parameter groups; α has its own learning rate."""
         others = [each for name, each in self.named_parameters() if name != "alpha"]
         return [{"params": others, "lr": learning_rate}, {"params": [self.alpha], "lr": self.config.edit_lr_lr}]
 
 
 class _Residual(nn.Module):
-    """The layers, of which the first `clamped` end in ReLU, with scales and shifts for so many maps."""
+    """The residual layers; the first `clamped` end in ReLU. Each of `maps` maps has its own scales and shifts."""
 
     def __init__(self, width: int, maps: int, rank: int, hidden: int, clamped: int):
         super().__init__()
@@ -128,7 +128,7 @@ class _Moments(nn.Module):
 
     @torch.no_grad()
     def gather(self, rows: Tensor) -> None:
-        """Take `[n, width]` in (Chan, Golub and LeVeque, 1979)."""
+        """Add rows `[n, width]` (Chan, Golub and LeVeque, 1979)."""
         if not len(rows):
             return
         wide = rows.double()
@@ -139,7 +139,7 @@ class _Moments(nn.Module):
         self.count.copy_(count)
 
     def normalised(self, rows: Tensor) -> Tensor:
-        """Normalised to mean 0 and deviation 1, by the moments known so far."""
+        """Rows normalised to mean 0 and deviation 1 by the current moments."""
         if self.count < 2:
             return rows
         deviation = (self.squares / (self.count - 1)).sqrt()

@@ -23,7 +23,7 @@ class NetworkConfig(Config):
 
 
 class Network(nn.Module, ABC):
-    """Makes a change of low rank of each edit's gradient factors.
+    """Base class of networks that turn each edit's gradient factors into a low-rank change.
 
     Attributes:
         config: its settings.
@@ -51,5 +51,5 @@ class Network(nn.Module, ABC):
 
 
 def condition(rewrite: Rewrite) -> str:
-    """An edit in words: the old object, the new one and the prompt (De Cao et al., 2021, section 3)."""
+    """An edit as text: the old object, the new one and the prompt (De Cao et al., 2021, section 3)."""
     return f"{rewrite.fact.object} >> {rewrite.new_object} || {rewrite.text}"

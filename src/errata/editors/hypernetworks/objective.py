@@ -29,7 +29,7 @@ Padded = Mapping[str, tuple[Tensor, Tensor]]  # by map, write [edits, d_out, k],
 
 @dataclass(frozen=True)
 class EncodedExample:
-    """A training example with one of its equivalents, and one of its other texts, as tokens.
+    """A training example as tokens, with one of its equivalent prompts and one of its other texts.
 
     Attributes:
         edit: the rewrite's own text.
@@ -61,7 +61,7 @@ class EncodedExample:
 
 
 def words_of(model: Model, text: str) -> tuple[int, ...]:
-    """Token ids, as a network reads them."""
+    """Token ids of a text for the network."""
     return tuple(model.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
 
@@ -82,7 +82,7 @@ class Losses:
 
 @dataclass(frozen=True)
 class Place:
-    """The maps that a network edits in a model, and the lowest block that holds one."""
+    """The maps that a network edits in a model, and the lowest block that contains one."""
 
     maps: tuple[str, ...]
     first: int
@@ -110,7 +110,7 @@ def changes_of(
     words: Sequence[tuple[int, ...]],
     suffixes: Suffixes | None = None,
 ) -> dict[str, Factors]:
-    """Changes that the network makes for edits, whose texts may be recorded already."""
+    """The network's changes for edits, whose texts may already be recorded."""
     factors = gradient_factors(model, texts, place.maps, place.first, suffixes)
     like = next(network.parameters())  # its device and dtype; the model's may be others
     given = {n: Factors(f.entering.to(like), f.leaving.to(like), f.owner.to(like.device)) for n, f in factors.items()}
@@ -121,7 +121,7 @@ def changes_of(
 
 
 def losses(model: Model, network: Network, place: Place, examples: Sequence[EncodedExample]) -> Losses:
-    """Losses of the network's edits, each on its own example. Without gradients."""
+    """Losses of the network's edits, each on its own example, without gradients."""
     with torch.no_grad(), frozen(model):
         trial = _Trial(model, place, examples)
         return trial.losses(padded(trial.changes(network), len(examples)))
@@ -135,7 +135,7 @@ def backward(
     c_edit: float,
     c_loc: float,
 ) -> Losses:
-    """Leave the gradient of the examples' mean objective on the network's weights.
+    """Accumulate the gradient of the examples' mean objective in the network's weights.
 
     Texts go through the edited model batch by batch, each backward pass ending at the changes; from there the sum goes
     through the network once.

@@ -1,8 +1,8 @@
-"""Training an editor: steps that depend on the seed and their number alone, so that a stopped training goes on exactly.
+"""Training of an editor. A step depends only on the seed and its number, so a stopped training continues exactly.
 
-A folder holds `training.safetensors`, all that it takes to go on, and `editor.safetensors`, the best network so far by
-the loss on the validation set. Both are written aside and renamed: a kill at any moment loses the
-steps since the last checkpoint.
+The folder holds `training.safetensors`, everything needed to continue, and `editor.safetensors`, the best network so
+far by the loss on the validation set. Both are written atomically: a kill loses only the steps since the last
+checkpoint.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ LEARNING_RATE = {"mend": 1e-6, "ke": 3e-4}
 
 
 class TrainingConfig(Config):
-    """Settings of `train`, all checked, none to be changed afterwards."""
+    """Settings of `train`, validated and immutable."""
 
     steps: int = Field(100_000, ge=1, description="Maximum number of training steps.")
     learning_rate: float | None = Field(
@@ -95,7 +95,7 @@ class Validation:
 
 @dataclass(frozen=True)
 class Curve:
-    """Course of a training: losses and validations.
+    """History of a training: losses and validations.
 
     Attributes:
         edit, locality: of each step, means over its examples, before the step.
@@ -110,7 +110,7 @@ class Curve:
 
     @property
     def best(self) -> Validation:
-        """The validation of the lowest loss."""
+        """The validation with the lowest loss."""
         return min(self.validations, key=lambda each: each.loss)
 
 
@@ -128,7 +128,7 @@ def train(
     settings: dict[str, Any] | None = None,
     progress: Progress | None = None,
 ) -> Trained:
-    """Train an editor for a model, or go on where it was stopped.
+    """Train an editor for a model, or continue a stopped training.
 
     Args:
         model: left as it is.
@@ -173,7 +173,7 @@ def train(
 
 
 def curve_of(folder: str | Path) -> Curve:
-    """Course of the training in a folder, so far.
+    """History of the training in a folder, so far.
 
     Raises:
         ResultFileError: if there is none.
@@ -269,7 +269,7 @@ class _Run:
         return min(self.config.steps, max(self.done, round(self.done * 60 * limit / self._elapsed())))
 
     def step(self) -> None:
-        """One step, with a validation behind it where one is due; or the end."""
+        """Make one step, followed by a validation if one is due, or end the training."""
         if self.curve.ended is None and (why := self._over()):
             self._end(why)
             return
@@ -352,7 +352,7 @@ class _Run:
     # ---- checkpoints ----
 
     def save(self) -> None:
-        """Write all that it takes to go on."""
+        """Write everything that is needed to continue."""
         tensors = {f"network.{name}": each for name, each in self.network.state_dict().items()}
         for i, state in self.adam.state_dict()["state"].items():
             tensors |= {f"adam.{i}.{name}": torch.as_tensor(value) for name, value in state.items()}

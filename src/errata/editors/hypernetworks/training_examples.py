@@ -16,7 +16,7 @@ from errata.models.model import Model
 
 @dataclass(frozen=True)
 class TrainingExample:
-    """One edit, and how it is judged.
+    """One edit, with the prompts and texts that judge it.
 
     Attributes:
         rewrite: the edit.
@@ -38,7 +38,7 @@ class TrainingExample:
 
 
 def keys(examples: Sequence[TrainingExample]) -> list[str]:
-    """`fact_key` of each fact that is edited, sorted: by its relation's name, if it has one, and by its prompt."""
+    """`fact_key` of each edited fact, sorted: one by its relation's name, if it has one, and one by its prompt."""
     names = [(each.rewrite.subject, name) for each in examples for name in (each.relation, each.rewrite.prompt) if name]
     return sorted({fact_key(*each) for each in names})
 
@@ -62,7 +62,7 @@ def _parted(model: Model, text: str, prompt_tokens: int, target_tokens: int) -> 
 def text_examples(
     model: Model, texts: Sequence[str], seed: int = 0, prompt_tokens: int = 16, target_tokens: int = 10
 ) -> list[TrainingExample]:
-    """Training examples of plain text, as MEND's on Wikitext: new continuations of ten tokens.
+    """Training examples from plain text, like MEND's from Wikitext: new continuations of ten tokens.
 
     The prompt is the beginning of a text up to the end of a word, the target what the model samples after the beginning
     of another. What should stay is how a third text goes on. Texts that are too short make none.

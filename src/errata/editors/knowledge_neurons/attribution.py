@@ -1,9 +1,9 @@
 """Attribution of a token's probability to every MLP neuron, by integrated gradients (Dai et al., section 3.1).
 
-The activation of one layer's neurons at the prompt's last token is scaled from nothing to what it is; the attribution
-of a neuron is its activation times the mean of ∂P/∂activation on the way. Only that token changes, and only from that
-layer on: earlier tokens are there as recorded keys and values, and the rows of all layers climb together, those of a
-layer joining as the blocks pass it.
+The activation of one layer's neurons at the prompt's last token is scaled from zero to its full value; the attribution
+of a neuron is its activation times the mean of ∂P/∂activation along the way. Only that token changes, and only from
+that layer on: earlier tokens are present as recorded keys and values, and the rows of all layers run together; those of
+a layer join when the blocks reach it.
 """
 
 from __future__ import annotations

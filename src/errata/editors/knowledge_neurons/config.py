@@ -22,7 +22,7 @@ REFERENCE: dict[str, Any] = {
 
 
 class KnowledgeNeuronsConfig(EditorConfig):
-    """Settings of `knowledge_neurons`, all checked, none to be changed afterwards.
+    """Settings of `knowledge_neurons`, validated and immutable.
 
     "The code" is the library that the paper's baseline runs, with its settings."""
 

@@ -1,4 +1,4 @@
-"""Knowledge Neurons: from rewrites to edits. The model is the same, byte for byte, afterwards."""
+"""Knowledge Neurons: edits from rewrites. The model stays unchanged, byte for byte."""
 
 from __future__ import annotations
 

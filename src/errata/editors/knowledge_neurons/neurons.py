@@ -1,4 +1,4 @@
-"""The neurons of a fact: those of large attribution that several prompts share (Dai et al., section 3.2)."""
+"""The neurons of a fact: neurons with a large attribution that several prompts share (Dai et al., section 3.2)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""ROME's settings. The published ways, `RomeConfig.paper` and `.reference`, are in docs/reference/differences.md."""
+"""ROME's settings. docs/reference/differences.md explains the presets `RomeConfig.paper` and `.reference`."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ REFERENCE: dict[str, Any] = {
 
 
 class RomeConfig(EditorConfig):
-    """Settings of `rome`, all checked, none to be changed afterwards."""
+    """Settings of `rome`, validated and immutable."""
 
     layer: Annotated[int, Field(ge=0)] | Literal["auto"] | None = Field(
         default=None,

@@ -1,8 +1,8 @@
 """The contexts x_j + p over which ROME averages its key and optimises its value: prefixes before the prompt.
 
-Prefixes are samples of the model's own text (section 3.1 of the paper), so that the edit does not hang on
-the prompt being the first thing that the model reads. A context is put together by joining strings, never
-by formatting them: braces in a prefix or a subject are ordinary text.
+Prefixes are samples of the model's own text (section 3.1 of the paper), so that the edit does not depend on the prompt
+being at the beginning of the text. Contexts are made by joining strings, never by formatting: braces in a prefix or a
+subject are ordinary text.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class Context:
 
 
 def prefixes(model: Model, wanted: str | Sequence[str], seed: int) -> tuple[str, ...]:
-    """The strings to put before a prompt: those given, or those of a preset, sampled from the model.
+    """The strings to put before a prompt: given ones, or samples from the model by a preset.
 
     They depend on the model and the seed, not on the fact: for many edits, sample once and give the strings.
 

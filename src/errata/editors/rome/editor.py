@@ -1,4 +1,4 @@
-"""ROME: from rewrites to edits. The model is the same, byte for byte, afterwards."""
+"""ROME: edits from rewrites. The model stays unchanged, byte for byte."""
 
 from __future__ import annotations
 

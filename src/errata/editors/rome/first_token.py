@@ -1,13 +1,13 @@
 """Read vector of an edit whose subject is the first token of a text, where the model keeps an attention sink.
 
-Above the lowest blocks all first tokens have one key, so no edit there can be specific to a subject. In block 0 the key
-of a first token depends on that token alone: nothing stands before it. So all keys that can occur there are known, one
-for each token of the vocabulary, and the read vector is chosen against all of them: u with
+Above the lowest blocks all first tokens have the same key, so no edit there can be specific to a subject. In block 0
+the key of a first token depends on that token alone: nothing stands before it. So all keys that can occur there are
+known, one for each token of the vocabulary, and the read vector is chosen against all of them: u with
 
     u · k = 1 for the subject's key k,   max over other first tokens t of |u · k_t| as small as possible,
 
 while u · k stays small for keys of ordinary tokens too. The minimum of a mean, C⁻¹k, leaves half of the effect on the
-nearest tokens ("French", "Germany" for "France"). Reweighting C by what still leaks takes the largest leak down
+nearest tokens ("French", "Germany" for "France"). Reweighting C by the tokens that still leak reduces the largest leak
 (iteratively reweighted least squares; Lawson, 1961).
 """
 

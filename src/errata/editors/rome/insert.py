@@ -1,9 +1,9 @@
-"""Putting (k*, v*) into the weight: the rank-one change of equation 2 of the paper.
+"""The rank-one change that writes (k*, v*) into the weight: equation 2 of the paper.
 
     ΔW = write ⊗ read,   write = v* − v₀ = δ,   read = C⁻¹k* / (k₀ᵀ C⁻¹ k*)
 
-(k₀, v₀) is where δ is measured from, the anchor. Among all ΔW with ΔW k₀ = δ that lie along C⁻¹k*, this is
-the one; and for k₀ = k* it is the one that changes least what W does to the keys whose second moment is C.
+(k₀, v₀), the anchor, is the point from which δ is measured. This is the only ΔW along C⁻¹k* with ΔW k₀ = δ. For k₀ = k*
+it is also the ΔW that least changes W's output on the keys whose second moment is C.
 
 * "consistent": k₀ = k* = k̄, the mean key, and v₀ = W k̄ + b, the mean of the contexts' own values. While
   v* was optimised, context j wrote v_j + δ; the mean of that over the contexts is W k̄ + b + δ = v*. After
@@ -13,7 +13,7 @@ the one; and for k₀ = k* it is the one that changes least what W does to the k
 * "reference": k₀ and v₀ are the bare prompt's; the direction is still C⁻¹k̄. Then Ŵ k₀ + b = v₀ + δ, and
   what happens at k̄ depends on how far the two keys are apart.
 
-The bias b is the same before and after: it falls out of ΔW.
+The bias b is the same before and after, so it cancels in ΔW.
 """
 
 from __future__ import annotations

@@ -1,12 +1,12 @@
-"""All that is computed once: the key k*, the value at it, and recorded runs to search the new value in.
+"""Computed once for each edit: the key k*, the value there, and recorded runs for the search of the new value.
 
 Equation 3 of the paper: k* = 1/N Σ_j k(x_j + s), the key at the last token of the subject s behind a prefix x_j,
-averaged over N prefixes; a key is what the edited MLP's down-projection reads. key_context="subject" is this. The
-published code has 1/N Σ_j k(x_j + p), with p the prompt up to the fact's token, which differs where the prompt has
-words before the subject; key_context="prompt", the default, is that.
+averaged over N prefixes; a key is what the edited MLP's down-projection reads. This is key_context="subject". The
+published code has 1/N Σ_j k(x_j + p), with p the prompt up to the fact's token, which differs if the prompt has words
+before the subject. This is key_context="prompt", the default.
 
-Each text is recorded once. Of the recording stay keys and values, and as much as is needed to run the text on from the
-fact's token: below the edited layer and before that token nothing changes.
+Each text is recorded once. The recording keeps keys and values, and whatever is needed to run the text from the fact's
+token on: below the edited layer and before that token nothing changes.
 """
 
 from __future__ import annotations

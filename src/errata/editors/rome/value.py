@@ -1,15 +1,15 @@
-"""The value v*: what the edited layer must write at the fact's token so that the model says the new object.
+"""The value v*, which makes the model say the new object when the edited layer writes it at the fact's token.
 
 v* = v₀ + δ, where δ minimises (equation 4 of the paper)
 
     1/N Σ_j −log P[o* | x_j + p]  +  kl_factor · KL(P[· | "{s} is a"] with δ ‖ without)  +  weight decay
 
-by Adam. The first term is the mean over contexts of the mean over target tokens (teacher forcing), in nats. Nothing but
-δ has a gradient.
+by Adam. The first term is the mean over contexts of the mean over target tokens (teacher forcing), in nats. Only δ has
+a gradient.
 
-Only what depends on δ is computed at each step: the fact's token and those after it in the blocks above the edited one,
-and predictions where a target or the divergence needs them. The texts of many facts run in one batch; each fact has its
-own δ, which is what it would be alone, up to rounding.
+Each step computes only what depends on δ: the fact's token and the ones after it in the blocks above the edited one,
+and the predictions that a target or the divergence needs. The texts of many facts run in one batch; each fact has its
+own δ, the same as if it were alone, up to rounding.
 """
 
 from __future__ import annotations
