@@ -1,4 +1,4 @@
-"""Content of an edit: changes of weights and where they came from. It is immutable, and no model is needed."""
+"""Content of an edit: changes of weights and their origin. It is immutable and needs no model."""
 
 from __future__ import annotations
 
@@ -107,12 +107,12 @@ class Content:
 
     @property
     def weights(self) -> tuple[str, ...]:
-        """Names of the weights that it changes, in order."""
+        """Names of the changed weights, in order."""
         return tuple(dict.fromkeys(delta.weight for delta in self.deltas))
 
     @property
     def origins(self) -> frozenset[str]:
-        """Ids of all edits whose change is in this one, itself among them."""
+        """Ids of all edits whose change is part of this one, itself included."""
         parts = self.config.get("parts", ()) if self.method == COMBINED else ()
         derived = [step["from"] for made in (self.notes, *parts) for step in made.get("derived", ())]
         return frozenset({self.id, *(part["id"] for part in parts), *derived})
@@ -128,7 +128,7 @@ class Content:
         return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
     def header(self) -> dict[str, Any]:
-        """All that is not a tensor, nor the source, ready for JSON."""
+        """Everything except tensors and the source, JSON-able."""
         rewrites = [rewrite.as_dict() for rewrite in self.rewrites]
         names = ("method", "config", "fingerprints", "model", "versions", "seed", "notes")
         return {"rewrites": rewrites, **{name: getattr(self, name) for name in names}}

@@ -10,11 +10,11 @@ from errata.edits.content import Content
 
 
 class ContradictoryEdits(UserWarning):
-    """Two edits give the same prompt another object: the later wins if made with the earlier on, else they mix."""
+    """Warning: two edits give one prompt different objects. The later wins if it was made on top of the earlier."""
 
 
 def contradiction(earlier: Content, later: Content) -> tuple[Rewrite, Rewrite] | None:
-    """The first two rewrites that give one prompt, subject in its place, different objects; None if none do."""
+    """The first two rewrites that give one filled prompt different objects; None if there are none."""
     wanted = {rewrite.text: rewrite for rewrite in earlier.rewrites}
     for rewrite in later.rewrites:
         other = wanted.get(rewrite.text)
@@ -24,7 +24,7 @@ def contradiction(earlier: Content, later: Content) -> tuple[Rewrite, Rewrite] |
 
 
 def warn_of_contradictions(earlier: Iterable[Content], later: Content) -> None:
-    """Warn with `ContradictoryEdits` for each of the earlier edits that the later one contradicts."""
+    """Issue a `ContradictoryEdits` warning for each earlier edit that the later one contradicts."""
     for edit in earlier:
         if found := contradiction(edit, later):
             old, new = found

@@ -1,9 +1,9 @@
-"""The change of one weight: ΔW, always as `[d_out, d_in]`, whichever way the model stores the weight.
+"""The change of one weight: ΔW, always as `[d_out, d_in]`, however the model stores the weight.
 
-`RankOne` is ROME's ΔW = write ⊗ read: an edited weight that listens to the direction `read` of its input
-and adds `write` to its output as far as it hears it. `LowRank` is a sum of r of those, ΔW = write @ read: what
-an adapter (LoRA) holds. `Dense` is any other change. All keep copies on the CPU, in float32 (float64 stays), so
-that nothing that happens to the caller's tensors reaches an edit.
+`RankOne` is ROME's ΔW = write ⊗ read: the edited weight adds `write`, times the component of its input along `read`, to
+its output. `LowRank` is a sum of r of those, ΔW = write @ read: what an adapter (LoRA) holds. `Dense` is any other
+change. All keep copies on the CPU in float32 (or float64), so that changes of the caller's tensors do not affect an
+edit.
 """
 
 from __future__ import annotations
@@ -186,9 +186,9 @@ class Dense:
         return Dense(self.weight, _finite(factor) * self.change)
 
     def truncated(self, rank: int) -> LowRank:
-        """The change of at most this rank that is nearest in Frobenius norm: SVD, in float64.
+        """The nearest change of at most this rank in Frobenius norm, by SVD in float64.
 
-        How much is lost: `self.residual(self.truncated(rank))`.
+        `self.residual(self.truncated(rank))` is the loss.
 
         Raises:
             ConfigError: if the rank is less than 1.

@@ -1,8 +1,8 @@
 """An edit: a small object that can be applied to a model, undone bit for bit, combined with others, and saved.
 
-Making an edit leaves the model as it is. The edit records the fingerprints of the weights that it was made for, and is
-applied to no others. Combining, scaling, truncating and restricting give a new edit, which records in its notes what it
-was made from. How edits are applied and undone is in `stack.py`.
+Making an edit does not change the model. The edit records the fingerprints of the weights that it was made for, and
+cannot be applied to others. Combining, scaling, truncating and restricting give a new edit, whose notes record what it
+was made from. `stack.py` applies and undoes edits.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ class Edit(Content):
     @checked(edits=["Edit"], model="Model")
     @without_autocast
     def combine(cls, edits: Iterable[Edit], model: Model | None = None) -> Edit:
-        """One edit that does what these do, one applied after the other.
+        """One edit with the effect of these edits, applied one after the other.
 
         They must have been made for the same weights, or one after the other. The first is seen from the
         fingerprints. The second is not: a later edit was made for weights that the earlier ones had changed,
@@ -137,7 +137,7 @@ class Edit(Content):
 
     @without_autocast
     def scaled(self, factor: float) -> Edit:
-        """The edit with factor · ΔW for every ΔW: 0.5 is half of it, -1 its opposite.
+        """The edit with every ΔW multiplied by `factor`: 0.5 is half of it, -1 its opposite.
 
         Raises:
             ConfigError: if the factor is not a finite number, or too large.
@@ -147,7 +147,7 @@ class Edit(Content):
     @checked(model="Model")
     @without_autocast
     def restricted(self, layers: Iterable[int], model: Model) -> Edit:
-        """The edit without its changes outside these layers, counted from 0 as in `model`.
+        """The edit with only its changes in these layers, counted from 0 as in `model`.
 
         Of a combined edit, the rewrites of parts of which nothing is left go too.
 
@@ -174,7 +174,7 @@ class Edit(Content):
 
     @without_autocast
     def truncated(self, rank: int) -> Edit:
-        """The edit with every dense change cut to this rank by SVD; others stay.
+        """The edit with every dense change truncated to this rank by SVD; others stay.
 
         Its notes say, under "derived", the residual of each: ‖ΔW − truncated‖ / ‖ΔW‖ in Frobenius norms.
 
@@ -213,7 +213,7 @@ class Edit(Content):
 
     @checked(model="Model")
     def apply(self, model: Model) -> None:
-        """Put the edit on the model, all of it or (on any error) nothing. Signals such as Ctrl-C wait meanwhile.
+        """Apply the edit to the model, completely or (on any error) not at all. Signals such as Ctrl-C wait meanwhile.
 
         It fits if every touched weight is, byte for byte, what it was when the edit was made: now, or before
         any edit was applied, if nothing but edits has changed it since. So edits made for the unedited model
@@ -230,7 +230,7 @@ class Edit(Content):
 
     @checked(model="Model")
     def undo(self, model: Model) -> None:
-        """Take the edit off: the touched weights are again, byte for byte, what they were.
+        """Undo the edit: restore the changed weights byte for byte.
 
         Raises:
             EditStateError: if the edit is not applied to this model, has been undone, is not the last one
@@ -240,7 +240,7 @@ class Edit(Content):
 
     @checked(model="Model")
     def remove(self, model: Model, *, force: bool = False) -> None:
-        """Take the edit off from among others, or (on any error) leave everything as it is.
+        """Remove the edit from among others, or (on any error) change nothing.
 
         The kept bytes are put back and the edits that were applied after it are applied again in their order:
         to the last bit the same as if this one had never been there.
@@ -259,7 +259,7 @@ class Edit(Content):
 
     @checked(model="Model")
     def applied(self, model: Model) -> contextlib.AbstractContextManager[Model]:
-        """The model with the edit on it, for the time of a `with` block.
+        """Context in which the edit is applied to the model.
 
         However the block ends, Ctrl-C at any moment included, the edit comes off. An error of the block stays the one
         that is raised, with a note if the edit cannot be undone.
@@ -285,8 +285,9 @@ class Edit(Content):
     @checked(model="Model")
     @without_autocast
     def rounding(self, model: Model) -> float:
-        """‖(Ŵ − W) − ΔW‖ / ‖ΔW‖ over all touched weights together: what their dtypes make of the change put on W as it
-        is now. 0 if nothing is changed.
+        """‖(Ŵ − W) − ΔW‖ / ‖ΔW‖ over all changed weights together: the error of rounding to their dtypes.
+
+        W is the weight as it is now. 0 if the edit changes nothing.
 
         Raises:
             EditMismatch: if a weight is missing or has another shape.
@@ -312,7 +313,7 @@ class Edit(Content):
 
     @classmethod
     def load(cls, path: str | Path) -> Edit:
-        """A saved edit. Nothing in the file is executed, and its content is checked against its id.
+        """The edit in a file. Nothing in the file is executed, and the content is checked against its id.
 
         Raises:
             EditFileError: if the file is missing, cut short, not ours, of a newer format, broken or
@@ -380,7 +381,7 @@ class Edit(Content):
     @checked(model="Model")
     @without_autocast
     def from_lora(cls, folder: str | Path, model: Model) -> Edit:
-        """The edit that a plain LoRA adapter is, for this model. No code is run, and PEFT is not needed.
+        """An edit for this model from a plain LoRA adapter. No code is run, and PEFT is not needed.
 
         An adapter that `to_lora` wrote gives the edit back, fingerprints included: it goes on the weights that
         the edit was made for. Any other is taken to be for the model as it is now.

@@ -1,5 +1,4 @@
-"""Edits on disk: a safetensors file whose metadata, under the key "errata", says in JSON all that is not a
-tensor.
+"""Edits on disk: a safetensors file with a JSON header in its metadata, under the key "errata".
 
 The tensors are called "<number of the delta>.<part>", such as "0.write" and "0.read". A rank-one edit of
 GPT-2 XL takes 33 KB. Loading executes nothing, checks shapes and numbers, and recomputes the edit's id: a
@@ -23,7 +22,7 @@ SINCE = {"low_rank": 2}  # kinds that are younger than format 1: a file names th
 
 
 def write(path: str | Path, header: dict[str, Any], deltas: tuple[Delta, ...]) -> None:
-    """Write an edit's header and deltas, whole or not at all.
+    """Write an edit's header and deltas atomically.
 
     Raises:
         OutputError: if the file cannot be written.

@@ -1,4 +1,4 @@
-"""The weights that an edit changes in a model, and whether shapes fit."""
+"""The weights that an edit changes in a model, with a check of shapes."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def made_for(edit: Content) -> str:
 
 
 def layout_of(model: Model, deltas: Iterable[Delta]) -> dict[str, list[str]]:
-    """The touched weights that the model stores transposed or shares between modules."""
+    """The changed weights that the model stores transposed or shares between modules."""
     names = sorted({delta.weight for delta in deltas})
     parameters = list(model.hf.named_parameters(remove_duplicate=False))
     layout = {

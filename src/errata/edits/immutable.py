@@ -1,4 +1,4 @@
-"""Immutable JSON values: what an edit keeps of settings and notes cannot be changed afterwards."""
+"""Immutable JSON values, for the settings and notes of an edit."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from errata.base.errors import ConfigError
 
 
 class FrozenDict(dict[str, Any]):
-    """A dict that cannot be changed, of settings or notes. Its lists are tuples, its dicts frozen too."""
+    """Immutable dict of settings or notes. Its lists are tuples, its dicts frozen too."""
 
     def _refuse(self, *args: Any, **kwargs: Any) -> Any:
         raise TypeError("an edit is a value: its settings and notes cannot be changed. dict(...) gives a copy")

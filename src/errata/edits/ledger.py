@@ -1,4 +1,4 @@
-"""The ledger: a table of the edits that are applied to a model and of what contradicts what, and a saved copy."""
+"""The ledger: the edits that are applied to a model, with their contradictions; and the merged model on disk."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class AppliedEdit:
 
 @checked(model="Model")
 def ledger(model: Model) -> tuple[AppliedEdit, ...]:
-    """The edits that are on the model now, in the order in which they were applied."""
+    """The edits that are applied to the model now, in order of application."""
     edits = [cast(Edit, entry.edit) for entry in Stack(model).entries]
     return tuple(
         AppliedEdit(
@@ -56,7 +56,7 @@ def ledger(model: Model) -> tuple[AppliedEdit, ...]:
 @checked(model="Model")
 @without_autocast
 def save_merged(model: Model, folder: str | Path) -> None:
-    """Write the model with the edits that are on it, whole or not at all: `from_pretrained` loads the folder.
+    """Write the model with its applied edits atomically, as a folder that `from_pretrained` loads.
 
     Beside weights, config and tokenizer there is errata.json, which names model and edits.
 

@@ -1,9 +1,9 @@
-"""Edits as LoRA adapters: the folder that PEFT, vLLM and others load.
+"""Edits as LoRA adapters: folders that PEFT, vLLM and others load.
 
-LoRA's ΔW = (alpha / r) · B @ A is ours with B = write `[d_out, r]` and A = read `[r, d_in]`, whichever way the model
-stores its weights. Adapters are written with alpha = r, so that nothing is scaled; several changes of one weight
-are stacked, one rank a rank-one change. An adapter of ours says in its metadata, under the key "errata", what an
-edit's file says, so that reading it gives back the edit. Neither way needs PEFT, and reading runs no code.
+LoRA's ΔW = (alpha / r) · B @ A is errata's with B = write `[d_out, r]` and A = read `[r, d_in]`, however the model
+stores its weights. Adapters are written with alpha = r, so that nothing is scaled; several changes of one weight are
+stacked, one rank a rank-one change. The metadata of errata's adapters contains the header of the edit's file under the
+key "errata", so that reading one gives back the edit. Neither reading nor writing needs PEFT, and reading runs no code.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def write(
     revision: str | None = None,
     transposed: bool,
 ) -> None:
-    """Write an adapter, whole or not at all. An adapter of ours at the same place is replaced.
+    """Write an adapter atomically. One that errata wrote at the same place is replaced.
 
     Args:
         folder: where to.
@@ -108,7 +108,7 @@ def write(
 
 
 def read(folder: str | Path) -> tuple[tuple[Delta, ...], dict[str, Any], dict[str, Any] | None]:
-    """The changes that an adapter makes, its settings, and, if it is one of ours, its header.
+    """The changes of an adapter, its settings, and, if errata wrote it, its header.
 
     Rank-one changes come as `RankOne`, others as `LowRank`; alpha / r is in `write`.
 

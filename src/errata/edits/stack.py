@@ -1,8 +1,7 @@
-"""The edits that are applied to a model, in order: applied on top, and undone from the top down.
+"""The edits that are applied to a model, as a stack: applied on top, undone from the top down.
 
-While an edit is applied, its entry keeps a copy of each weight that it covers. Undoing copies it back, so that the
-weight is again what it was, byte for byte: nothing is ever subtracted. `Model.applied` holds the entries, and no other
-code writes to it.
+While an edit is applied, its entry keeps a copy of each weight that it changes. Undoing copies it back, which restores
+the weight byte for byte; nothing is ever subtracted. `Model.applied` holds the entries, and no other code writes to it.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ from errata.models.model import Model
 
 
 class StartTokenDiffers(UserWarning):
-    """The edit was made with another start token before every text than the model has that it is applied to."""
+    """Warning: the edit was made with another start token than that of the model to which it is applied."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +72,7 @@ class Stack:
     @uninterrupted
     @without_autocast
     def apply(self, edit: Content) -> None:
-        """Apply an edit, all of it or (on any error) nothing; as `Edit.apply`."""
+        """Apply an edit, completely or (on any error) not at all; as `Edit.apply`."""
         if self.holds(edit):
             raise EditStateError(f"{edit} is applied to {self.model.name!r} already. Undo it before applying it again")
         for entry in self.entries:
@@ -111,7 +110,7 @@ class Stack:
     @uninterrupted
     @without_autocast
     def remove(self, edit: Content, *, force: bool = False) -> None:
-        """Take an edit out from among others, or (on any error) leave everything as it is; as `Edit.remove`."""
+        """Remove an edit from among others, or (on any error) change nothing; as `Edit.remove`."""
         place = self._place(edit)
         entries = list(self.entries)
         covered = entries[place:]
@@ -137,7 +136,7 @@ class Stack:
 
     @unbroken
     def applied(self, edit: Content) -> Iterator[Model]:
-        """The model with an edit applied, for the time of a `with` block; as `Edit.applied`."""
+        """Context in which an edit is applied to the model; as `Edit.applied`."""
         there = self.holds(edit)
         try:
             try:
@@ -155,7 +154,7 @@ class Stack:
 
     @uninterrupted
     def states_before(self, edits: Sequence[Content]) -> list[Mapping[str, str]]:
-        """For each edit the digests of the weights it touches just before it is applied. The model is left as it is.
+        """For each edit, the digests of its weights just before it is applied. The model is left unchanged.
 
         Raises:
             EditStateError: if some of the edits are applied, but not all of them, one right after the other.

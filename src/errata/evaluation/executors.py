@@ -1,7 +1,7 @@
 """Executors: measure the chunks of a run in this process, or by Ray workers that hold a model each.
 
-Who measures a chunk, when, and how often a worker died over it leave no trace in the numbers: they depend on the chunk,
-the work and the model alone. An executor writes no file.
+The numbers do not depend on who measures a chunk, when, or how often a worker died on it, only on the chunk, the work
+and the model. An executor writes no file.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ PATIENCE = 300.0  # seconds in which a cluster, which may still be growing, has 
 
 
 class WorkerLost(ErrataError, RuntimeError):
-    """Workers that died again and again over the same. What was measured before is kept."""
+    """Workers that died repeatedly on the same chunk. Earlier measurements are kept."""
 
 
 @dataclass(frozen=True)
@@ -80,12 +80,12 @@ class Executor(Protocol):
     """Measures chunks, here or elsewhere."""
 
     def run(self, work: Work, chunks: Sequence[Chunk]) -> Iterator[tuple[Chunk, Measured]]:
-        """Each chunk with what was measured, as they come; closing the iterator ends the work."""
+        """Each chunk with its measurements, as they are finished; closing the iterator ends the work."""
 
 
 @dataclass(frozen=True)
 class Here:
-    """Chunks one after the other, in this process, on a model that is loaded."""
+    """Executor in this process: chunks one after the other, on the loaded model."""
 
     model: Model
 
@@ -97,7 +97,7 @@ class Here:
 
 @dataclass(frozen=True)
 class Cluster:
-    """Chunks dealt out to workers on Ray, each a process with a model of its own; who is done gets the next chunk.
+    """Executor on Ray: each worker is a process with its own model, and gets the next chunk when it is done.
 
     If this process is connected to Ray already, that connection is used, and kept.
 

@@ -1,7 +1,8 @@
 """Tables of `evaluation.report` as text: panels for people (Markdown, LaTeX, the terminal, the page), and CSV and JSON.
 
-A table is shown as two panels, narrow enough for a terminal: the paper's numbers, and what the paper does not report.
-CSV and JSON hold everything once, a row a line, as fractions and not × 100 (GE: bits; essence: perplexity).
+A table is shown as two panels, narrow enough for a terminal: the paper's numbers, and numbers that the paper does not
+report. CSV and JSON hold everything once, one line for each row, as fractions and not × 100 (GE: bits; essence:
+perplexity).
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Line:
-    """A row's name, where it is from, and its cells."""
+    """A row's name, its source, and its cells."""
 
     label: str
     source: Source
@@ -56,7 +57,7 @@ class Line:
 
 @dataclass(frozen=True)
 class Panel:
-    """A table for people.
+    """A table for display.
 
     Attributes:
         title: what it is of.
@@ -72,7 +73,7 @@ class Panel:
 
 
 def panels(table: Table) -> list[Panel]:
-    """A table as people read it."""
+    """A table as its two panels."""
     paper = [column for column in table.columns if not column.own]
     own = [column for column in table.columns if column.own]
 
@@ -96,7 +97,7 @@ def panels(table: Table) -> list[Panel]:
 
 
 def markdown(table: Table) -> str:
-    """A table in Markdown: best in bold, what fails with a ✗."""
+    """A table in Markdown: best numbers in bold, failing ones with a ✗."""
 
     def cell(each: Cell) -> str:
         text = f"{each.text} {each.spread}".strip()
@@ -114,7 +115,7 @@ def markdown(table: Table) -> str:
 
 
 def latex(table: Table) -> str:
-    """A table in LaTeX, of the packages booktabs and xcolor: best in bold, what fails in red."""
+    """A table in LaTeX, with the packages booktabs and xcolor: best numbers in bold, failing ones in red."""
 
     def cell(each: Cell) -> str:
         text = _escaped(each.text) + (rf" {{\scriptsize {_escaped(each.spread)}}}" if each.spread else "")
@@ -143,7 +144,7 @@ def latex(table: Table) -> str:
 
 
 def as_csv(table: Table) -> str:
-    """A table as CSV, a row a line; of each number its mean, the ends of its interval, and its records.
+    """A table as CSV, one line for each row: each number's mean, interval ends, and count of records.
 
     `short` is what the other formats call a row whose name is too long for them; `probability`, what P is.
     """
@@ -179,7 +180,7 @@ def as_csv(table: Table) -> str:
 
 
 def as_json(table: Table) -> dict[str, Any]:
-    """A table ready for JSON; null for what is not there."""
+    """A table as JSON-able values; null where absent."""
 
     def row(each: Row) -> dict[str, Any]:
         values = {name: _nulled(found) for name, found in each.values.items()}
@@ -202,7 +203,7 @@ def _column(column: Column) -> dict[str, Any]:
 
 
 def as_text(table: Table, kind: str) -> str:
-    """A table as text of a kind: "markdown", "latex", "csv" or "json"."""
+    """A table as text in a format: "markdown", "latex", "csv" or "json"."""
     if kind == "json":
         return json.dumps(as_json(table), ensure_ascii=False, indent=1, allow_nan=False) + "\n"
     return {"markdown": markdown, "latex": latex, "csv": as_csv}[kind](table)

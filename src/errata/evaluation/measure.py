@@ -1,8 +1,8 @@
-"""All that is measured of some records: what the model says to their prompts and writes, before and after an edit.
+"""Measurements of records: the model's predictions on their prompts and its generated texts, before and after an edit.
 
-Everything is a function of the model, the records and the settings alone: whichever other editors are measured, and
-whether it is done again, the numbers are the same (but for rounding, where FT and KN find memory for fewer facts at
-once than before). Texts before and after are sampled with the same random numbers.
+All numbers depend only on the model, the records and the settings, not on the other editors, and repetition gives the
+same numbers (up to rounding, if FT and KN have memory for fewer facts at once than before). Texts before and after are
+sampled with the same random numbers.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ class Measures:
 
 @dataclass(frozen=True)
 class Measured:
-    """Results of some records, by the name of the row, and the edits that they are of."""
+    """Results of some records by row name, with their edits."""
 
     results: Mapping[str, Sequence[Result]]
     edits: Mapping[str, Sequence[Edit | None]]

@@ -1,7 +1,7 @@
-"""Runs as one HTML page that needs nothing else: tables, how numbers are distributed, and every record.
+"""Runs as one self-contained HTML page: tables, distributions of the numbers, and every record.
 
-`page.html` is its frame, `page.css` its looks, `page.js` its script. The data stand in it once, as JSON; the script
-draws what is looked at. A browser is forbidden, by the page itself, to fetch anything for it.
+`page.html` is its frame, `page.css` its style, `page.js` its script. The page holds the data once, as JSON; the script
+draws the part in view. The page's own security policy forbids the browser to fetch anything.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _DRIFT = Column(
 
 
 def write_page(path: str | Path, runs: Sequence[Run], table: Table) -> None:
-    """Write the page of runs.
+    """Write the page of some runs.
 
     Args:
         path: of the file.
@@ -53,7 +53,7 @@ def write_page(path: str | Path, runs: Sequence[Run], table: Table) -> None:
 
 
 def page(runs: Sequence[Run], table: Table) -> str:
-    """The page of runs as text; `write_page` tells more.
+    """The page of some runs as text; see `write_page`.
 
     Raises:
         MissingExtra: if jinja2 is not installed.
@@ -77,7 +77,7 @@ def page(runs: Sequence[Run], table: Table) -> str:
 
 
 def in_script(value: Any) -> str:
-    """JSON that may stand within `<script>`: nothing in it ends or hides the element."""
+    """JSON that is safe within `<script>`: nothing in it ends or hides the element."""
     text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     for sign in "<>&\u2028\u2029":
         text = text.replace(sign, f"\\u{ord(sign):04x}")

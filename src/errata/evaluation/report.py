@@ -1,7 +1,7 @@
-"""The paper's Tables 1 and 2, from run folders: rows of numbers with 95 % intervals, and what is best and what fails.
+"""The paper's Tables 1 and 2, from run folders: numbers with 95 % intervals; the best and the failing ones are marked.
 
-A table is made of blocks, one a run: the unedited model, then its editors, each with the paper's own row below it where
-the paper has one. Differences between two rows are paired: over the same records.
+A table consists of blocks, one for each run: the unedited model, then its editors, each with the paper's own row below
+it where the paper has one. Differences between two rows are paired: over the same records.
 
 A number **fails** where its whole interval (its mean, where it has none) is beyond the bound of its column
 (`tasks.task.Column.fails`). The **best** of a column is the best mean among a run's editors, where there are several.
@@ -156,7 +156,7 @@ def table(
     compare: tuple[str, str] | None = None,
     seed: int = 0,
 ) -> Table:
-    """The table of one or several runs of one task.
+    """The table of one or more runs of one task.
 
     Args:
         runs: each becomes a block.

@@ -1,15 +1,15 @@
-"""A run folder: what was measured of each record, by the unedited model and with each editor's edits on.
+"""A run folder: results of each record, for the unedited model and with each editor's edits applied.
 
 | file | holds |
 |---|---|
 | `card.json` | the run card: model, records, settings, versions, and each editor's settings; for people |
 | `records.json` | the records themselves |
-| `unedited.jsonl` | a line a record: what the model says as it is |
-| `editors/NAME.jsonl` | a line a record: the same with the editor's edit on, or why there was no edit |
+| `unedited.jsonl` | one line for each record: results of the unedited model |
+| `editors/NAME.jsonl` | one line for each record: results with the editor's edit applied, or why there was no edit |
 | `edits/NAME/CASE.safetensors` | the edits, where they were kept |
 
 The .jsonl files are journals (`base.journal`): the settings are in their first lines, lines are only added, and a file
-of other settings is not gone on with.
+with other settings is not continued.
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ class Result:
     seconds: Mapping[str, float] = field(default_factory=dict)
 
     def as_line(self) -> dict[str, Any]:
-        """JSON-able; `from_line` reads it back. A number that is not finite, which JSON has not, becomes None."""
+        """The result as JSON-able values; `from_line` reads it back. A number that is not finite becomes None."""
         values = {name: getattr(self, name) for name in self.__dataclass_fields__}
         if self.answers is not None:
             values["answers"] = {
@@ -116,7 +116,7 @@ class Result:
 
     @classmethod
     def from_line(cls, line: Mapping[str, Any]) -> Result:
-        """The result of a line. Raises KeyError, TypeError or ValueError if the line is not one."""
+        """The result in a line. Raises KeyError, TypeError or ValueError if the line is no result."""
         of_type(line, _Line)
         values = {name: line[name] for name in cls.__dataclass_fields__}
         if values["answers"] is not None:

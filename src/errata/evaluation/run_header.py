@@ -33,7 +33,7 @@ def provenance(model: Model) -> dict[str, Any]:
 
 
 def header(model: Model, config: Mapping[str, Any], seed: int, **more: Any) -> dict[str, Any]:
-    """All that the numbers of a run depend on, JSON-able; `more` is what is particular to it."""
+    """Everything that the numbers of a run depend on, JSON-able; `more` has what only this kind of run has."""
     return {**provenance(model), "config": dict(config), "seed": seed, **more}
 
 
@@ -55,7 +55,7 @@ def begun_with(path: str | Path, kind: str, version: int, key: str) -> Any:
 
 
 def require_no_more(path: str | Path, there: int, wanted: int, what: str) -> None:
-    """Make sure that a run is not gone on with for less than it holds already.
+    """Check that a run is not continued with fewer items than it already holds.
 
     Raises:
         ConfigError: if it is.
@@ -68,7 +68,7 @@ def require_no_more(path: str | Path, there: int, wanted: int, what: str) -> Non
 
 
 def broken(path: object, line: object) -> ResultFileError:
-    """The error for a record that no run has written."""
+    """The error for a record that errata did not write."""
     text = json.dumps(line, ensure_ascii=False)
     return ResultFileError(
         f"{path} holds a record that does not fit its header ({shown(text[:80])}): it was changed by hand. "

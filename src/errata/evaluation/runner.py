@@ -1,8 +1,7 @@
-"""Editors × records on one model, into a run folder that any number of kills leaves whole.
+"""Evaluation of editors on records, with one model, into a run folder that survives any number of kills.
 
-Records are dealt out in chunks, which are measured as a whole and depend on nothing but themselves, so that a chunk
-that was cut short is done again and gives the very same. This process alone writes; an executor says where chunks are
-measured.
+Records are measured in chunks. A chunk's results depend on nothing else, so an interrupted chunk is measured again with
+the same results. Only this process writes; an executor decides where chunks are measured.
 """
 
 from __future__ import annotations
@@ -73,7 +72,7 @@ def evaluate(
     allow_seen: bool = False,
     progress: Callable[[int, int], object] | None = None,
 ) -> Run:
-    """Measure records before and after edits, and keep each result in a folder as soon as it is there.
+    """Measure records before and after edits, and write each result to a folder as soon as it is measured.
 
     What the folder holds already is not measured again: a run that was stopped goes on, and editors can be added to it,
     or records behind those that it has.

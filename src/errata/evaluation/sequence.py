@@ -1,10 +1,10 @@
-"""One edit after the other on one model: how long are they recalled, and what becomes of facts that none touched?
+"""Sequential edits on one model: how long edited facts and untouched facts are recalled.
 
-Each edit is made with the earlier ones on the model, and keeps what earlier ones wrote of its own subject unless the
-settings say `same_subject="apart"`. A fact is recalled if every token of its object is the model's
-most probable one. What is measured is in a file at once, and each edit in a folder beside it, so that a run that is
-killed and started again goes on from the same weights, and its files are the same, byte for byte, as those of a run in
-one go. A finished run goes on with more rewrites behind those that it has. At the end the model is as it was.
+Each edit is made with the earlier ones on the model, and keeps what earlier ones wrote about its own subject, unless
+the settings say `same_subject="apart"`. A fact is recalled if every token of its object is the model's most probable
+one. Each measurement is written to a file at once, and each edit to a folder beside it. So a run that is killed and
+started again continues from the same weights, and its files equal those of an uninterrupted run, byte for byte. A
+finished run can be continued with more rewrites. At the end the model is unchanged.
 """
 
 from __future__ import annotations

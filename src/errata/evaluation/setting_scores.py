@@ -1,4 +1,4 @@
-"""Scores along a setting of an editor: the rows of a run that differ in it, as lines (Figures 5, 17 and 18)."""
+"""Scores of a run's rows as lines along one setting of an editor, such as the layer (Figures 5, 17 and 18)."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class SettingScores:
 
     @classmethod
     def of(cls, run: Run, along: str, probability: Probability = "per_token") -> SettingScores:
-        """The scores of those of a run's rows whose editors have the setting, as a number.
+        """The scores of the rows whose editors have a number for the setting.
 
         Raises:
             ConfigError: if no row has it, or two rows are the same but for their names.
@@ -87,7 +87,7 @@ class SettingScores:
         return max(there, key=lambda value: there[value]) if there else self.at[0]
 
     def as_dict(self) -> dict[str, Any]:
-        """JSON-able; null for what is not there."""
+        """The scores as JSON-able values; null where absent."""
 
         def as_dict(one: Estimate | None) -> dict[str, Any]:
             numbers = {"mean": one.mean, "low": one.low, "high": one.high} if one else {}

@@ -1,4 +1,4 @@
-"""One editor at every layer and token role, each a row of one run: the paper's Figure 5."""
+"""Sweep of one editor over layers and token roles, one row of a run for each: the paper's Figure 5."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Training examples of benchmark records, and the check that no editor is measured on facts that it was trained on."""
+"""Training examples from benchmark records, and the check that editors are not measured on their training facts."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def training_examples(task: Task, records: Sequence[Case]) -> list[TrainingExamp
 
 
 def require_unseen(name: str, trained_on: Set[str], task: Task, records: Sequence[Case]) -> None:
-    """Make sure that an editor was not trained on facts that it is measured on.
+    """Check that an editor is not measured on facts that it was trained on.
 
     A fact is one subject, in any letter case, and one relation, or else one prompt.
 
