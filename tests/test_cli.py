@@ -182,7 +182,8 @@ def test_an_edit_for_other_weights_is_refused(edit_file, tmp_path):
     refused(errata("generate", "Rome", "--model", tmp_path, "--edit", edit_file[0]), "does not fit")
 
 
-def test_another_model_needs_a_corpus(tmp_path):
+def test_another_model_needs_a_corpus(tmp_path, monkeypatch):
+    monkeypatch.setenv("ERRATA_HOME", str(tmp_path / "home"))  # without second moments of other tests
     from tiny import TEXT, byte_tokenizer, tiny
 
     tiny("llama").save_pretrained(tmp_path / "m")

@@ -174,7 +174,8 @@ def test_published_schemas(errata, name, numbers):
     assert len(Run.load("few").records) == 2
 
 
-def test_another_model_and_its_second_moment(errata, tmp_path):
+def test_another_model_and_its_second_moment(errata, tmp_path, monkeypatch):
+    monkeypatch.setenv("ERRATA_HOME", str(tmp_path / "home"))  # without second moments of other tests
     hf, tokenizer = tiny("llama", layers=3), byte_tokenizer()
     hf.save_pretrained(tmp_path / "m")
     tokenizer.save_pretrained(tmp_path / "m")

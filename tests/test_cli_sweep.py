@@ -167,13 +167,13 @@ def test_other_models_need_tables(tmp_path, other):
 def test_ctrl_c_says_how_to_go_on(tmp_path, monkeypatch):
     from errata.evaluation import sequence
 
-    rome = sequence.rome
+    put_on = sequence._put_on
 
-    def pressed(*arguments, **settings):
+    def pressed(*arguments):
         signal.raise_signal(signal.SIGINT)
-        return rome(*arguments, **settings)
+        return put_on(*arguments)
 
-    monkeypatch.setattr(sequence, "rome", pressed)
+    monkeypatch.setattr(sequence, "_put_on", pressed)
     save = tmp_path / "s.jsonl"
     done = errata("sequence", "--save", save, "--edits", 2, "--untouched", 5, "--identity", code=130)
     assert "1 of 2 edits are there, and the same command goes on" in done.stderr

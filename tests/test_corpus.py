@@ -111,7 +111,7 @@ def test_parquet_without_the_field_or_without_text(tmp_path):
 def test_a_missing_library_is_named(tmp_path, monkeypatch):
     path = parquet(tmp_path / "a.parquet", {"text": ["a"]})
     monkeypatch.setitem(__import__("sys").modules, "pyarrow", None)
-    with pytest.raises(MissingExtra, match=r"errata\[tables\]"):
+    with pytest.raises(MissingExtra, match=r"errata-lm\[tables\]"):
         list(Corpus.open(path))
 
 

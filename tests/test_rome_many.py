@@ -12,9 +12,9 @@ from errata.base import budgets
 from errata.base.errors import ConfigError, DisablingEdit, Diverged, ErrataError, FactError
 from errata.base.facts import Fact
 from errata.base.fingerprint import tensor_digest
+from errata.editors import side_effects
 from errata.editors.rome import RomeConfig, rome, value
 from errata.edits.edit import Edit
-from errata.metrics import side_effects
 from errata.models.loading import load_pretrained
 from errata.models.model import Model
 from errata.statistics import SecondMoment, collect
@@ -314,13 +314,13 @@ def test_an_interrupt_leaves_the_model_as_it_was(sequential, fact, index):
 
 
 def test_an_interrupt_while_an_edit_is_examined(monkeypatch):
-    plain, before = side_effects.predict_texts, digests(model_of())
+    plain, before = side_effects.score, digests(model_of())
 
-    def failing(model, texts):
-        if digests(model) != before:  # the edit is on it for a moment
+    def failing(model, *requests):
+        if digests(model) != before:  # the edit is applied for a moment
             raise KeyboardInterrupt
-        return plain(model, texts)
+        return plain(model, *requests)
 
-    monkeypatch.setattr(side_effects, "predict_texts", failing)
+    monkeypatch.setattr(side_effects, "score", failing)
     with pytest.raises(KeyboardInterrupt):
         edits_of(REWRITES[:2], settings={"max_drift": 1.0})

@@ -169,7 +169,7 @@ def test_killed_at_a_random_moment_and_resumed_it_is_the_same_byte_for_byte(whol
 
 def test_what_is_there_is_not_made_again(whole, tmp_path, monkeypatch):
     path = copied(whole, tmp_path)
-    monkeypatch.setattr(sequence, "rome", lambda *a, **k: pytest.fail("edited again"))
+    monkeypatch.setattr(sequence, "_put_on", lambda *a, **k: pytest.fail("edited again"))
     done = []
     found = run(path, progress=lambda *each: done.append(each))
     assert done == [(5, 5)]
@@ -272,7 +272,7 @@ def test_records_changed_by_hand_are_refused(whole, tmp_path, number, change):
         ({"rewrites": []}, ConfigError, "0 rewrites"),
         ({"watched": []}, ConfigError, "0 untouched"),
         ({"every": 0}, ConfigError, "every 0"),
-        ({"layer": None}, ConfigError, "no layer"),
+        ({"layer": None}, ConfigError, "needs the setting 'layer'"),
         ({"layer": 3}, ConfigError, "layer"),
         ({"watched": [Fact("Rome", "{} is in")]}, FactError, "target is empty"),
     ],

@@ -168,7 +168,7 @@ def test_the_table():
     ]
     with pytest.raises(ConfigError, match="did you mean 'counterfact'"):
         source("counterfacts")
-    with pytest.raises(ConfigError, match="choose of"):
+    with pytest.raises(ConfigError, match="choose from"):
         source("?")
     for each in SOURCES.values():
         assert each.licence

@@ -277,9 +277,9 @@ def test_what_one_editor_lacks_counts_for_neither():
 def test_what_makes_no_sense_is_refused():
     with pytest.raises(ConfigError, match="choose from normal, bootstrap"):
         estimate([1.0, 2.0], "bca")
-    with pytest.raises(ConfigError, match="no columns of numbers"):
+    with pytest.raises(ConfigError, match="not columns of numbers"):
         harmonic_score({"es": [1, 2], "ps": [1]})
-    with pytest.raises(ConfigError, match="no columns of numbers"):
+    with pytest.raises(ConfigError, match="not columns of numbers"):
         estimate(["many"])
     with pytest.raises(ConfigError, match="nothing to take"):
         harmonic_score({})

@@ -255,7 +255,7 @@ def test_flat_questions_are_told_from_flat_counterfact_by_the_old_object(tmp_pat
     assert [(bad.line, bad.reason) for bad in found.bad] == [
         (2, "it has 1 locality_prompt and 2 locality_ground_truth: one for each")
     ]
-    (tmp_path / "c.json").write_text(json.dumps([{**WIKI, "ground_truth": "Italy"}]))
+    (tmp_path / "c.json").write_text(json.dumps([{**WIKI, "ground_truth": "Italy", "locality_ground_truth": "Italy"}]))
     assert isinstance(errata.read_records(tmp_path / "c.json").records[0], Record)
 
 

@@ -210,7 +210,7 @@ def test_a_fact_without_numbers_is_refused_and_the_others_traced(tmp_path):
     assert [t.fact for t in found.traces] == [FACTS[0], FACTS[1]]
     ((index, reason),) = found.refused
     assert index == 1
-    assert "no numbers" in reason
+    assert "not numbers" in reason
 
 
 @pytest.mark.parametrize(
