@@ -116,7 +116,7 @@ class Result:
 
     @classmethod
     def from_line(cls, line: Mapping[str, Any]) -> Result:
-        """The result in a line. Raises KeyError, TypeError or ValueError if the line is no result."""
+        """The result in a line. Raises KeyError, TypeError or ValueError if the line is not a result."""
         of_type(line, _Line)
         values = {name: line[name] for name in cls.__dataclass_fields__}
         if values["answers"] is not None:

@@ -41,7 +41,7 @@ def require_unseen(name: str, trained_on: Set[str], task: Task, records: Sequenc
         some = ", ".join(map(repr, shared[:3])) + (", …" if len(shared) > 3 else "")
         raise ConfigError(
             f"{name} was trained on {len(shared)} of the {len(records)} facts that it is to be measured on ({some}), "
-            "and a fact that it was trained on is no test: take other records, or allow it by --allow-seen"
+            "and a fact that it was trained on is not a test: take other records, or allow it by --allow-seen"
         )
 
 
