@@ -1,4 +1,4 @@
-"""Texts that run through many edited models at once, each with an edit of its own.
+"""Forward passes of texts through many edited models at once, each text with its own edit.
 
 A low-rank edit is added on the fly and changes no weight (`passes.rowwise`); any other edit is applied to the model
 while its texts run. Blocks below the lowest edited layer run once for all low-rank edits.
@@ -52,13 +52,13 @@ def run_edited(
 
 @dataclass(frozen=True)
 class Plan:
-    """The way in which the texts of a variant run.
+    """How the texts of a variant are run.
 
     Attributes:
-        edits: for each text, the edit that is on.
-        first: the lowest block that differs from the unedited model's; the number of blocks if none does, -1 if what
-            enters the first block does.
-        changes: the edits as changes of each text; None if they must be put on the model.
+        edits: for each text, its edit.
+        first: the lowest block that differs from the unedited model's; the number of blocks if none does, -1 if already
+            the first block's input does.
+        changes: the edits as low-rank changes for each text; None if they must be applied to the model.
     """
 
     edits: tuple[Edit | None, ...]
@@ -172,7 +172,7 @@ def _put_on(passes: PackedPasses, plan: Plan) -> Iterator[tuple[PackedBatch, Ten
 
 
 def alike(edits: Sequence[Edit | None]) -> list[tuple[Edit | None, list[int]]]:
-    """Distinct edits, with the rows that have each."""
+    """The distinct edits, each with its rows."""
     groups: dict[int, list[int]] = {}
     for i, edit in enumerate(edits):
         groups.setdefault(id(edit), []).append(i)

@@ -1,9 +1,9 @@
-"""Known facts, selected like the paper's 1,000: the model's greedy continuation names the object first.
+"""Known facts, selected like the paper's 1,000: the model's greedy continuation names the object before other answers.
 
-A continuation is searched for the answers that compete with the object: the objects of all facts of the same relation,
-or of the same prompt where a fact has no relation. The fact is known if its own object comes before the others. Of two
-answers at one place the longer counts, so that "New York" does not name "York". An answer is named by whole words,
-where a script has such; runs of white space are as one space.
+A continuation is searched for competing answers: the objects of all facts with the same relation, or with the same
+prompt if a fact has no relation. The fact is known if its own object comes first. Of two answers at the same position
+the longer counts, so that "New York" does not name "York". Answers match whole words, in scripts that separate words; a
+run of white space counts as one space.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _LETTER = rf"[^\W{_UNSPACED}]"  # what a word goes on with
 
 @dataclass(frozen=True)
 class Knowledge:
-    """Answer of a model to one fact.
+    """A model's answer to one fact.
 
     Attributes:
         row: the fact.
@@ -55,7 +55,7 @@ def knows(
     ignore_case: bool = False,
     progress: Callable[[int, int], object] | None = None,
 ) -> list[Knowledge]:
-    """Ask a model for each fact, in order; `judge` tells what the settings mean, `progress` gets (done, of).
+    """A model's answer to each fact, in order. See `judge` for the settings; `progress` is called with (done, of).
 
     Raises:
         FactError: if a fact has no object, or the model cannot go on from its text.
@@ -75,7 +75,7 @@ def knows(
 def continuations(
     model: Model, texts: Sequence[str], *, max_new_tokens: int = 20, batch_size: int = 32
 ) -> Iterator[tuple[int, str]]:
-    """(index, greedy continuation) of each text, as they come.
+    """(index, greedy continuation) of each text, as they are generated.
 
     Texts of one length in tokens go together, so that none is padded and none depends on what it is asked with.
 
@@ -98,7 +98,7 @@ def continuations(
 
 
 def refusal(model: Model, text: str) -> str | None:
-    """Why a model cannot go on from a text; None if it can."""
+    """Why a model cannot continue a text; None if it can."""
     tokens = _tokens(model, text)
     if 0 < tokens < model.max_length:
         return None
@@ -148,7 +148,7 @@ def judge(
 
 
 def require_objects(rows: Sequence[FactRow]) -> None:
-    """Make sure that every fact has an object.
+    """Check that every fact has an object.
 
     Raises:
         FactError: if one has none; the message names its row.

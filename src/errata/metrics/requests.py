@@ -1,7 +1,7 @@
 """Scoring requests: log-probabilities of targets after prompts, for many edited models in one run.
 
-A prompt is run once for all its targets, and the head once for all that is read off one state. `models.scoring.score`
-is the plain way, and gives the same.
+A prompt runs once for all its targets, and the head once for everything that is read from one state.
+`models.scoring.score` gives the same results without this sharing.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from errata.passes.packing import PackedBatch, PackedSequence
 
 @dataclass(frozen=True)
 class Request:
-    """A prompt, and the targets that may follow it, at least one; between them `separator`, as of `target_ids`."""
+    """A prompt and its possible targets, at least one, joined by `separator` as in `target_ids`."""
 
     prompt: str
     targets: tuple[str, ...]

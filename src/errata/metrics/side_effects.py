@@ -1,7 +1,7 @@
 """Side effects of an edit: how probable the new object is after it, and how far other predictions move.
 
-An edit that makes the model say its fact may also make it say nonsense (a *disabling* edit). So what the model says of
-texts that have nothing to do with the fact, by default samples of its own, is compared before and after.
+An edit that makes the model say its fact may also make it say nonsense (a *disabling* edit). Therefore the model's
+predictions on unrelated texts, by default samples of its own, are compared before and after.
 """
 
 from __future__ import annotations
@@ -53,11 +53,11 @@ class SideEffects:
 
     @property
     def disabling(self) -> bool:
-        """Whether the edit moves everything: its drift is beyond the bound, or no number."""
+        """Whether the edit disables the model: its drift exceeds the bound, or is not a number."""
         return not self.drift <= self.max_drift
 
     def as_dict(self) -> dict[str, Any]:
-        """JSON-able, with `disabling`; what is not a finite number is None."""
+        """JSON-able values, with `disabling`; None for numbers that are not finite."""
         numbers = {name: value if math.isfinite(value) else None for name, value in asdict(self).items()}
         return {**numbers, "disabling": self.disabling}
 
@@ -121,7 +121,7 @@ def predict_texts(model: Model, texts: Sequence[str]) -> TextPredictions:
 
 
 def sampled_texts(model: Model, seed: int) -> tuple[str, ...]:
-    """Texts of the model's own, to measure drift on: they belong to what it was made to say.
+    """Reference texts sampled from the model itself.
 
     Raises:
         ConfigError: if its tokenizer has no token to start from.
@@ -166,7 +166,7 @@ def side_effects_of(
     essence: str = ESSENCE,
     max_drift: float = MAX_DRIFT,
 ) -> list[SideEffects]:
-    """Side effects of many edits, each as if it were alone on the model, which is left as it is.
+    """Side effects of many edits, each measured alone on the model, which is left unchanged.
 
     Args:
         model: without the edits.

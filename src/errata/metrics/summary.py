@@ -1,13 +1,13 @@
 """Means over records with 95 % intervals: of one editor, and of the difference between two.
 
-Two ways to an interval. `normal`, the paper's: mean ± 1.96·std/√n over records; for S, the harmonic mean of the means
-of ES, PS and NS, of its linear approximation at the means (the delta method), in which the columns' covariance over
-records counts. `bootstrap`: from the 2.5th to the 97.5th percentile over 10,000 sets of records drawn with replacement,
-all numbers of a record together.
+There are two kinds of intervals. `normal` is the paper's: mean ± 1.96·std/√n over records; for S, the harmonic mean of
+the means of ES, PS and NS, that of its linear approximation at the means (the delta method), with the columns'
+covariance over records. `bootstrap`: from the 2.5th to the 97.5th percentile over 10,000 sets of records drawn with
+replacement, all numbers of a record together.
 
-NaN, and None, are numbers that a record does not have: they are left out, and each mean is over the records that have
-it. Scales are those of the values: fractions in, fractions out. An interval is NaN where a mean is over fewer than two
-records, or infinite.
+NaN and None mark numbers that a record does not have; each mean is over the records that have the number. Scales are
+those of the values: fractions in, fractions out. An interval is NaN where a mean is over fewer than two records, or
+infinite.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ Curve = Callable[[Array], Array]
 
 @dataclass(frozen=True)
 class Estimate:
-    """A number over records with its 95 % interval; NaN where undefined.
+    """A mean over records with its 95 % interval; NaN where undefined.
 
     Attributes:
         mean: the number: a mean, or S of means.
@@ -60,7 +60,7 @@ class Estimate:
 
 
 def estimate(values: Values, method: Method = "normal", seed: int = 0) -> Estimate:
-    """The mean of one number a record.
+    """The mean of one number for each record.
 
     Args:
         values: `[records]`; NaN or None where a record has none.

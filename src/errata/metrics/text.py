@@ -1,13 +1,13 @@
-"""Numbers about texts: how varied they are (GE), and how a model likes them (perplexity).
+"""Scores of texts: their variety (GE), and their perplexity under a model.
 
-GE, generation entropy, falls when a model repeats itself: of each text ⅓·H₂ + ⅔·H₃, the entropies in bits of how often
-its bigrams and trigrams of words come; then the mean over texts. Tables multiply by 100.
+GE, generation entropy, falls when a model repeats itself: it is ⅓·H₂ + ⅔·H₃ of each text, with the entropies in bits of
+its word bigram and trigram frequencies; then the mean over texts. Tables multiply by 100.
 
-Words are NLTK's: sentences first, for a full stop is a word of its own only where a sentence ends, then the words of
-each. NLTK's `word_tokenize`, which the published code calls, finds sentences with a model of English that must be
-downloaded. Here the same splitter works untrained, so that the numbers depend on nothing but the text. The two differ
-at abbreviations: untrained, "Dr. Smith" is `Dr`, `.`, `Smith`; trained, `Dr.`, `Smith`. Where every full stop before a
-space ends a sentence, they agree.
+Words are NLTK's: the text is split into sentences first, since a full stop is a separate word only at the end of a
+sentence, and then into words. NLTK's `word_tokenize`, which the published code calls, finds sentences with a model of
+English that must be downloaded. Here the same splitter works untrained, so that the numbers depend on nothing but the
+text. The two differ at abbreviations: untrained, "Dr. Smith" is `Dr`, `.`, `Smith`; trained, `Dr.`, `Smith`. Where
+every full stop before a space ends a sentence, they agree.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def as_scored(texts: Sequence[str]) -> list[str]:
 
 
 def ngram_entropy(text: str, n: int, *, preserve_line: bool = False) -> float:
-    """Entropy, in bits, of how often each run of `n` words comes in a text; 0 if it has fewer than two such runs.
+    """Entropy in bits of the frequencies of word n-grams in a text; 0 if it has fewer than two n-grams.
 
     Raises:
         ConfigError: if n is not 1 or more.
@@ -114,7 +114,7 @@ def require_list(texts: Sequence[str]) -> Sequence[str]:
 
 @dataclass(frozen=True)
 class Surprise:
-    """Surprise of a model at texts.
+    """Log-loss of a model on texts.
 
     Attributes:
         total: −log of the probability of all scored tokens, in nats.
@@ -139,13 +139,13 @@ class Surprise:
 def perplexity(
     model: Model, texts: str | Sequence[str], *, window: int | None = None, stride: int | None = None
 ) -> Surprise:
-    """Perplexity of texts of any length, each read by itself in overlapping windows.
+    """Perplexity of texts of any length, each read separately in overlapping windows.
 
     Each token is scored once, in the first window that holds it. The first window of a text ends after `window` tokens,
-    each further one `stride` tokens later or where the text ends, and is as long; so a token of a further window is
-    foretold from at least `window − stride` tokens. What the tokenizer puts before every text (BOS) stands before
-    every window, counts towards its length and is not scored; nor is a text's first token, where nothing stands before
-    it. Which windows are read together changes a number by rounding alone.
+    each further one `stride` tokens later or at the end of the text; all have the same length. So in later windows each
+    token is predicted from at least `window − stride` tokens. The tokenizer's start token (BOS) is put before every
+    window; it counts towards the length and is not scored. A text's first token is not scored if nothing stands before
+    it. Batching of windows changes the result only by rounding.
 
     Args:
         model: as it stands.
@@ -154,8 +154,8 @@ def perplexity(
         stride: in tokens; None: half of what a window holds of its text.
 
     Raises:
-        ConfigError: if the window is longer than the model reads, or leaves no token to foretell a token from.
-        FactError: if no text has a token that another stands before.
+        ConfigError: if the window is longer than the model reads, or leaves no token to predict from.
+        FactError: if no text has a token with another one before it.
     """
     texts = [texts] if isinstance(texts, str) else texts
     width = min(model.max_length, LONGEST_WINDOW) if window is None else window

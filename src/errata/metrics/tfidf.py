@@ -1,8 +1,8 @@
-"""RS, the reference score: whether what a model says of a subject is about what texts of its new object are about.
+"""RS, the reference score: similarity of a model's texts about a subject to reference texts about the new object.
 
-It is the cosine of two TF-IDF vectors, of all generated texts joined and of all reference texts joined: scikit-learn's
-with its defaults, that is single words of two letters or more in lower case, counts times IDF, length 1. IDF comes from
-texts like Wikipedia's: fitted here, or read from the pair of files that ROME's authors published.
+It is the cosine of the TF-IDF vectors of all generated texts joined and of all reference texts joined, as in
+scikit-learn with its defaults: single words of two letters or more in lower case, counts times IDF, length 1. IDF comes
+from texts like Wikipedia's: fitted here, or read from the pair of files that ROME's authors published.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class TfIdf:
 
     @classmethod
     def fit(cls, texts: Sequence[str]) -> TfIdf:
-        """The words of texts, rarer ones weighing more.
+        """Vocabulary and IDF from texts.
 
         Raises:
             ConfigError: if no text has a word of two letters or more.
@@ -88,7 +88,7 @@ class TfIdf:
 
     @cached_property
     def digest(self) -> str:
-        """sha256, in hex, of the words in their order and of their frequencies."""
+        """sha256, in hex, of the words, in order, and their frequencies."""
         words = sorted(self.vocabulary, key=self.vocabulary.__getitem__)
         return hashlib.sha256(json.dumps(words).encode() + self.idf.astype("<f8").tobytes()).hexdigest()
 

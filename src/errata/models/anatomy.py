@@ -1,7 +1,7 @@
 """The parts of a decoder, found in the live module tree and verified by measurement.
 
-Nothing here looks at a model's name or at the names of its classes. One short forward pass is recorded,
-module by module; the parts are what behaves like them:
+Model names and class names are not used. One short forward pass is recorded, module by module, and the parts are found
+by their behaviour:
 
 - the blocks are the longest `ModuleList` whose members hand the state on, each to the next;
 - attention is the part of a block through which a later token sees an earlier one; hybrids have recurrent
@@ -13,7 +13,7 @@ module by module; the parts are what behaves like them:
 A block adds to its state what its two branches write, state' = state + attention + mlp. The MLP reads
 either the state to which attention has already added (serial: GPT-2, Llama) or the block's input
 (parallel: GPT-J, GPT-NeoX). Some families (Gemma 2 and 3, OLMo 2) norm a branch's output before it is
-added. All of this is measured, in every layer; what does not fit is refused, by its module's name.
+added. All of this is measured, in every layer; a model that does not fit is refused, with the name of the module.
 
 This file watches modules with hooks of its own, because it runs before there is a `Model` to hook.
 """
@@ -90,7 +90,7 @@ def softcapped(head_output: Tensor, anatomy: Anatomy) -> Tensor:
 
 @without_autocast
 def find_anatomy(hf: PreTrainedModel) -> Anatomy:
-    """The parts of a live decoder. The model is left as it was; a few short forward passes are run.
+    """The parts of a live decoder, found by a few short forward passes. The model is left unchanged.
 
     Raises:
         UnsupportedModel: if a part cannot be found; the message names the module that did not fit.
@@ -361,7 +361,7 @@ def _residual_scale(state: Tensor, attention: Tensor, mlp: Tensor, new_state: Te
 
 @without_autocast
 def verify(hf: PreTrainedModel, anatomy: Anatomy) -> None:
-    """Measure, in every layer, that the parts do what `Anatomy` says of them.
+    """Verify by measurement, in every layer, that the parts behave as `Anatomy` says.
 
     On one short input: the down-projection's weight times the key, plus bias, is the value; the value is
     the MLP's output; a block's output is its input plus what both branches write; the head of the final

@@ -119,7 +119,7 @@ class Decoder:
 
     @property
     def devices(self) -> tuple[torch.device, ...]:
-        """All that the weights are on, or are brought to when they are needed; `device` is the first."""
+        """All devices that hold weights, or to which they are moved for use; `device` is the first."""
         return tuple(dict.fromkeys([self.device, *map(place, self.blocks)]))
 
     @property
@@ -134,7 +134,7 @@ class Decoder:
 
     @property
     def max_length(self) -> int:
-        """The longest text in tokens that the model was made for; a very large number where it names none."""
+        """The longest text, in tokens, that the model supports; a very large number if its config names none."""
         config = self.hf.config.get_text_config()
         for name in ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length"):
             length = getattr(config, name, None)
@@ -231,7 +231,7 @@ class Decoder:
 
     @property
     def pad_id(self) -> int:
-        """The id that fills padding: the tokenizer's own, else end of text, else 0. It is always masked."""
+        """The padding id: the tokenizer's own, else end of text, else 0. Padding is always masked."""
         for token_id in (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id):
             if token_id is not None:
                 return int(token_id)
@@ -270,7 +270,7 @@ class Decoder:
         return Batch(ids, mask).to(self.device)
 
     def require_room(self, ids: Sequence[int], text: str | None, name: str = "the text") -> None:
-        """Make sure that the model can read a text.
+        """Check that a text is not too long for the model.
 
         Raises:
             FactError: if it has no tokens, or more than the model can read.
@@ -283,7 +283,7 @@ class Decoder:
 
     @without_autocast
     def forward(self, batch: Batch, keep: int = 0, cache: Cache | None = None) -> Tensor:
-        """Logits `[b, t, v]` of the model as it stands, or `[b, keep, v]` at the last `keep` positions alone.
+        """Logits `[b, t, v]` of the model in its current state, or `[b, keep, v]` at the last `keep` positions.
 
         Logits at padded positions mean nothing. An empty `cache` is filled with attention's keys and values.
         """

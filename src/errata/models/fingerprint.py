@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def weights_digest(hf: PreTrainedModel) -> str:
-    """sha256, in hex, of all weights by name, read anew each time: some three seconds for GPT-2 XL in float32."""
+    """sha256, in hex, of all weights by name. Computed on each call: some three seconds for GPT-2 XL in float32."""
     # A tied weight counts once; those that accelerate has offloaded are no longer one object.
     names = (name for name, each in hf.named_parameters() if not (each.is_meta and name in hf.all_tied_weights_keys))
     lines = [f"{name} {weight_digest(hf, name)}" for name in sorted(names)]

@@ -1,4 +1,4 @@
-"""A model through which gradients flow without reaching a weight."""
+"""Context in which gradients flow through a model but not to its weights."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from errata.models.model import Model
 
 @unbroken
 def frozen(model: Model) -> Iterator[None]:
-    """No weight asks for a gradient meanwhile, so that autograd keeps nothing for one. Afterwards all are as before."""
+    """Context in which no weight requires a gradient, so that autograd stores nothing for it; restored afterwards."""
     trainable = [parameter for parameter in model.hf.parameters() if parameter.requires_grad]
     try:
         for parameter in trainable:

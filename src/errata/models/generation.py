@@ -1,8 +1,8 @@
 """Text generation: sampling and greedy continuation of prompts.
 
-Every text has random numbers of its own, one a token, drawn from its own seed: what is sampled depends on no text that
-is sampled beside it, but for rounding, and nothing outside is changed. Two models that sample with the same seeds
-differ only where they say different things.
+Every text has its own random numbers, one for each token, from its own seed: a sample does not depend on the other
+texts in the batch, up to rounding, and global random state is not changed. Two models that sample with the same seeds
+differ only where their predictions differ.
 """
 
 from __future__ import annotations
@@ -105,7 +105,7 @@ def prompt_ids(model: Decoder, prompt: str) -> list[int]:
 
 
 def start_text(model: Decoder) -> str:
-    """The text from which a model writes freely: empty, if the tokenizer puts a start token there itself.
+    """The prompt for free text: empty if the tokenizer adds a start token itself.
 
     Raises:
         ConfigError: if the tokenizer has no token to start from.

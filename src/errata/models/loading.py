@@ -1,4 +1,4 @@
-"""From a folder, a hub id or a live model to a `Model`. The one caller of `from_pretrained`.
+"""Loading of a `Model` from a folder, a hub id or a live model. Only this file calls `from_pretrained`.
 
 Nothing is downloaded unless asked for, no code of a repository is ever run, and weights are read from
 safetensors only, because unpickling runs code.
@@ -50,7 +50,7 @@ def load_pretrained(
     device_map: DeviceMap | None = None,
     start_token: str | None = None,
 ) -> Model:
-    """A model and its tokenizer, found, loaded, taken apart and verified.
+    """A model and its tokenizer, loaded and verified, with its parts found.
 
     A live model is put in eval mode, and into another dtype or onto another device only if one is named. One that
     accelerate has spread over several devices, or offloaded in part, stays so.

@@ -1,7 +1,7 @@
-"""Weights of one module: which way they are stored, and on which device.
+"""Weights of one module: their layout and device.
 
-`nn.Linear` stores `[d_out, d_in]`, GPT-2's `Conv1D` its transpose. Only this file knows: all others use the view
-`[d_out, d_in]` that `linear_matrix` gives.
+`nn.Linear` stores `[d_out, d_in]`, GPT-2's `Conv1D` its transpose. Only this file distinguishes them; all others use
+the view `[d_out, d_in]` that `linear_matrix` gives.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def place(module: nn.Module) -> torch.device:
 
 @unbroken
 def at_hand(module: nn.Module) -> Iterator[None]:
-    """A module's own weights, not its children's, brought meanwhile from where accelerate has offloaded them."""
+    """Context in which a module's own weights, not its children's, are loaded if accelerate has offloaded them."""
     if not any(weight.is_meta for weight in module.parameters(recurse=False)):
         yield
         return

@@ -1,7 +1,7 @@
-"""Whether a model's weights are codes instead of numbers: found in the live modules, whatever library made them.
+"""Detection of quantised weights in the live modules, for any quantisation library.
 
 bitsandbytes, GPTQ, AWQ, HQQ and compressed-tensors keep integers; fp8 keeps numbers of 8 bits whose scale stands beside
-them; torchao keeps tensors of a class of its own. What they stand for is known to their library alone.
+them; torchao keeps tensors of its own class. Only the library knows the numbers that they stand for.
 """
 
 from __future__ import annotations

@@ -1,10 +1,9 @@
 """Faster forward passes for text generation: the same sums, rounded differently.
 
 GPT-2's and GPT-J's GELU is written out as eight passes over memory, and torch has one call for it. A linear map to many
-numbers, such as a head over fifty thousand tokens, can take a CPU twice as long as in pieces. Both differ by rounding
-from the model's own, so no number that is told comes from them: tokens are drawn with them, as they may be with any
-rounding. In 16 bits rounding is too coarse for that, and the model's own is run. Whoever calls the model finds it as it
-was.
+numbers, such as a head over fifty thousand tokens, can take a CPU twice as long as in pieces. Both differ from the
+model's own by rounding. They are used only to draw tokens, never for a reported number. In 16 bits rounding is too
+coarse even for that, so the model's own functions run. The model is restored afterwards.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ _PIECE, _PIECES = 1024, 8
 
 @unbroken
 def quick(module: nn.Module) -> Iterator[None]:
-    """A context in which what is inside a module, such as a model, is run so. No gradient flows through linear maps."""
+    """Context with faster functions inside a module, such as a model. No gradient flows through linear maps."""
     ours = {each: way for each in module.modules() if (way := _way(each)) and "forward" not in vars(each)}
     try:
         for each, way in ours.items():

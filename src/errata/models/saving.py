@@ -1,4 +1,4 @@
-"""From a `Model` to a folder that `from_pretrained` loads: the way back of `loading.py`.
+"""Saving of a `Model` to a folder that `from_pretrained` loads.
 
 A folder is written beside its place and renamed once it is whole, so that a full disk leaves nothing behind.
 """
@@ -91,7 +91,7 @@ def written_folder(path: str | Path, replaceable: Callable[[Path], bool] = lambd
 
 
 def require_free(path: str | Path, replaceable: Callable[[Path], bool] = lambda folder: False) -> Path:
-    """Make sure that a folder may be written at `path`, before long work: the resolved path.
+    """Check, before long work, that a folder may be written at `path`; returns the resolved path.
 
     Raises:
         OutputError: if a file stands there, or a folder that holds something and is not `replaceable`.

@@ -41,14 +41,14 @@ class Score:
 
     @property
     def greedy(self) -> bool:
-        """Whether greedy decoding gives the target."""
+        """Whether greedy decoding produces the target."""
         return self.hits == self.n_tokens
 
 
 def target_ids(
     tokenizer: PreTrainedTokenizerFast, prompt: str, target: str, separator: str | None = None
 ) -> tuple[list[int], int]:
-    """Token ids of the prompt and the target, joined, and how many of them are the prompt's.
+    """Token ids of prompt and target, joined, and the number of tokens of the prompt.
 
     The whole text is tokenized once; character offsets say where the target starts. A token that holds
     characters of both counts as the target's, as does white space between them, spaces at the prompt's end included.
@@ -127,7 +127,7 @@ def score(
 
 
 def score_rows(model: Model, rows: Sequence[tuple[list[int], int]]) -> list[Score]:
-    """Scores of the tokens of texts from an index on: rows are token ids, and the first that is scored."""
+    """Scores of tokens of texts from an index on. A row is token ids and the index of the first scored one."""
     scores: dict[int, Score] = {}
     for chosen in padded_groups([len(ids) for ids, _ in rows], predictions(model.vocab_size)):
         scores.update(zip(chosen, _score_batch(model, [rows[i] for i in chosen]), strict=True))

@@ -2,8 +2,9 @@
 
 Many decoders treat the first token of a text as an attention sink: from the lowest blocks on, its state is the same
 whatever the token is (Xiao et al., 2024: Efficient Streaming Language Models with Attention Sinks; Sun et al., 2024:
-Massive Activations in Large Language Models). If the tokenizer adds no start token, a subject that begins a text stands
-there, where the model keeps hardly anything of it. A start token takes that place.
+Massive Activations in Large Language Models). If the tokenizer adds no start token, a subject at the beginning of a
+text is in the sink, and the model keeps hardly any information about it. A start token takes the sink's position
+instead.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 
 
 def adds_start_token(tokenizer: PreTrainedTokenizerFast) -> bool:
-    """Whether the tokenizer puts a token of its own before every text."""
+    """Whether the tokenizer puts a start token before every text."""
     encoded = tokenizer("a", return_special_tokens_mask=True, verbose=False)
     return bool(encoded["special_tokens_mask"][0])
 

@@ -1,10 +1,10 @@
 """Position of the subject among the tokens of a prompt.
 
-The paper reads and changes states at token positions: causal tracing disturbs every token of the
-subject, and ROME edits at its last one, the i-th token of section 3.1. Those positions are found
-from character offsets of the whole prompt, tokenized once and with the tokenizer's own special
-tokens. Tokenizing pieces and adding up their lengths gives other tokens wherever a word leans on
-its neighbours: a quote, a leading space, a start token, an emoji. It goes wrong without a word.
+The paper reads and changes states at token positions: causal tracing corrupts every token of the subject, and ROME
+edits at its last one, token i of section 3.1. Those positions are found from character offsets of the whole prompt,
+tokenized once and with the tokenizer's own special tokens. Tokenizing pieces and adding up their lengths gives other
+tokens wherever a token depends on its neighbours: a quote, a leading space, a start token, an emoji. Such errors would
+go unnoticed.
 
 A token belongs to the subject if it stands for at least one of its characters that is not white
 space. Hence
@@ -36,7 +36,7 @@ Role = Literal["subject_first", "subject_last", "after_subject", "last"]
 
 @dataclass(frozen=True)
 class Span:
-    """A tokenized prompt and the place of the subject in it.
+    """A tokenized prompt and the position of the subject in it.
 
     Attributes:
         ids: token ids of the whole prompt, special tokens included.
@@ -60,7 +60,7 @@ class Span:
         return self.last + 1
 
     def role(self, name: Role = "subject_last") -> int:
-        """Index of the token in that role; `last` is the very last, be it an end token that was added.
+        """Index of the token in that role; `last` is the very last, even if it is an added end token.
 
         Raises:
             ConfigError: if there is no such role.
@@ -110,7 +110,7 @@ def locate(tokenizer: PreTrainedTokenizerBase, text: str, start: int, subject: s
 
 
 def locate_fact(tokenizer: PreTrainedTokenizerBase, fact: Fact) -> Span:
-    """Find the tokens of a fact's subject in its prompt: of the one in the slot, should it occur twice.
+    """Find the tokens of a fact's subject in its prompt; if it occurs twice, the occurrence in place of `{}`.
 
     Raises:
         FactError, UnsupportedModel: as `locate`.
@@ -161,7 +161,7 @@ def written_start(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
 
 
 def after_prefix(tokenizer: PreTrainedTokenizerBase, prefix: str, text: str) -> str:
-    """A text after a prefix, which goes behind a start token that the text writes out."""
+    """A prefix and a text, joined; a start token that is written out in the text stays in front."""
     start = written_start(tokenizer, text)
     return start + after_sentence(prefix, text.removeprefix(start))
 
