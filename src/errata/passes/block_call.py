@@ -1,6 +1,6 @@
-"""Arguments of one block that is called on its own, cut from a recorded run or gathered from it.
+"""Arguments for calling one block on its own, sliced or gathered from a recorded run.
 
-Nothing here knows a model family. What a block is given beside its hidden states depends on positions alone: masks,
+Nothing here is specific to a model family. A block's arguments besides hidden states depend only on positions: masks,
 cosines and sines, position indexes, ALiBi. Earlier tokens are present through a cache that holds their keys and values
 (`Past`). A block that cannot be resumed after such a cache gets the hidden states of the earlier tokens instead, and
 runs on them again (`Earlier`).
@@ -83,7 +83,7 @@ class Earlier:
 
 @dataclass(frozen=True)
 class Call:
-    """Arguments that Hugging Face passed to a block beside its hidden states. They depend on positions alone.
+    """Arguments that Hugging Face passed to a block besides its hidden states. They depend only on positions.
 
     Attributes:
         arguments: all but the hidden states, by name; the first row of a tensor stands for all rows; the cache is
@@ -215,7 +215,7 @@ class MaskValues:
 
 
 def token_axis(name: str, value: Any) -> int | None:
-    """Axis along which an argument has one entry a token; None if it has none.
+    """Axis along which an argument has one entry for each token; None if there is none.
 
     Cosines are `[rows, tokens, d]`, or `[3, rows, tokens, d]` where images have places in three directions; indexes
     `[rows, tokens]` or `[tokens]`; a bias of distances (MPT) is cut by the block itself. Rows stand before tokens.

@@ -1,4 +1,4 @@
-"""Functions on a model's streams, for the time of a `with` block."""
+"""Patches of a model's streams inside a `with` block."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _ORDER = ("embedding", "key", "value", "mlp", "attention", "state")
 
 @unbroken
 def hooked(model: Model, patches: Mapping[Stream, Patch]) -> Iterator[None]:
-    """Inside the block, every forward pass hands each stream's tensor to its function.
+    """Context in which every forward pass gives each stream's tensor to its function.
 
     A function is given the stream `[b, t, d]` and returns what takes its place, of the same shape, or None
     to leave it. It sees what earlier functions made of the pass. Of a model spread over several devices
@@ -46,7 +46,7 @@ def hooked(model: Model, patches: Mapping[Stream, Patch]) -> Iterator[None]:
 
 @unbroken
 def hooked_block(model: Model, patches: Mapping[Stream, Patch], rows: int, begin: int = 0) -> Iterator[None]:
-    """`hooked` for blocks that are called on their own: the batch size is given, as no embedding runs to tell it.
+    """`hooked` for blocks that are called on their own; the batch size is given, since the embedding does not run.
 
     Tokens before `begin` are hidden from the functions.
     """

@@ -1,7 +1,7 @@
 """Forward passes of packed texts (`packing`), block by block.
 
-Each token sees its own text alone. Passes can be split at any layer, so that what lies below an edited layer runs once
-for all edits.
+Each token sees only its own text. Passes can be split at any layer, so that the layers below an edited one run once for
+all edits.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ class PackedPasses:
         self._batches: WeakKeyDictionary[PackedBatch, TokenBatch] = WeakKeyDictionary()
 
     def batches(self, together: Sequence[object] | None = None) -> Iterator[PackedBatch]:
-        """All sequences, some hundred tokens in a batch (some thousand on a GPU).
+        """All sequences in batches of some hundred tokens (some thousand on a GPU).
 
         Args:
             together: for each sequence, what it must have in common with others to be in a batch with them.
@@ -94,7 +94,7 @@ class PackedPasses:
             yield side_by_side(chosen, [self.sequences[i] for i in chosen], some)
 
     def apart(self, members: Sequence[int]) -> Iterator[PackedBatch]:
-        """Some of the sequences, each text in a row of its own."""
+        """Some of the sequences, with one row for each text."""
         lengths, rows = zip(*((self.sequences[i].length, len(self.sequences[i].texts)) for i in members), strict=True)
         for share in budgets.padded_groups(lengths, budgets.tokens(self.model.device), rows):
             chosen = [members[place] for place in share]
@@ -102,7 +102,7 @@ class PackedPasses:
 
     @torch.no_grad()
     def enter(self, batch: PackedBatch) -> Tensor:
-        """Hidden states that enter the first block, `[b, w, d_model]`."""
+        """Input of the first block, `[b, w, d_model]`."""
         states = _entering(self.model, [text for i in batch.members for text in self.sequences[i].texts])
         return states[batch.texts.to(states.device), batch.offsets.to(states.device)]
 
@@ -115,7 +115,7 @@ class PackedPasses:
         changes: RowChanges | None = None,
         patches: Mapping[str, Patch] | None = None,
     ) -> Tensor:
-        """Hidden states that leave block `layer`; behind the last block, those from the first wanted position on.
+        """Output of block `layer`; for the last block, from the first wanted position on.
 
         Args:
             batch: what is run.
@@ -142,7 +142,7 @@ class PackedPasses:
         return self._batches[batch]
 
     def watched(self, batch: PackedBatch, layer: int, states: Tensor) -> tuple[Tensor, Mlp]:
-        """Hidden states that leave block `layer`, and what its down-projection read and wrote on the way."""
+        """Output of block `layer`, with the input and output of its down-projection."""
         seen: dict[str, Tensor] = {}
 
         def keeper(part: str) -> Patch:
@@ -156,8 +156,7 @@ class PackedPasses:
 
     @torch.no_grad()
     def moved(self, batch: PackedBatch, layer: int, left: Tensor, mlp: Mlp, changes: RowChanges) -> Tensor:
-        """Hidden states that leave block `layer` with changes of its down-projection alone, from those that leave it
-        without."""
+        """Output of block `layer` with changes of its down-projection only, computed from its unchanged output."""
         [name] = changes.factors
         added = changes.of(_owners(batch)[:, -left.shape[1] :]).adder(name)(mlp.keys)
         before, after = (self.model.added(layer, each) for each in (mlp.values, mlp.values + added.to(mlp.values)))

@@ -1,8 +1,9 @@
-"""Texts that share their beginnings, packed side by side into the rows of a batch.
+"""Packing of texts side by side into the rows of a batch, with shared prefixes.
 
-A `PackedSequence` is a shared prefix and its continuations: other ways to go on after so many tokens of the prefix. Two
-targets after one prompt are a prefix and a continuation, and the prompt is run once. Sequences are of many lengths;
-several in one row, where each token sees the earlier ones of its own text alone, leave few positions empty.
+A `PackedSequence` is a shared prefix and its continuations, each of which replaces the rest of the prefix after some
+number of tokens. Two targets after one prompt are a prefix and a continuation, and the prompt is run once. Sequences
+have many lengths. With several in one row, where each token sees only earlier ones of its own text, few positions are
+empty.
 """
 
 from __future__ import annotations
@@ -156,7 +157,7 @@ def side_by_side(
 
 
 def one_a_row(members: Sequence[int], sequences: Sequence[PackedSequence]) -> PackedBatch:
-    """Sequences with every text in a row of its own: prefixes, and continuations with the tokens before them."""
+    """Sequences with one row for each text: prefixes, and continuations with the tokens before them."""
     width = max(sequence.length for sequence in sequences)
     rows = []
     for pieces in _pieces(sequences):
@@ -183,7 +184,7 @@ def _pieces(sequences: Sequence[PackedSequence]) -> list[list[list[_Token]]]:
 
 
 def shares(sizes: Sequence[int], limit: int) -> list[range]:
-    """Sizes parted in their order into shares of about as much each, and about `limit` at most."""
+    """Sizes divided, in order, into shares of about equal sum, at most about `limit`."""
     ends = torch.tensor(sizes).cumsum(0)
     count = math.ceil(int(ends[-1]) / limit)
     middles = ends - torch.tensor(sizes) / 2
@@ -193,7 +194,7 @@ def shares(sizes: Sequence[int], limit: int) -> list[range]:
 
 
 def bins(sizes: Sequence[int], width: int, widest: int) -> list[list[int]]:
-    """Sizes put into few bins of about `width`, as narrow as holds them: the first with room takes the next largest.
+    """Sizes packed into few bins of about `width`, by first-fit decreasing.
 
     Args:
         sizes: none exceeds `widest`.

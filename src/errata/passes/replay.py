@@ -1,14 +1,14 @@
 """Forward passes that are recorded and can be resumed at any block and token.
 
-Tracing and editing ask thousands of times what a model would have said had one activation been another. Nearly all of
-that work is already done: blocks below the change and tokens before it are as they were. A `Recording` keeps what
-enters and leaves every block of one run, attention's keys and values, and the arguments that Hugging Face passed to
-each block. `step` then runs one block on the tokens from any one on, for any number of rows, each a variation of a
-recorded row; earlier tokens are present through their recorded keys and values.
+Tracing and editing compute thousands of times what a model predicts if one activation is changed. Nearly all of that
+work is already done: blocks below the change and tokens before it are the same. A `Recording` keeps the input and
+output of every block of one run, attention's keys and values, and the arguments that Hugging Face passed to each block.
+`step` then runs one block on the tokens from any one on, for any number of rows, each a variation of a recorded row;
+earlier tokens are present through their recorded keys and values.
 
 Blocks that cannot be resumed after keys and values (recurrent layers, convolutions, attention that takes no cache) run
-on whole texts instead: on the recorded hidden states of earlier tokens and those at hand. It is slower and gives the
-same numbers. Which of the two a model needs is measured once (`engine_of`).
+on whole texts instead: on the recorded hidden states of earlier tokens and those at hand. This is slower and gives the
+same numbers. `engine_of` measures once which of the two a model needs.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ class Recording:
         patches: Mapping[str, RowPatch] | None = None,
         keep: int | None = None,
     ) -> Tensor:
-        """Hidden states that leave block `layer`, `[r, keep or n, d_model]`, if `states` `[r, n, d_model]` enter it.
+        """Output of block `layer`, `[r, keep or n, d_model]`, for the input `states` `[r, n, d_model]`.
 
         Args:
             layer: the block.
@@ -117,7 +117,7 @@ class Recording:
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def past(self, layer: int, rows: Tensor, token: int) -> Past | Earlier:
-        """The tokens before `token` in some rows: attention's keys and values in block `layer`, or what enters it."""
+        """The tokens before `token` in some rows: attention's keys and values in block `layer`, or its input."""
         if self.engine == "plain":
             return Earlier(self.states[layer]).of(rows, token)
         return self._past[layer].of(rows, token)

@@ -1,4 +1,4 @@
-"""A different edit in every row of a batch, added on the fly; no weight changes.
+"""Forward passes with a different edit in every row of a batch, added on the fly; no weight changes.
 
 A low-rank change, ΔW = write @ read, adds write @ (read @ x) to the output of its linear map for x. A hook does this
 with different factors for every row or token, so that one forward pass evaluates many edited models.
@@ -103,7 +103,7 @@ def row_changes(model: Model, changes: Sequence[Mapping[str, Factors]]) -> RowCh
 
 
 def can_be_rowwise(model: Model, name: str) -> bool:
-    """True if a weight belongs to one linear map alone, so that a hook there has the effect of a change."""
+    """True if a weight belongs to one linear map only, so that a hook on it has the effect of a change."""
     owner, _, leaf = name.rpartition(".")
     weight = model.weight(name)
     owners = sum(each is weight for _, each in model.hf.named_parameters(remove_duplicate=False))
@@ -112,7 +112,7 @@ def can_be_rowwise(model: Model, name: str) -> bool:
 
 @unbroken
 def rowwise(model: Model, changes: RowChanges) -> Iterator[None]:
-    """Inside the block, each row of every pass, or each token, is one of the model with its own changes on.
+    """Context in which each row (or token) of every pass is computed with its own changes.
 
     Products with the factors are taken in float32 at least, and what they add is rounded once, to the model's dtype.
     """

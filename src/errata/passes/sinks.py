@@ -1,4 +1,4 @@
-"""Attention sinks: models that keep nothing specific of the first token of a text.
+"""Attention sinks: models whose state at the first token of a text is the same for every token.
 
 In many decoders the state of a text's first token becomes one very large vector within the lowest blocks, the same for
 every token, on which later tokens rest attention that they have no other use for. An edit that reads a key there acts
@@ -51,11 +51,11 @@ def first_token_cosines(model: Model, layer: int) -> FirstTokenCosines:
 
 
 class AttentionSink(UserWarning):
-    """A subject is the first token of a text, of which the model keeps nothing specific."""
+    """Warning: a subject is the first token of a text, where the model keeps an attention sink."""
 
 
 def warn_of_sink(model: Model, subject: str, consequence: str) -> None:
-    """Say that a subject is the first token of its text, where the model keeps a sink, what follows and what helps.
+    """Warn that a subject is in the attention sink, with the consequence and the remedy.
 
     Args:
         subject: what is said of it.
@@ -72,7 +72,7 @@ def warn_of_sink(model: Model, subject: str, consequence: str) -> None:
 
 
 def advised_start_token(model: Model) -> str | None:
-    """The special token after which first words keep the most different keys; None if none serves as a start token.
+    """The special token after which the keys of first words differ most; None if none works as a start token.
 
     A declared bos token may be the wrong one: what counts is what the model was trained to see before a text.
     """

@@ -5,8 +5,8 @@ contexts of one fact, facts of one table. Each suffix is sliced out of its recor
 token that matters, and suffixes of about as many tokens run in one batch (`collate`), however long the texts before
 them: rows are aligned at their last token, and what is missing in front of the shorter ones is masked.
 
-Every batch is checked on some of its rows against what was recorded. Where it comes out otherwise, because a block
-makes masks of its own, only rows of one slice run together.
+Every batch is checked on some of its rows against what was recorded. If the results differ, because a block makes its
+own masks, only rows of one slice run together.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _CHECKED = 4
 
 @dataclass(frozen=True)
 class Slice:
-    """Rows of a recording from one token on, with all that it takes to run them. Made by `slice_recording`.
+    """Rows of a recording from one token on, with everything needed to run them. Made by `slice_recording`.
 
     Attributes:
         labels: names of the rows.
@@ -154,7 +154,7 @@ class Suffixes:
 
 
 def collate(model: Model, slices: Sequence[Slice]) -> Suffixes:
-    """Slices of one model and the same blocks in few batches; where that gives other numbers, one batch a slice.
+    """Slices of one model and the same blocks, collated into few batches; if that changes results, one for each slice.
 
     Raises:
         UnsupportedModel: if even a slice alone does not give what was recorded.

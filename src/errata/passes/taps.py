@@ -1,7 +1,7 @@
 """Inputs and outputs of linear maps of a model, with gradients to the outputs.
 
-The gradient of a loss to a map's weight is a sum over tokens, Σ δ ⊗ u: u enters the map, δ is the loss's gradient to
-what leaves it. Both are available without a gradient to the weight itself.
+The gradient of a loss with respect to a map's weight is a sum over tokens, Σ δ ⊗ u: u is the map's input, δ the
+gradient with respect to its output. Neither needs the gradient of the weight itself.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Tap:
 
 @unbroken
 def tapped(model: Model, maps: Sequence[str]) -> Iterator[dict[str, Tap]]:
-    """Inside the block, passes note what goes through the maps of these names, by name.
+    """Context in which passes record the inputs and outputs of these maps, by name.
 
     Of a pass with gradients, what leaves each map depends on `Tap.added`.
     """

@@ -1,12 +1,12 @@
 """Rows of tokens that go through blocks together: the one way in which errata calls a block on its own.
 
-A `TokenBatch` knows where each of its tokens stands in its text, which tokens it sees, and the past of each row. Its
-rows are made in three ways: variations of recorded texts from one token on (`replay`), suffixes of recorded texts of
-many lengths (`suffixes`), and texts packed side by side (`packed`). These three stay apart, because they differ in all
-that comes before a block runs: what was recorded, how rows are grouped, and what a caller names its tokens by.
+A `TokenBatch` holds the position of each token in its text, the tokens that it sees, and the past of each row. Its rows
+are made in three ways: variations of recorded texts from one token on (`replay`), suffixes of recorded texts of many
+lengths (`suffixes`), and texts packed side by side (`packed`). The three are separate because they differ in everything
+before a block runs: what was recorded, how rows are grouped, and how callers address tokens.
 
-`mismatch` is the self-check of all three: blocks that are called in this way must give back the hidden states that
-Hugging Face's own forward pass gave.
+`mismatch` is the self-check of all three: blocks that are called in this way must return the hidden states of Hugging
+Face's own forward pass.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class TokenBatch:
         patches: Mapping[str, Patch] | None = None,
         changes: RowChanges | None = None,
     ) -> Tensor:
-        """Hidden states that leave block `layer`, `[r, keep or n, d_model]`, if `states` `[r, n, d_model]` enter it.
+        """Output of block `layer`, `[r, keep or n, d_model]`, for the input `states` `[r, n, d_model]`.
 
         Args:
             layer: the block.
@@ -85,7 +85,7 @@ class TokenBatch:
             return run(block, states, given, past)[:, unwanted - begin :]
 
     def resume(self, layer: int, states: Tensor, end: int, keep: int | None = None) -> Tensor:
-        """Hidden states that enter block `end`, `[r, keep or n, d_model]`, if `states` enter block `layer`."""
+        """Input of block `end`, `[r, keep or n, d_model]`, for the input `states` of block `layer`."""
         for index in range(layer, end):
             states = self.step(index, states, keep if index == end - 1 else None)
         return states if keep is None else states[:, -keep:]
@@ -115,13 +115,13 @@ def _changed(model: Model, changes: RowChanges | None, tokens: slice) -> context
 
 @dataclass(frozen=True)
 class Mismatch:
-    """A block that does not give what was recorded, and what it does instead."""
+    """A block whose output differs from the recording, with a description of the difference."""
 
     layer: int
     problem: str
 
     def refusal(self, model: Model, how: str, consequence: str) -> UnsupportedModel:
-        """The error that says so."""
+        """The error for a model with this mismatch."""
         return UnsupportedModel(
             f"{model.anatomy.blocks}.{self.layer}: {how}, {self.problem}, so {model.name} {consequence}; load it with "
             "attn_implementation='eager' if it has another"
@@ -135,7 +135,7 @@ def mismatch(
     states: Callable[[int], Tensor],
     compared: Tensor | None = None,
 ) -> Mismatch | None:
-    """The first of some blocks that does not give back what Hugging Face's own pass gave; None if all do.
+    """The first block whose output differs from Hugging Face's own pass; None if there is none.
 
     Args:
         step: calls a block on hidden states, `[r, n, d_model]`, in the way that is checked, with as many rows as are
@@ -161,6 +161,6 @@ def mismatch(
 
 
 def same_states(found: Tensor, want: Tensor) -> bool:
-    """True if hidden states are the same up to rounding; where `want` is not finite, anything is accepted."""
+    """True if hidden states are equal up to rounding; positions where `want` is not finite are ignored."""
     error = (found - want).abs().amax(-1) / want.abs().amax(-1).clamp_min(1e-30)
     return bool((error <= _TOLERANCE[want.dtype])[want.isfinite().all(-1)].all())

@@ -1,6 +1,6 @@
 """Average indirect effects as heat maps, after Figure 2 of the paper.
 
-One map a part, roles of tokens down and layers across. AIE is the mean over facts of P*,clean[o] − P*[o], in
+One map for each part, roles of tokens down and layers across. AIE is the mean over facts of P*,clean[o] − P*[o], in
 percentage points. All maps share one scale that begins at zero.
 """
 

@@ -1,7 +1,7 @@
 """Shared parts of all pictures of causal tracing: canvas, maps, titles, ticks, scales, files.
 
 Parts are "state", "mlp" and "attention" restored in a corrupted run, and "severed_mlp" and "severed_attention",
-states restored while modules are held to what they gave in the corrupted run. Layers count from 0.
+states restored while modules are held at their outputs of the corrupted run. Layers count from 0.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ _METADATA: dict[str, dict[str, None]] = {
 
 
 def checked(values: Mapping[str, ArrayLike], rows: Sequence[str], kind: str) -> Arrays:
-    """Maps as arrays `[rows, layers]`, once it is sure that they have a row for each of these tokens or roles.
+    """Maps as arrays `[rows, layers]`, after a check that they have one row for each of these tokens or roles.
 
     Raises:
         ConfigError: if there are none, or if they do not.
@@ -88,7 +88,7 @@ def checked(values: Mapping[str, ArrayLike], rows: Sequence[str], kind: str) -> 
 
 
 def require_subject(subject: tuple[int, int], tokens: Sequence[str]) -> None:
-    """Be sure that the subject is among the tokens.
+    """Check that the subject lies within the tokens.
 
     Raises:
         ConfigError: if it is not.
@@ -102,7 +102,7 @@ def require_subject(subject: tuple[int, int], tokens: Sequence[str]) -> None:
 
 
 def checked_like(arrays: Arrays, values: Mapping[str, ArrayLike], name: str) -> Arrays:
-    """Values that belong to these arrays, once it is sure that they have the same parts and shapes.
+    """Values for these arrays, after a check that they have the same parts and shapes.
 
     Raises:
         ConfigError: if they do not.
@@ -224,7 +224,7 @@ def canvas(width: float, height: float) -> Figure:
 
 
 def settle(figure: Figure) -> None:
-    """Lay the figure out, once and for all: every further drawing would shift things by a hair."""
+    """Compute the final layout; each further layout would shift things slightly."""
     engine = figure.get_layout_engine()
     assert engine is not None
     engine.execute(figure)
@@ -232,7 +232,7 @@ def settle(figure: Figure) -> None:
 
 
 def heading(figure: Figure, title: str | None, *more: str) -> None:
-    """The caller's title and more lines above all else, wrapped; the figure grows by their height."""
+    """Add the title and further lines at the top, wrapped; the figure grows by their height."""
     glyphs = font_glyphs()
     lines = [*(visible(line, glyphs) for line in (title or "").splitlines()), *more]
     # Not matplotlib's own wrapping, which takes dollar signs for mathematics.

@@ -1,7 +1,7 @@
 """Average indirect effects as lines with their intervals, after Figure 7 of the paper.
 
-One panel a part, AIE in percentage points against layer, one line a role. Roles differ in colour, marker and dashes:
-colours are Okabe and Ito's, which hold without full colour vision; the subject's tokens have unbroken lines.
+One panel for each part, AIE in percentage points against layer, one line for each role. Roles differ in colour, marker
+and dashes: colours are Okabe and Ito's, distinguishable with colour blindness; the subject's tokens have solid lines.
 """
 
 from __future__ import annotations

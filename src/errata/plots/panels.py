@@ -1,4 +1,4 @@
-"""Scores of edits in panels: one a metric, in percent, one line with its 95 % band for each thing that is compared.
+"""Scores of edits, in percent: one panel for each metric, with one line and 95 % band for each compared row.
 
 Lines differ in colour, marker and dashes; the unedited model is a dashed line across.
 """
@@ -34,7 +34,7 @@ TITLES = {
 
 @dataclass(frozen=True)
 class Line:
-    """Name and look of a line: colour, marker, and dashes in matplotlib's form."""
+    """Name and style of a line: colour, marker, and dashes in matplotlib's form."""
 
     name: str
     colour: str

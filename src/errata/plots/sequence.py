@@ -1,6 +1,6 @@
-"""Sequential edits on one model: what is recalled, in percent, against how many edits are on it.
+"""Recall of facts, in percent, against the number of sequential edits on one model.
 
-Lines differ in colour, marker and dashes. The line of untouched facts is the only unbroken one: it should not move.
+Lines differ in colour, marker and dashes. The line of untouched facts is the only solid one; it should stay level.
 """
 
 from __future__ import annotations

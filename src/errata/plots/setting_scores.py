@@ -1,6 +1,6 @@
 """Scores of edits along one setting of an editor, such as the layer: after Figures 17 and 18 of the paper.
 
-One panel a metric, one line for each value of the settings that differ besides.
+One panel for each metric, one line for each combination of the other settings that differ.
 """
 
 from __future__ import annotations

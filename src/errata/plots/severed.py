@@ -1,8 +1,8 @@
 """Effects of states with modules severed, after Figure 3 of the paper.
 
 At each layer three bars: AIE of restoring the state, the same with attention severed, and with MLPs severed, in
-percentage points. A severed module is held to what it gave in the corrupted run, so what it would have passed on is
-missing from the effect.
+percentage points. A severed module is held at its output of the corrupted run, so its contribution is missing from the
+effect.
 """
 
 from __future__ import annotations

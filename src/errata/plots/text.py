@@ -1,7 +1,7 @@
-"""Texts in pictures: tokens and titles as they are, whatever characters they are made of.
+"""Text in figures: tokens and titles with any characters.
 
-Matplotlib takes dollar signs for mathematics and warns of characters that its fonts do not have; white space it
-shows as nothing. Here each becomes something that can be read.
+Matplotlib reads dollar signs as mathematics, warns of characters that its fonts lack, and shows white space as nothing.
+Here each becomes something readable.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _FRACTION = re.compile(r"\[\d+/\d+\]$")  # of a character, as readable tokens en
 
 
 def plain(text: Text) -> None:
-    """Keep matplotlib from reading dollar signs and backslashes as mathematics."""
+    """Text in which matplotlib does not read dollar signs and backslashes as mathematics."""
     text.set_parse_math(False)
     text.set_usetex(False)
 

@@ -1,6 +1,6 @@
 """Causal traces as heat maps, after Figure 1 (e, f, g) of the paper.
 
-One map a part, tokens down and layers across; the subject's tokens are starred. The colour of a site is
+One map for each part, tokens down and layers across; the subject's tokens are starred. The colour of a site is
 P*,clean[o], the answer's probability when that site alone is restored. All maps of a figure share one scale.
 """
 

@@ -1,4 +1,4 @@
-"""Floor 3: second moments of MLP keys over a corpus, C = E[k kᵀ] of the paper, and where they are kept."""
+"""Floor 3: second moments of MLP keys over a corpus, C = E[k kᵀ] of the paper, and their storage."""
 
 from errata.statistics.collect import collect
 from errata.statistics.corpus import Corpus

@@ -1,8 +1,8 @@
-"""Collecting second moments: C = E[k kᵀ] over the tokens of a corpus, all asked layers in one pass.
+"""Collection of second moments C = E[k kᵀ] over the tokens of a corpus, for all requested layers in one pass.
 
-Every token counts once, padding never. Texts of like length share a batch, so that there is little padding. The
-forward pass stops at the highest layer asked for, before its down-projection; a layer's keys are multiplied as they
-go by and are not kept.
+Every token counts once; padding does not count. Texts of similar length share a batch, so that there is little padding.
+The forward pass stops at the highest requested layer, before its down-projection; keys are added to the sums
+immediately and not kept.
 """
 
 from __future__ import annotations
@@ -56,24 +56,24 @@ def collect(
 ) -> dict[int, SecondMoment]:
     """Second moments of the keys of some layers over a corpus.
 
-    Texts are read in order until `max_tokens` tokens are there; the last one is cut to fit. Memory: some 9·d_mlp²
-    bytes a layer, 50·d_mlp² besides at the end, and what a forward pass of 2,048 tokens takes.
+    Texts are read in order until `max_tokens` tokens are reached; the last one is cut to fit. Memory: about 9·d_mlp²
+    bytes for each layer, 50·d_mlp² more at the end, and the memory of a forward pass of 2,048 tokens.
 
     Args:
         layers: 0-based layers.
         texts: a `Corpus`, or any iterable of texts, which is read once and as far as needed.
-        max_tokens: how many tokens count at most.
-        max_length: cut every text to so many tokens; None: to what the model can read, at most 1024.
-        which: tokens that count: "all"; "not-first": but the first of every text, whose keys are often of another
-            size; "not-special": but special tokens, such as one that begins every text.
+        max_tokens: maximum number of counted tokens.
+        max_length: cut every text to this many tokens; None: to what the model can read, at most 1024.
+        which: which tokens count: "all"; "not-first": all except the first of every text, whose keys often have another
+            size; "not-special": all except special tokens, such as a start token.
         progress: called after every batch with (tokens that count so far, `max_tokens`).
-        checkpoint: a file by which a run that was stopped goes on where it was, for a `Corpus`. It is written every
-            40 seconds, after a batch, and on Ctrl-C; removing it is the caller's. The result of a resumed run is that
-            of an uninterrupted one to the last bit.
+        checkpoint: a file from which a stopped run continues; needs a `Corpus`. It is written every 40 seconds, after a
+            batch, and on Ctrl-C; the caller removes it. A resumed run gives the result of an uninterrupted one, bit for
+            bit.
 
     Raises:
         ConfigError: if a layer is not there, a number is out of range, or the texts have no tokens or are not texts.
-        StaleStatistics: if a checkpoint was begun with other texts though the corpus says that they are the same.
+        StaleStatistics: if a checkpoint was started with other texts although the corpus has the same fingerprint.
         OutputError: if the checkpoint cannot be written; one that was there stays.
     """
     wanted = checked_layers(model, layers)

@@ -1,4 +1,4 @@
-"""Texts to collect statistics over, with a name and a digest by which statistics say what they are of."""
+"""Corpora: texts for statistics, with a name and a digest that identifies them."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ WIKIPEDIA_REVISION = "b04c8d1ceb2f5cd4588862100d08de323dccfbaa"
 
 @dataclass(frozen=True)
 class Corpus:
-    """Texts that can be read again and again, in a fixed order.
+    """Texts that can be read repeatedly, in a fixed order.
 
     Attributes:
         name: what to call it.
@@ -125,7 +125,7 @@ class Corpus:
         )
 
     def shard(self, index: int, of: int) -> Corpus:
-        """Every `of`-th text from the `index`-th on, counted from 1: the parts share no text and leave none out.
+        """Every `of`-th text from the `index`-th on, counted from 1, so that the shards together have each text once.
 
         Raises:
             ConfigError: if there is no such part.

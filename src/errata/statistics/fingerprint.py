@@ -1,11 +1,11 @@
-"""Fingerprints of second moments: everything that the numbers depend on, to find the right stored one.
+"""Fingerprints of second moments: everything that the numbers depend on, for finding the right stored one.
 
 | name | of what |
 |---|---|
-| algorithm | how we collect; raised whenever the numbers change |
+| algorithm | how errata collects; raised whenever the numbers change |
 | layer, weights, config, tokenizer, dtype | the model up to the layer's keys |
 | texts, max_tokens, max_length, which | the tokens that count |
-| model, corpus | names for people, which decide nothing |
+| model, corpus | names for information; not compared |
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Second moments that the authors of ROME published, and others keep in their format: .npz.
+"""Second moments in the .npz format of the authors of ROME.
 
-They hold the sum of k kᵀ under "mom2.mom2" and the number of tokens under "mom2.count". Of which model, layer and text
-they are stands in their names alone, so that whoever uses one must know.
+They hold the sum of k kᵀ under "mom2.mom2" and the number of tokens under "mom2.count". Only the file names identify
+model, layer and text, so the user must know them.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ MAX_BYTES = 16 * 2**30  # of an array; keys of 32,768 features take half of that
 
 
 def load_published(path: str | Path, layer: int | None) -> SecondMoment:
-    """The second moment in a file of that format, said to be of `layer`.
+    """The second moment in a file of that format; the caller says that it is of `layer`.
 
     Raises:
         ResultFileError: if the file is missing, cut short, or holds no second moment.

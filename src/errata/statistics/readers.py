@@ -1,4 +1,4 @@
-"""Texts from files, as a stream: no file, text or line is ever held that has no bound."""
+"""Texts from files as a stream, with bounded memory for files, texts and lines."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
 """The second moment of a layer's keys, C = E[k kᵀ], not centred, and solving with it.
 
-ROME needs C⁻¹k* (equation 2 of the paper): the direction that k* has and other keys have least. It is found
-by a Cholesky factorisation in float64; nothing is inverted. If C cannot be factorised (fewer tokens than
-features, or a feature that is always zero), the smallest ridge that mends it is added to its diagonal, and
-`ridge` says how much. A ridge that is asked for (`with_ridge`) is added in any case.
+ROME needs C⁻¹k* (equation 2 of the paper): the direction along which k* is large and other keys are small. It is found
+by a Cholesky factorisation in float64; nothing is inverted. If C cannot be factorised (fewer tokens than features, or a
+feature that is always zero), the smallest ridge that makes it factorisable is added to its diagonal; `ridge` is its
+size. A requested ridge (`with_ridge`) is always added.
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ class SecondMoment:
 
     @classmethod
     def identity(cls, d: int) -> SecondMoment:
-        """C = 1 of size `d`: with it, ROME listens to k* itself, whatever other keys there are."""
+        """The identity matrix of size `d`: with it, ROME edits along k* itself and ignores other keys."""
         return cls(torch.eye(d, dtype=torch.float64), 0, None)
 
     @classmethod
@@ -181,13 +181,13 @@ class SecondMoment:
 
     @property
     def condition_number(self) -> float:
-        """Largest over smallest eigenvalue of C, ridge included: of 16 digits, solving loses its logarithm."""
+        """Largest over smallest eigenvalue of C, ridge included. Solving loses its logarithm of float64's 16 digits."""
         values = self.eigenvalues
         return float(values[-1] / values[0]) if values[0] > 0 else float("inf")
 
     @property
     def effective_rank(self) -> float:
-        """In how many directions keys live, from 1 to d_mlp: exp of the entropy of the normalised eigenvalues.
+        """Effective number of the keys' directions, 1 to d_mlp: exp of the entropy of the normalised eigenvalues.
 
         Roy and Vetterli, "The effective rank: a measure of effective dimensionality", EUSIPCO 2007.
         """

@@ -1,8 +1,8 @@
-"""Second moments on disk: safetensors files that say all that their numbers depend on.
+"""Second moments on disk: safetensors files that record everything that their numbers depend on.
 
-A stored second moment is used only if its fingerprint is what it should be now: another model, tokenizer,
-corpus or setting makes it stale. The cache folder is `statistics` in $ERRATA_HOME, or in ~/.cache/errata. While one is
-collected, its sums stand there in a file that ends in .unfinished.safetensors, by which a stopped run goes on.
+A stored second moment is used only if its fingerprint matches: with another model, tokenizer, corpus or setting it is
+stale. The cache folder is `statistics` in $ERRATA_HOME, or in ~/.cache/errata. During collection, the sums are there in
+a file that ends in .unfinished.safetensors, from which a stopped run continues.
 """
 
 from __future__ import annotations
@@ -86,12 +86,11 @@ def save(moment: SecondMoment, path: str | Path) -> None:
 
 
 def load(path: str | Path, fingerprint: Mapping[str, Any] | None = None) -> SecondMoment:
-    """A stored second moment; with `fingerprint`, only if it is of that.
+    """A stored second moment; with `fingerprint`, only if it matches.
 
     Raises:
-        ResultFileError: if the file is missing, cut short or not ours.
-        StaleStatistics: if it was collected on something else than `fingerprint` says; the message names
-        what.
+        ResultFileError: if the file is missing, cut short or not errata's.
+        StaleStatistics: if its fingerprint differs from `fingerprint`; the message names the difference.
     """
     header, tensors = read_tensors(path, KIND, VERSION, ResultFileError)
     with taking_apart(path, "a whole second moment", advice="Collect it again"):
@@ -110,7 +109,7 @@ def load(path: str | Path, fingerprint: Mapping[str, Any] | None = None) -> Seco
 
 
 def load_any(path: str | Path, layer: int, model: Model | None = None) -> SecondMoment:
-    """A second moment from a file that somebody names: ours, or one that the authors of ROME published (.npz).
+    """A second moment from any file: errata's, or one in the format of ROME's authors (.npz).
 
     Args:
         path: the file.
@@ -151,7 +150,7 @@ def cache_folder() -> Path:
 
 
 def cache_path(model: Model, fingerprint: Mapping[str, Any], folder: str | Path | None = None) -> Path:
-    """The file of a second moment with this fingerprint, there or not."""
+    """Path of the second moment with this fingerprint, whether it exists or not."""
     base = cache_folder() if folder is None else Path(folder)
     return base / f"{_file_name(model)}-layer{fingerprint['layer']}-{short(fingerprint)}.safetensors"
 
@@ -167,8 +166,9 @@ def collect_cached(
     progress: Progress | None = None,
     folder: str | Path | None = None,
 ) -> dict[int, SecondMoment]:
-    """Like `collect`, but layers that are in the cache folder already are read from there, and new ones are put
-    there. If it is stopped in between, the same call goes on where it was.
+    """Like `collect`, but layers in the cache folder are read from it, and new ones are stored in it.
+
+    If it is stopped, the same call continues.
 
     Raises:
         ConfigError: as `collect`, and if `corpus` is not a `Corpus`, whose digest is known before it is read.
@@ -204,8 +204,9 @@ def collect_cached(
 
 
 def known_second_moment(model: Model, layer: int, progress: Progress | None = None) -> SecondMoment | None:
-    """C of a layer's keys that needs no corpus to be named: of the model's own corpus, or else the cached one of most
-    tokens, whatever its corpus; None if there is neither.
+    """A layer's C without a named corpus: that of the model's own corpus, or else the cached one with the most tokens.
+
+    None if there is neither.
     """
     if model.own_corpus is not None:
         corpus = model.own_corpus()

@@ -1,8 +1,8 @@
-"""Sums of k kᵀ while they grow: exact, symmetric by halves, and kept on disk against a kill.
+"""Running sums of k kᵀ over batches, with checkpoints on disk.
 
-Of a symmetric matrix only the upper triangle is computed and kept, in panels of rows: panel i holds rows
-[i, i + 512) from column i on. Products are taken in float32 (float64 for a float64 model), one a batch, and added in
-float64. Even and odd batches are summed apart, so that the two halves of the tokens can be compared.
+Only the upper triangle of the symmetric matrix is computed and stored, in panels of rows: panel i holds rows [i, i +
+512) from column i on. Products are computed in float32 (float64 for a float64 model), one for each batch, and added in
+float64. Even and odd batches are summed separately, so that the two halves of the tokens can be compared.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ class Sums:
         return [torch.zeros(shape, dtype=torch.float64, device=self._device) for shape in shapes]
 
     def add(self, layer: int, keys: Tensor) -> None:
-        """Take in the keys `[n, d_mlp]` of a layer in the batch under way."""
+        """Add the keys `[n, d_mlp]` of a layer in the current batch."""
         keys = keys.to(torch.promote_types(keys.dtype, torch.float32))
         for start, panel in zip(range(0, self._size, PANEL), self._panels[layer][self.batches % 2], strict=True):
             panel += (keys[:, start : start + PANEL].T @ keys[:, start:]).to(self._device)
@@ -74,13 +74,13 @@ class Sums:
             self._sampled[layer].append(keys[len(keys) // 2].cpu().clone())
 
     def close_batch(self, count: int, trail: str) -> None:
-        """The batch under way, of `count` tokens, has been added in every layer."""
+        """Finish the current batch of `count` tokens, which has been added in every layer."""
         self.counts[self.batches % 2] += count
         self.batches += 1
         self.trail = trail
 
     def moment(self, layer: int, fingerprint: dict[str, Any]) -> SecondMoment:
-        """The second moment of a layer, whose sums are given up."""
+        """The second moment of a layer; its sums are released."""
         even, odd = (_whole(panels, self._size) for panels in self._panels.pop(layer))
         count = sum(self.counts)
         matrix = (even + odd).div_(count)
@@ -92,10 +92,10 @@ class Sums:
         return SecondMoment(matrix, count, layer, fingerprint, halves=halves)
 
     def save(self, path: Path, fingerprints: dict[int, dict[str, Any]]) -> None:
-        """Keep the sums as they are after a whole batch.
+        """Write the sums to a checkpoint after a complete batch.
 
         Raises:
-            OutputError: if the file cannot be written; one that was there stays as it was.
+            OutputError: if the file cannot be written; an older one stays unchanged.
         """
         header = {
             "batches": self.batches,
@@ -113,7 +113,7 @@ class Sums:
         write_tensors(path, KIND, VERSION, header, tensors)
 
     def resume(self, path: Path, fingerprints: dict[int, dict[str, Any]]) -> None:
-        """Go on from a kept file, if it is whole and of these layers and fingerprints, perhaps of more layers."""
+        """Continue from a checkpoint, if it is intact and has these layers and fingerprints, or more layers."""
         try:
             header, tensors = read_tensors(path, KIND, VERSION, ResultFileError)
             with taking_apart(path, "whole sums"):
