@@ -1,11 +1,11 @@
-"""CounterFact: is the new object more probable than the old one, in other words too, and does it stay so elsewhere?
+"""CounterFact: tests whether the new object beats the old one, also in paraphrases, and whether other facts stay.
 
-A prompt is scored by P[o*] against P[oᶜ], the new object and the old one. P is, by name,
+A prompt's score compares P[o*] of the new object with P[oᶜ] of the old one. P is, by name,
 
 - `per_token`: exp of the mean log-probability per token (the published code, and the numbers of the paper's tables),
-- `total`: the probability of the whole object (the paper's words); for objects of one token they are the same.
+- `total`: the probability of the whole object (the paper's wording); for objects of one token they are the same.
 
-Means are over a record's prompts, then over records. Everything is a fraction here; tables multiply by 100.
+Means are over a record's prompts, then over records. All numbers are fractions here; tables multiply by 100.
 """
 
 from __future__ import annotations
@@ -242,7 +242,7 @@ COUNTERFACT = Task(
 
 @without_autocast
 def score_record(model: Model, record: Record, probability: Probability = "per_token") -> dict[str, float | None]:
-    """A record's numbers on the model as it stands, by itself and in the plain way.
+    """A record's numbers on the model in its current state, computed alone and without sharing work.
 
     Raises:
         FactError: if a prompt or an object cannot be scored.

@@ -1,4 +1,4 @@
-"""Composition of a set, as in the paper's Table 3: how much there is in all, by relation and by record."""
+"""Composition of a set, as in the paper's Table 3: counts in total, for each relation and for each record."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from errata.tasks.records import RecordSet
 
 @dataclass(frozen=True)
 class Item:
-    """One kind of thing that a set has.
+    """Counts of one kind of item in a set.
 
     Attributes:
         name: what it is, such as "paraphrase prompts".

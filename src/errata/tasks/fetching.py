@@ -1,8 +1,8 @@
-"""Fetching published sets: only when asked, resumed where it stopped, checked, and then not fetched again.
+"""Download of published sets: only on request, resumed where it stopped, verified, and not repeated.
 
-While a file is on its way it stands beside its place as `counterfact.part.json`, with what the server calls this
-version of it in `counterfact.part.json.version`; if that has changed in between, it is begun anew. A file that is whole
-has its sha256 beside it, in `counterfact.json.sha256` (`sha256sum -c` reads that), so that a later change is noticed.
+A partial file is `counterfact.part.json`, with the server's version tag in `counterfact.part.json.version`; if the tag
+has changed, the download starts again. A complete file has its sha256 beside it, in `counterfact.json.sha256` (for
+`sha256sum -c`), so that later changes are noticed.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _SECONDS = 30.0  # without a byte, after which a connection counts as lost
 
 
 class NotFetched(ErrataError, ConnectionError):
-    """A file that could not be got from where it is."""
+    """A file that could not be downloaded."""
 
 
 def place(source: Source, folder: str | Path | None = None) -> Path:
@@ -41,7 +41,7 @@ def place(source: Source, folder: str | Path | None = None) -> Path:
 
 
 def state(source: Source, folder: str | Path | None = None) -> State:
-    """Whether the file of a source is there, and still what was fetched."""
+    """Whether the file of a source exists and is still what was fetched."""
     target = place(source, folder)
     if not target.is_file():
         return "unfinished" if _part(target).is_file() else "absent"
@@ -50,7 +50,7 @@ def state(source: Source, folder: str | Path | None = None) -> State:
 
 
 def fetch(source: Source, folder: str | Path | None = None, progress: Progress | None = None) -> Path:
-    """The file of a source, fetched if it is not there. A call that was stopped is gone on with by the next one.
+    """The file of a source, fetched if it does not exist. The next call continues a stopped one.
 
     Args:
         source: which one.

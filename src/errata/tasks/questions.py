@@ -1,13 +1,13 @@
 """Question tasks: records of a question, its rephrasings, and questions of other facts, scored by predicted tokens.
 
-| number | share of target tokens that are the most probable ones, each after those before it |
+| number | share of target tokens that the model ranks first, each after the ones before it |
 |---|---|
 | efficacy | of the new answer after the edited question |
 | paraphrase | of the new answer after the question in other words |
 | specificity | of other questions' own answers |
 
-All tokens of a kind's targets count alike within a record; then the mean over records. Fractions; tables multiply by
-100. zsRE and WikiBigEdit are two such tasks.
+Within a record, all target tokens of a kind count equally; then the mean over records. All numbers are fractions;
+tables multiply by 100. zsRE and WikiBigEdit are two such tasks.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ def prompts(record: QuestionRecord) -> dict[str, tuple[Request, ...]]:
 
 
 def training(record: QuestionRecord) -> Training:
-    """The answer is to be said after the question and its rephrasings; answers to other questions are to stay."""
+    """Training prompts: the question and its rephrasings should give the answer; other questions should keep theirs."""
     return Training((record.rewrite.text, *record.paraphrase), record.locality)
 
 
 def hits(kind: str) -> Value:
-    """Share of the target tokens of a kind that are the most probable ones."""
+    """Share of a kind's target tokens that the model ranks first."""
 
     def value(measurement: Measurement, probability: Probability) -> float | None:
         scores = [score for scores in (measurement.answers or {}).get(kind, ()) for score in scores]

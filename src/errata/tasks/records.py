@@ -1,6 +1,6 @@
-"""Records of tasks, read from `.json` or `.jsonl` files. The entries show which task and which form they belong to.
+"""Records of tasks, read from `.json` or `.jsonl` files. The task and schema are recognised from the entries.
 
-A bad entry is reported and spoils no other.
+A bad entry is reported and does not affect the others.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ FACTS = frozenset({"known facts", "a table of facts"})
 
 @dataclass(frozen=True)
 class RecordSet:
-    """The records of a file, as far as they were asked for.
+    """The requested records of a file.
 
     Attributes:
         task: the task that they belong to.
@@ -106,7 +106,7 @@ def read_records(
 
 
 def what_is_in(path: str | Path) -> str:
-    """Name of the schema of a JSON file of records; of other files what they hold, or "".
+    """Name of the schema of a JSON file of records; for other files a description of their content, or "".
 
     Raises:
         ResultFileError: if it cannot be read.

@@ -1,4 +1,4 @@
-"""The registries of tasks and metrics: errata's own, and those of other packages.
+"""The registries of tasks and metrics: built-in ones and those of other packages.
 
 [project.entry-points."errata.tasks"]
 mine = "my_package.task:TASK"             # a Task whose name is "mine"
@@ -25,7 +25,7 @@ T = TypeVar("T", Task, Column)
 
 
 def tasks() -> dict[str, Task]:
-    """All tasks by name, errata's own first, each with the metrics that other packages add.
+    """All tasks by name, built-in ones first, each with the metrics that other packages add.
 
     Raises:
         ConfigError: if another package brings one that cannot be used.
@@ -42,7 +42,7 @@ def tasks() -> dict[str, Task]:
 
 
 def task_of(name: str) -> Task:
-    """The task of this name, with the metrics that other packages add to it.
+    """The task with this name, and the metrics that other packages add to it.
 
     Raises:
         ConfigError: if there is none, or a package that brings it or a metric of it cannot be used.

@@ -1,4 +1,4 @@
-"""A task: a benchmark as one object. How its entries are read, what it asks a model, and which numbers come of it."""
+"""A task: a benchmark as one object, which knows how to read entries, which requests to score, and the numbers."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Case(Protocol):
 
     @property
     def case_id(self) -> int:
-        """Its number in its set."""
+        """The record's number in its set."""
 
     @property
     def rewrite(self) -> Rewrite:
@@ -29,7 +29,7 @@ class Case(Protocol):
 
 
 class Measurement(Protocol):
-    """The measurements of one record that a column computes its number from; `evaluation.results.Result` is one."""
+    """The measurements of one record from which columns compute their numbers; `evaluation.results.Result` is one."""
 
     @property
     def answers(self) -> Scored | None:
@@ -57,7 +57,7 @@ Value = Callable[[Measurement, Probability], "float | None"]
 
 @dataclass(frozen=True)
 class Column:
-    """A metric: one number of a record, its mean over records, and how a table shows it.
+    """A metric: a number for each record, its mean over records, and its display in tables.
 
     Attributes:
         name: its name in results.
@@ -115,7 +115,7 @@ class Schema:
     lacks: frozenset[str] = frozenset()
 
     def fits(self, entry: Mapping[str, Any]) -> bool:
-        """Whether an entry, with its keys in their plain spelling, has this form."""
+        """Whether an entry, with normalised keys, has this form."""
         return not self.keys.isdisjoint(entry) and self.needs <= entry.keys() and self.lacks.isdisjoint(entry)
 
 
@@ -151,7 +151,7 @@ class PaperRow:
 
 @dataclass(frozen=True)
 class Training:
-    """Prompts of one record that a trained editor learns from.
+    """Training prompts for a trained editor, from one record.
 
     Attributes:
         equivalents: whole prompts after which the new object is to be said.
@@ -224,7 +224,7 @@ class Task:
     snippets: bool = False
 
     def requests(self, record: Any) -> list[Request]:
-        """Scoring requests of a record, kind after kind."""
+        """Scoring requests of a record, grouped by kind."""
         return [request for kind in self.prompts(record).values() for request in kind]
 
     def scored(self, record: Any, scores: Sequence[Scores]) -> Scored:
@@ -236,12 +236,12 @@ class Task:
         return found
 
     def numbers(self, measurement: Measurement, probability: Probability = "per_token") -> dict[str, float | None]:
-        """Every number of one record, by column; None where it has none. Harmonic means are not of one record."""
+        """Every number of one record, by column; None where it has none. Harmonic means exist only over records."""
         values = {column.name: column.value(measurement, probability) for column in self.columns if not column.harmonic}
         return {name: None if value is None or value != value else value for name, value in values.items()}
 
     def column(self, name: str) -> Column | None:
-        """The column of that name."""
+        """The column with this name."""
         return next((column for column in self.columns if column.name == name), None)
 
     def paper_row(self, model: str, editor: str = "") -> PaperRow | None:

@@ -3,9 +3,9 @@
 AIE of a role and layer is the mean over facts of the indirect effect of the sites in that role. Where a fact has
 several tokens in a role (middle subject, further), its sites count as their mean. ATE is the mean total effect.
 
-`averaging="reference"` averages as the published notebook does. A token can have two roles: a subject of one token is
-a first and a last subject token, and the last token can be the first after the subject too. All tokens of a role count
-alike, however many a fact has. AIE is the mean of P*,clean[o] over the tokens less the mean of P*[o] over all facts.
+`averaging="reference"` averages like the published notebook. A token can have two roles: a subject of one token is a
+first and a last subject token, and the last token can be the first after the subject too. All tokens of a role count
+equally, however many a fact has. AIE is the mean of P*,clean[o] over the tokens less the mean of P*[o] over all facts.
 Its normal interval takes the standard deviation of P*,clean[o] over the tokens (dividing by their number) and n, the
 number of facts. No fact is left out for its total effect.
 
@@ -107,7 +107,7 @@ class AverageEffects:
 
     @property
     def counts(self) -> tuple[int, ...]:
-        """Facts that have each role, in the first part, at the layer that most were traced at."""
+        """Number of facts that have each role, in the first part, at the layer where most were traced."""
         return tuple(next(iter(self.sites.values()))["facts"].max(1).tolist())
 
     def _scalar(self, name: str) -> float:
@@ -138,7 +138,7 @@ class AverageEffects:
         return lines_figure(self.mean, low, high, ROLES, window=self._window, title=self._title)
 
     def severed(self) -> Figure:
-        """AIE of the last subject token's state, as it is and with modules severed, after Figure 3 of the paper.
+        """AIE of the last subject token's state, without and with severed modules, after Figure 3 of the paper.
 
         Raises:
             ConfigError: if the states, or both kinds of severed ones, were not traced at that token.
@@ -184,7 +184,7 @@ class AverageEffects:
     # ---- tables and files -----------------------------------------------------------------------------
 
     def to_frame(self) -> pandas.DataFrame:
-        """One row a part, role and layer: part, role, layer, mean, low, high, boot_low, boot_high, facts.
+        """One row for each part, role and layer: part, role, layer, mean, low, high, boot_low, boot_high, facts.
 
         Raises:
             MissingExtra: if pandas is not installed.
@@ -196,7 +196,7 @@ class AverageEffects:
         return needed("pandas", "tables").DataFrame(columns)
 
     def save(self, path: str | Path) -> None:
-        """Write .json, .csv or .parquet, by the path's ending, whole or not at all. All three hold everything.
+        """Write .json, .csv or .parquet atomically, by the path's ending. All three hold everything.
 
         Raises:
             ConfigError: if the ending is another.
@@ -226,7 +226,7 @@ def average_effects(
     resamples: int = 1000,
     seed: int = 0,
 ) -> AverageEffects:
-    """Average traces of one model that were made alike. They are read once, one at a time, and not kept.
+    """Average traces of one model that have the same settings. They are read once, one at a time, and not kept.
 
     A site that was not traced (NaN) does not count.
 

@@ -1,6 +1,6 @@
 """Averages in files: JSON, CSV with its header in a first comment line, Parquet with it in the schema's metadata.
 
-All three hold everything, and give back the numbers that were written, bit for bit.
+All three hold everything and preserve the numbers bit for bit.
 """
 
 from __future__ import annotations

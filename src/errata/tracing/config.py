@@ -1,4 +1,4 @@
-"""The settings of a trace."""
+"""Settings of a trace."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ TokenRole = Literal["subject_first", "subject_middle", "subject_last", "after_su
 
 
 def several(value: Any) -> Any:
-    """One name stands for a tuple of one."""
+    """A single name as a tuple of one."""
     return (value,) if isinstance(value, str) else value
 
 
 def each_once(value: tuple[Any, ...]) -> tuple[Any, ...]:
-    """A name given twice counts once."""
+    """Names without repetitions."""
     return tuple(dict.fromkeys(value))
 
 
@@ -96,7 +96,7 @@ class TraceConfig(Config):
 
     @property
     def corruption(self) -> Corruption:
-        """The noise as a value."""
+        """The noise as a `Corruption`."""
         return Corruption.parse(self.noise)
 
     @property
@@ -105,7 +105,7 @@ class TraceConfig(Config):
         return 1 + (self.severed_noise == "reference" and any(part.startswith("severed_") for part in self.parts))
 
     def width(self, layers: int) -> int:
-        """The window in a model of so many layers."""
+        """The window in a model with this many layers."""
         return self.window or (10 if layers >= 30 else max(3, round(layers / 5)))
 
 

@@ -1,7 +1,7 @@
-"""The corrupted run as a setting: which noise comes to the embeddings of the subject's tokens.
+"""The corruption as a setting: the kind of noise on the embeddings of the subject's tokens.
 
 The paper adds Gaussian noise ε ~ N(0, ν²) with ν = 3σ, σ the standard deviation of the embeddings of subjects' tokens,
-and compares it with others (its Figure 13). What exactly is drawn stands in `noise.py`.
+and compares it with others (its Figure 13). `noise.py` says exactly what is drawn.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ class Corruption:
     Attributes:
         kind: the distribution: "gaussian", "uniform", "multivariate" or "student".
         multiple: ν or a as a multiple of σ, for gaussian and uniform; None where it does not count.
-        level: ν or a itself; it goes before `multiple`.
-        degrees: of freedom, for student; more than 2, so that there is a covariance.
+        level: ν or a itself; it overrides `multiple`.
+        degrees: degrees of freedom, for student; more than 2, so that the covariance exists.
         replace: whether the noise takes the embedding's place; else it is added.
         after: how many tokens after the subject's last are corrupted too (1 in Figures 12 and 15).
 
@@ -116,12 +116,12 @@ class Corruption:
         return self.name
 
     def as_dict(self) -> dict[str, Any]:
-        """All fields, ready for JSON; `Corruption(**fields)` is this one again."""
+        """All fields, JSON-able; `Corruption(**fields)` is equal to this one."""
         return asdict(self)
 
 
 def require_level(level: Any) -> None:
-    """Make sure that noise of this size corrupts something.
+    """Check that noise of this size has an effect.
 
     Raises:
         ConfigError: if it does not, or is not a number.

@@ -1,14 +1,15 @@
-"""Integrated gradients: Figure 16 of the paper, another way to ask which activations an answer hangs on.
+"""Integrated gradients: Figure 16 of the paper, another measure of which activations an answer depends on.
 
-Nothing is corrupted here. Of the clean run, one activation x `[d_model]` at one token is replaced by αx, all that
-follows runs on, and the answer's probability is P_αx[o]. The activation's integrated gradient is
+Nothing is corrupted here. In the clean run, one activation x `[d_model]` at one token is replaced by αx; after the rest
+of the run, the answer's probability is P_αx[o]. The activation's integrated gradient is
 
     I = x ⊙ ∫₀¹ ∂P_αx[o] / ∂(αx) dα,
 
 by Gauss-Legendre quadrature; the figure shows its Euclidean norm. Its components add up to P_x[o] − P_0[o], up to the
-quadrature's error, which is not always small: a norm right behind x forgets α but for the smallest, and what happens
-there few points see. So it is for states, and for outputs that are normed before they are added (Gemma 3, OLMo 2);
-more points tell. A site is a state, or the output of one MLP or attention module: no window of layers as in a trace.
+quadrature's error, which is not always small: a norm directly after x removes α except for very small α, where there
+are few points. This concerns states, and outputs that are normed before they are added (Gemma 3, OLMo 2); more points
+show the size of the error. A site is a state, or the output of one MLP or attention module: no window of layers as in a
+trace.
 
 The clean run is recorded once. Each site and α is a row that joins a sweep through the blocks where the site is, at
 its token and those after it; one backward pass then serves all rows of a sweep.
@@ -88,7 +89,7 @@ class GradientsConfig(Config):
 
 @dataclass(frozen=True, eq=False)
 class IntegratedGradients:
-    """Integrated gradients of an answer's probability, of every site of one prompt.
+    """Integrated gradients of an answer's probability with respect to every site of one prompt.
 
     Attributes:
         fact: the fact whose prompt was run.
@@ -229,7 +230,7 @@ def integrated_gradients(
     memory: int | None = None,
     progress: Progress | None = None,
 ) -> IntegratedGradients:
-    """Integrated gradients of the answer's probability, of all tokens and layers of a fact's prompt.
+    """Integrated gradients of the answer's probability, for all tokens and layers of a fact's prompt.
 
     The model is left as it was, whatever happens: no weight gets a gradient, and what was trainable is so again.
 

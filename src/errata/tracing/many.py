@@ -1,7 +1,7 @@
-"""Tracing many facts into one file, which survives a kill at any moment and goes on where it stopped.
+"""Tracing of many facts into one file. A run that was killed continues where it stopped.
 
-Facts of one length in tokens are traced together. Who is traced with whom depends on the facts and settings alone, not
-on how far an earlier run came, so that a resumed file is the same, number for number, as one written in one go.
+Facts of one length in tokens are traced together. The grouping depends only on the facts and settings, not on the
+progress of an earlier run, so a resumed file equals that of an uninterrupted run, number for number.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def trace_facts(
     progress: Progress | None = None,
     **settings: Any,
 ) -> TracedFacts:
-    """Trace facts and keep every trace in a file as soon as it is there.
+    """Trace facts and write every trace to a file as soon as it is computed.
 
     If the file is there already, of the same model, facts and settings, what it holds is not traced again; facts behind
     those that it was begun with are added, under the noise that was measured for the first ones. Ctrl-C ends

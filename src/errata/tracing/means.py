@@ -1,4 +1,4 @@
-"""Means over facts, and the long table in which those of sites are: one row a part, role and layer."""
+"""Means over facts, and the long table of the means of sites: one row for each part, role and layer."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Array = NDArray[Any]
 
 @dataclass(frozen=True)
 class Mean:
-    """A mean over facts: its normal and bootstrap 95 % intervals, and how many facts it is over.
+    """A mean over facts, with normal and bootstrap 95 % intervals and the number of facts.
 
     Intervals are None below two facts, and the mean is below one.
     """
@@ -35,7 +35,7 @@ class Mean:
 
 @dataclass(frozen=True)
 class Best:
-    """The site of each fact that restores most, over facts.
+    """Statistics over facts of the site that restores most in each fact.
 
     Attributes:
         effect: its indirect effect.

@@ -1,7 +1,7 @@
 """The noise of corrupted runs: measured once on a model, drawn for any number of facts.
 
-What is drawn, from numpy's `RandomState` in float64, the same for every site, so that differences between sites are the
-sites' own:
+Noise is drawn from numpy's `RandomState` in float64. It is the same for every site, so that it causes no differences
+between sites:
 
 | kind | ε of each sample and token | drawn from |
 |---|---|---|
@@ -11,10 +11,10 @@ sites' own:
 | student | μ + √((df − 2) / χ²) Σ^½ z | z too; χ²: `RandomState(seed + 1).chisquare(df, samples * tokens)` |
 
 ν and a are a level, or a multiple of σ. μ and Σ are the mean and covariance of the embeddings of all tokens of the
-vocabulary. Seed 1 gives the published code's own draws. It differs from these in three ways: its "u3" is a level, not
-a multiple of σ; it measures μ and Σ on the tokens of Wikipedia texts; and its Student factor scales μ as well, so that
-the mean is not μ. Σ^½ is the symmetric root: it is the one factor that does not hang on the signs of eigenvectors,
-which libraries choose as they like, and it exists where Σ has not full rank.
+vocabulary. Seed 1 gives the published code's own draws. It differs from these in three ways: its "u3" is a level, not a
+multiple of σ; it measures μ and Σ on the tokens of Wikipedia texts; and its Student factor scales μ as well, so that
+the mean is not μ. Σ^½ is the symmetric root: it is the only factor that does not depend on the signs of eigenvectors,
+which differ between libraries, and it exists even if Σ does not have full rank.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from errata.tracing.corruption import Corruption, require_level
 
 @dataclass(frozen=True, eq=False)
 class Disturbance:
-    """A corruption and what was measured for it: all that noise is drawn from.
+    """A corruption and its measured parameters: everything that is needed to draw noise.
 
     Attributes:
         corruption: the corruption.
@@ -79,7 +79,7 @@ class Disturbance:
         }
 
     def draw(self, samples: int, tokens: int, seed: int) -> Tensor:
-        """Noise ε `[samples, tokens, d]` in float64 on the CPU, as the table of this file says.
+        """Noise ε `[samples, tokens, d]` in float64 on the CPU, by the table at the top of this file.
 
         Raises:
             ConfigError: if nothing was measured, as in a disturbance made by hand.
@@ -103,7 +103,7 @@ class Disturbance:
 def measure(
     corruption: Corruption, model: Model, subjects: Iterable[str] = (), *, own: str | None = None
 ) -> Disturbance:
-    """Measure on the model what the noise depends on. The result serves for any number of facts.
+    """Measure the parameters of the noise on the model. The result can be used for any number of facts.
 
     σ is measured on the subjects; if there are none, it is what the model's config says
     (`errata["subject_sigma"]`), and failing that it is measured on `own`. μ and Σ are measured on the subjects'

@@ -1,7 +1,7 @@
 """Result of causal tracing for one fact: it saves, loads and draws itself.
 
 A file of traces is a journal (`base.journal`): a header line, then one line a trace. One fact's trace is such a file
-with one line, so that whatever reads one reads a thousand. Numbers come back as they were, bit for bit.
+with one line, so the same code reads one trace or a thousand. Numbers are preserved bit for bit.
 """
 
 from __future__ import annotations
@@ -99,11 +99,11 @@ class CausalTrace:
 
     @property
     def total_effect(self) -> float:
-        """TE: what the corruption takes from the answer's probability."""
+        """TE: how much the corruption lowers the answer's probability."""
         return self.clean - self.corrupted
 
     def indirect_effect(self, part: str = "state") -> np.ndarray:
-        """IE of every site of a part, `[tokens, layers]`: what restoring it gives back.
+        """IE of every site of a part, `[tokens, layers]`: how much restoring it raises the answer's probability.
 
         Raises:
             ConfigError: if the part was not traced.
@@ -137,7 +137,7 @@ class CausalTrace:
         return begin + int(token), int(layer), float(effect[begin + token, layer])
 
     def to_frame(self) -> pandas.DataFrame:
-        """One row a site: part, token (index), text, role, layer, restored, indirect_effect.
+        """One row for each site: part, token (index), text, role, layer, restored, indirect_effect.
 
         Raises:
             MissingExtra: if pandas is not installed.
@@ -232,7 +232,7 @@ def save_traces(path: str | Path, traces: Iterable[CausalTrace]) -> None:
 
 
 def load_traces(path: str | Path) -> list[CausalTrace]:
-    """All traces in a file, in the order of their facts; of a run under way those that are there.
+    """All traces in a file, in the order of their facts; for an unfinished run, the finished ones.
 
     A line that was cut short at the end is left out.
 
@@ -251,7 +251,7 @@ def _first(pair: tuple[int, Any]) -> int:
 
 
 def as_record(trace: CausalTrace) -> dict[str, Any]:
-    """A trace as a line of a file: JSON, with null for NaN."""
+    """A trace as JSON-able values, with null for NaN."""
     return {
         "fact": trace.fact.as_list(),
         "answer": trace.answer,
@@ -269,7 +269,7 @@ def as_record(trace: CausalTrace) -> dict[str, Any]:
 
 
 def from_record(record: Mapping[str, Any], header: Mapping[str, Any], path: str | Path) -> CausalTrace:
-    """The trace of a line, of the model that the file's header names.
+    """The trace in a line; its model is named in the file's header.
 
     Raises:
         ResultFileError: if something is missing, or does not fit together.

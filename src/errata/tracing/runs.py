@@ -30,7 +30,7 @@ _ROWS_WAITING = 1024  # before the head reads them together
 
 
 def checked_memory(memory: int | None, model: Model) -> int:
-    """Bytes that runs may take; they take what one clean and one corrupted row need in any case.
+    """Bytes that runs may use; one clean and one corrupted row are always allowed.
 
     Raises:
         ConfigError: if they are fewer than one.
@@ -169,7 +169,7 @@ class _Runs:
         return self.length - self.prompt + 1
 
     def corrupted_tokens(self, fact: TokenizedFact) -> range:
-        """The tokens of a fact that are disturbed."""
+        """The corrupted tokens of a fact."""
         return range(fact.span.first, min(fact.span.last + 1 + self.config.corruption.after, self.prompt))
 
     def add(self, noise: Sequence[Tensor], replace: bool, tell: Progress) -> None:

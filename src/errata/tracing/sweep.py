@@ -1,10 +1,10 @@
 """All restored runs of one token in a single sweep through the blocks.
 
-A restored run equals the corrupted run up to its first restored site, so its rows join the sweep there: as the
-corrupted run's hidden states from this token on, with the restored output put in. Runs whose windows of layers begin
-together are the same until the first window ends, and share their rows until then. Tokens before the restored one are
-never run again, nor is any block below it. Severed runs under noise of their own are the exception: their modules are
-held in all layers, so they share rows from block 0 on, each until its state is restored.
+A restored run equals the corrupted run up to its first restored site, so its rows join the sweep there: the corrupted
+run's hidden states from this token on, with the restored output inserted. Runs whose windows begin at the same layer
+are equal until the first window ends, and share rows until then. Tokens before the restored one, and blocks below it,
+are never run again. Severed runs under their own noise are the exception: their modules are held in all layers, so they
+share rows from block 0 on, each until its state is restored.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ class _Variant:
     ends: list[tuple[int, tuple[int, ...]]]  # those still ahead
 
     def holds(self, layer: int) -> str | None:
-        """The part whose output is put in place of what block `layer` would write at the token, if any."""
+        """The part whose stored output replaces that of block `layer` at the token, if any."""
         if self.group.part in SEVERED:
             return SEVERED[self.group.part]
         inside = self.group.part != "state" and self.ends[0][0] >= layer

@@ -71,7 +71,7 @@ def tokenize_fact(model: Model, fact: Fact, config: TraceConfig) -> TokenizedFac
 
 
 def warn_of_sinks(model: Model, tokenized: Sequence[TokenizedFact]) -> None:
-    """Say which subjects end at the first token of their text, if the model keeps an attention sink there."""
+    """Warn of subjects that end at the first token of their text, if the model keeps an attention sink there."""
     subjects = [each.fact.subject for each in tokenized if each.span.last == 0]
     if subjects and first_token_cosines(model, model.n_layers // 2).sink:
         others = f" (and {len(subjects) - 1} more subjects)" if subjects[1:] else ""

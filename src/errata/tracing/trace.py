@@ -1,14 +1,14 @@
 """Causal tracing of one fact: Figure 1 of the paper.
 
-Three runs of the model on a fact's prompt:
+There are three kinds of runs on a fact's prompt:
 
-- clean: as it is. The answer is its most probable next token, with probability P[o].
+- clean: the prompt unchanged. The answer is its most probable next token, with probability P[o].
 - corrupted: noise on the subject's embeddings. The answer's probability is P*[o].
 - restored: corrupted, but at one site (part, layer, token) the clean run's activation is put back; P*,clean[o].
 
 Total effect TE = P[o] − P*[o]; indirect effect of a site IE = P*,clean[o] − P*[o]. Probabilities are means over
 samples of noise. A `state` site is one block output h. An `mlp` or `attention` site is a window of layers around
-its layer, in which the module's outputs at that token are restored together, since one of them alone does little.
+its layer, in which the module's outputs at that token are restored together, since one layer alone has little effect.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def trace(
     progress: Progress | None = None,
     **settings: Any,
 ) -> CausalTrace:
-    """Trace one fact: restore every site from the subject's first token on, and see what comes back.
+    """Trace one fact: measure the indirect effect of every site from the subject's first token on.
 
     Sites before the subject are not run: nothing there is corrupted, so their effect is exactly zero.
 
