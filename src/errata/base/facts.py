@@ -62,10 +62,10 @@ class Fact:
     the prompt matters. Braces other than the one `{}` are ordinary text.
 
     Attributes:
-        subject: what the fact is about.
+        subject: the entity that the fact is about.
         prompt: a sentence up to its object. Spaces at its end belong to what follows, as in tokenizers, and are moved
             to `separator`.
-        object: what completes the sentence.
+        object: the text that completes the sentence.
         separator: the white space between prompt and object; None: the text decides.
 
     Raises:

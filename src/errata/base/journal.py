@@ -60,7 +60,7 @@ class Journal:
 
         Args:
             path: the file.
-            kind: what it holds, such as "evaluation".
+            kind: kind of its content, such as "evaluation".
             version: the format of its records.
             header: JSON-able settings that all its records depend on.
             ignore: keys of the header that may differ when going on, such as versions of libraries.

@@ -30,7 +30,7 @@ def taking_apart(
         path: the file.
         what: it should hold, for the message, such as "a saved edit".
         error: the class to raise.
-        advice: what to do.
+        advice: advice for the user.
 
     Raises:
         error: if the block raises anything else.

@@ -270,9 +270,9 @@ class _Row:
     """A request that was met.
 
     Attributes:
-        name: what its table calls it.
-        rewrite: what was asked for.
-        edit: what writes it, perhaps with other requests of its subject.
+        name: its name in the table.
+        rewrite: the requested rewrite.
+        edit: the edit that writes it, perhaps with other requests of its subject.
         with_all: probability of the new object with the edits of all rows on the model; None: not measured.
     """
 

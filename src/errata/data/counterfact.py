@@ -57,7 +57,7 @@ def flat_record(entry: Mapping[str, Any], place: int) -> Record:
     """A record from an entry of the flat schema.
 
     Args:
-        entry: of the file.
+        entry: an entry of the file.
         place: its place there, from 0, which is its number where it has none.
 
     Raises:

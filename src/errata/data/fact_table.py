@@ -79,7 +79,7 @@ class FactTable:
     Attributes:
         rows: the facts, in order.
         bad: the lines that are none, in order.
-        unit: what `line` counts: "line" or "entry".
+        unit: the unit of `line`: "line" or "entry".
         digest: sha256 of the file's bytes, in hex.
         unread: names of its columns that mean nothing here.
     """

@@ -58,7 +58,7 @@ class RequestRow:
     Attributes:
         line: where it stands: the line it begins on, from 1; in a .json list, the number of the entry, from 1.
         rewrite: the fact and its new object; the old object may be empty.
-        name: what the table calls the row; if nothing, `line`.
+        name: the row's name in the table; `line` if it has none.
     """
 
     line: int
@@ -73,7 +73,7 @@ class RequestTable:
     Attributes:
         rows: the requests, in order.
         bad: the lines that are none, in order.
-        unit: what `line` counts: "line" or "entry".
+        unit: the unit of `line`: "line" or "entry".
         digest: sha256 of the file's bytes, in hex.
         unread: names of its columns that mean nothing here.
     """

@@ -30,7 +30,7 @@ class Snippet:
 
     Attributes:
         name: the subject.
-        text: what is said of it.
+        text: the text about it.
     """
 
     name: str

@@ -74,7 +74,7 @@ class TripleTable:
     Attributes:
         rows: the facts, in order.
         bad: the lines that are none, in order.
-        unit: what `line` counts: "line", "entry" or "row".
+        unit: the unit of `line`: "line", "entry" or "row".
         digest: sha256 of the file's bytes, in hex.
         unread: names of its columns that mean nothing here.
     """

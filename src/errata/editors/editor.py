@@ -26,7 +26,7 @@ class Step:
 
     Attributes:
         index, steps: step number `index`, from 0, of at most `steps`.
-        loss: in nats; None where the method has no loss.
+        loss: the loss in nats; None if the method has none.
         fact, facts: the rewrite is number `fact`, from 0, of the `facts` rewrites of the call.
     """
 
@@ -89,7 +89,7 @@ class Editor:
     ) -> list[Edit | ErrataError]: ...
 
     def __call__(self, rewrites: Any, *, errors: Literal["raise", "keep"] = "raise", **options: Any) -> Any:
-        """The edit of a rewrite, or a list of edits for a list of rewrites. The model is left as it was.
+        """The edit of a rewrite, or a list of edits for a list of rewrites. The model is left unchanged.
 
         Args:
             rewrites: a fact with its new object, or a list of such.

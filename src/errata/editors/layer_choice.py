@@ -72,7 +72,7 @@ def choose_layer(
     Args:
         facts: of many, ten are traced. Their answers are what the model itself says; those that hardly depend on the
             subject do not count.
-        samples: of noise, for each fact.
+        samples: number of noise samples for each fact.
         progress: called with facts traced and in all.
 
     Raises:

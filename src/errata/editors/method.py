@@ -44,7 +44,7 @@ class Preset:
     """Named settings.
 
     Attributes:
-        summary: what they are, in a line.
+        summary: a one-line description.
         settings: the settings that differ from the method's defaults.
     """
 
@@ -76,7 +76,7 @@ class Method:
 
     Attributes:
         name: its name, such as "rome".
-        summary: what it does, in a line.
+        summary: a one-line description.
         source: the publication.
         config: the class of its settings.
         make_editor: makes its `Editor` from a model, complete settings and a `Setup`. Side effects are measured

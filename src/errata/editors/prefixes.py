@@ -19,7 +19,7 @@ def sampled(model: Model, lengths: Sequence[int], seed: int, editor: str) -> tup
     Args:
         model: whose; they depend on it, the seed and the editor, not on a fact.
         lengths: without what starts the text.
-        seed: of the sampling, among the five most probable tokens.
+        seed: seed of top-5 sampling.
         editor: for whom, so that editors have texts of their own.
 
     Raises:

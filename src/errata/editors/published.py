@@ -18,7 +18,7 @@ class Published:
 
     Attributes:
         model: its name.
-        settings: what differs from the method's defaults.
+        settings: the settings that differ from the method's defaults.
         source: where they are from.
     """
 

@@ -49,7 +49,7 @@ def with_side_effects(
         model: the model without the edits.
         edits: edits, each to be measured as if it were the only one, and errors, which stay.
         bound: how to measure, and the limit.
-        seed: of the reference texts, where the model samples them.
+        seed: seed of the reference texts, if the model samples them.
         force: keep edits that disable the model.
     """
     written: dict[Edit, list[tuple[float, float]]] = {}

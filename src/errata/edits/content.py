@@ -60,13 +60,13 @@ class Content:
 
     Attributes:
         deltas: the changes, `RankOne`, `LowRank` or `Dense`.
-        method: what made them, such as "rome".
+        method: the method that made them, such as "rome".
         rewrites: the facts and their new objects.
         config: the method's settings, JSON-able.
         fingerprints: digest of each touched weight as it was when the edit was made, by weight name.
         model: name of the model it was made for.
-        versions: of errata, torch and transformers.
-        seed: of everything random in its making.
+        versions: versions of errata, torch and transformers.
+        seed: seed of everything random in its making.
         notes: what the method reports, JSON-able (losses of every step, residuals); under "layout" which touched
             weights the model stores transposed or shares with another module, under "derived" what was done to
             the edit since it was made.

@@ -246,7 +246,7 @@ class Edit(Content):
         to the last bit the same as if this one had never been there.
 
         Args:
-            model: what it is applied to.
+            model: the model to which it is applied.
             force: put edits on again, too, that were made for weights with this one in them, and so do, without it,
                 something else than what they were made to do. Otherwise they are refused.
 

@@ -62,7 +62,7 @@ def write(
     Args:
         folder: where to.
         deltas: low-rank changes of linear maps.
-        header: what the file is to say of its origin, JSON-able.
+        header: its origin, JSON-able, for the file.
         base: hub id or path of the model, for `base_model_name_or_path`.
         revision: the commit of a model on the hub.
         transposed: whether the model stores these weights as `[d_in, d_out]` (GPT-2).

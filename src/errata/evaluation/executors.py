@@ -55,8 +55,8 @@ class Work:
 
     Attributes:
         task: name of the task.
-        editors: by the names of their rows.
-        measures: what is measured.
+        editors: editors by the names of their rows.
+        measures: the settings of the measurement.
         keep_edits: whether the edits are wanted with what was measured of them.
     """
 

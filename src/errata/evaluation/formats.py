@@ -60,7 +60,7 @@ class Panel:
     """A table for display.
 
     Attributes:
-        title: what it is of.
+        title: title of the panel.
         heads: the columns' symbols.
         groups: what adjacent columns tell of, and how many they are; () if nothing.
         blocks: their headings, "" if there is but one, with their lines.

@@ -60,9 +60,9 @@ class Measures:
     Attributes:
         generation: how texts are written; None: none are.
         snippets: reference texts; None: there are none.
-        tfidf: what they are compared with texts by; None with no snippets.
+        tfidf: vocabulary and IDF for RS; None without snippets.
         probes: texts on which edits' drift is measured; empty: side effects are not measured.
-        seed: of the texts.
+        seed: seed of the texts.
         essence: "paper": perplexity of the essence texts. "reference": as in the published code, which divides by one
             token more than it scores.
     """

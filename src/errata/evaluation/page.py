@@ -41,9 +41,9 @@ def write_page(path: str | Path, runs: Sequence[Run], table: Table) -> None:
     """Write the page of some runs.
 
     Args:
-        path: of the file.
-        runs: that the table is of.
-        table: of them.
+        path: path of the file.
+        runs: the runs in the table.
+        table: the table of the runs.
 
     Raises:
         MissingExtra: if jinja2 is not installed.

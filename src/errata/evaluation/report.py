@@ -163,7 +163,7 @@ def table(
         probability: what P is in CounterFact's numbers.
         interval: how intervals are made.
         compare: names of two rows, to tell the first minus the second.
-        seed: of the bootstrap.
+        seed: seed of the bootstrap.
 
     Raises:
         ConfigError: if there is no run, or one twice, they are of different tasks, or no run has the rows to compare.

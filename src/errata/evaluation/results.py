@@ -134,9 +134,9 @@ class Results:
     """Results of one editor, or of the unedited model, on the records so far.
 
     Attributes:
-        name: of the row; "unedited" of the model without an edit.
+        name: name of the row; "unedited" for the model without an edit.
         settings: the header of its file: the run's settings, and under "editor" and "config" the editor's own.
-        by_case: by case id, in the order in which they were measured.
+        by_case: results by case id, in the order of measurement.
     """
 
     name: str
@@ -151,10 +151,10 @@ class Run:
     Attributes:
         folder: where it is.
         task: the task of its records.
-        settings: of the run, as in the header of its files.
-        records: by case id, in order.
-        unedited: of the model as it is.
-        edited: of each editor, by name, in the order in which they were begun.
+        settings: settings of the run, as in the header of its files.
+        records: records by case id, in order.
+        unedited: results of the unedited model.
+        edited: results of each editor by name, in the order of their first runs.
     """
 
     folder: Path

@@ -82,10 +82,10 @@ def evaluate(
     Args:
         model: any decoder; left as it was.
         records: records of one task, each with a case id of its own; or what `read_records` returned.
-        editors: by the names of their rows.
+        editors: editors by the names of their rows.
         folder: the run folder (`evaluation.results`).
         measures: what is measured; None: what the model says to prompts alone.
-        source: what to call the records.
+        source: name of the record set.
         keep_edits: whether edits are saved in the folder.
         executor: where chunks are measured; None: here.
         allow_seen: whether an editor may be measured on facts that it was trained on.

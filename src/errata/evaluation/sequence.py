@@ -161,14 +161,14 @@ def edit_in_sequence(
 
     Args:
         model: any decoder; the second moment and the prefixes are of it as it is now, without the edits.
-        rewrites: what to edit, in this order.
+        rewrites: the rewrites to make, in this order.
         untouched: facts with objects that should stay.
         path: the file, which `SequenceScores.load` reads too; `edits_folder` tells where the edits are.
         config: settings of ROME; None: the model's own.
         second_moment: C, of the keys of the edited layer.
         layer: the layer to edit, from 0; it goes before the config's, which goes before the model's hint.
         every: all edits so far and the untouched facts are measured after so many edits, and after the last.
-        seed: of the sampled prefixes.
+        seed: seed of the sampled prefixes.
         progress: called with edits done and edits in all.
 
     Raises:

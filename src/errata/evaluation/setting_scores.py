@@ -33,8 +33,8 @@ class SettingScores:
         at: its values, ascending.
         lines: names of what is compared: editors, and those of their other settings that differ.
         metrics: names of the numbers; the last one is the score that the others make up, if the task has one.
-        scores: of each metric, by line and value; without those that no row has.
-        unedited: of each metric, the unedited model's.
+        scores: scores of each metric, by line and value; metrics that no row has are left out.
+        unedited: score of the unedited model for each metric.
         records: how many records the run has.
         failures: edits that could not be made, by line and value.
     """

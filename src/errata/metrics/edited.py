@@ -27,8 +27,8 @@ def run_edited(
     """Last hidden states of every variant: (which variant, batch, its hidden states), batch by batch.
 
     Args:
-        model: as it stands; left as it was.
-        sequences: what is run, at least one.
+        model: the model in its current state; left unchanged.
+        sequences: the sequences to run, at least one.
         variants: for each, the edit that is on the model for each sequence; None: the model as it stands.
 
     An edit that must be applied to the model stays until the next batch is asked for, or the generator is closed. The

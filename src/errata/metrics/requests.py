@@ -57,7 +57,7 @@ def score_requests(
     """Scores of all requests for each variant, in order.
 
     Args:
-        model: as it stands; left as it was.
+        model: the model in its current state; left unchanged.
         requests: prompts with their targets.
         variants: for each, the edit that is on the model for each request; None: the model as it stands.
 

@@ -36,10 +36,10 @@ class SideEffects:
     """Side effects of an edit.
 
     Attributes:
-        probability_before, probability_after: of the new object after the bare prompt (all its tokens).
+        probability_before, probability_after: probability of the new object (all tokens) after the bare prompt.
         essence_kl: divergence of what is said after "{subject} is a", KL(before ‖ after), in nats.
         drift: that divergence on reference texts, mean over tokens, in nats.
-        perplexity_before, perplexity_after: of the reference texts.
+        perplexity_before, perplexity_after: perplexity of the reference texts.
         max_drift: the bound above which the edit counts as disabling.
     """
 
@@ -67,7 +67,7 @@ class FactPredictions:
     """Predictions of a model about a fact.
 
     Attributes:
-        probability: of the new object after the bare prompt.
+        probability: probability of the new object after the bare prompt.
         essence: log-probabilities of what follows the essence prompt, `[v]`.
     """
 

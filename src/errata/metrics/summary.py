@@ -65,7 +65,7 @@ def estimate(values: Values, method: Method = "normal", seed: int = 0) -> Estima
     Args:
         values: `[records]`; NaN or None where a record has none.
         method: the way to the interval.
-        seed: of the resamples.
+        seed: seed of the resamples.
 
     Raises:
         ConfigError: if the method is unknown, or the values are not a list of numbers.
@@ -79,7 +79,7 @@ def harmonic_score(columns: Mapping[str, Values], method: Method = "normal", see
     Args:
         columns: such as ES, PS and NS, each `[records]` in the same order; none negative.
         method: the way to the interval.
-        seed: of the resamples.
+        seed: seed of the resamples.
 
     Raises:
         ConfigError: if there are no columns, they differ in length or hold a negative number, or the method is unknown.
@@ -95,7 +95,7 @@ def paired(one: ByCase, other: ByCase, method: Method = "normal", seed: int = 0)
     Args:
         one, other: the numbers by case id. A case that only one of them has is missing.
         method: the way to the interval.
-        seed: of the resamples.
+        seed: seed of the resamples.
 
     Raises:
         ConfigError: if they have no case in common, or the method is unknown.
@@ -113,7 +113,7 @@ def paired_harmonic(
         one, other: for each column, such as ES, PS and NS, the numbers by case id. One that only one of them has is
             missing for both, so that both are measured on the same prompts.
         method: the way to the interval.
-        seed: of the resamples.
+        seed: seed of the resamples.
 
     Raises:
         ConfigError: if the columns differ, no case is in common, a number is negative, or the method is unknown.

@@ -148,10 +148,10 @@ def perplexity(
     it. Batching of windows changes the result only by rounding.
 
     Args:
-        model: as it stands.
+        model: the model in its current state.
         texts: one or many.
-        window: in tokens; None: as many as the model reads, `LONGEST_WINDOW` at most.
-        stride: in tokens; None: half of what a window holds of its text.
+        window: length in tokens; None: as many as the model reads, at most `LONGEST_WINDOW`.
+        stride: step in tokens; None: half of a window's tokens of the text.
 
     Raises:
         ConfigError: if the window is longer than the model reads, or leaves no token to predict from.
@@ -187,9 +187,9 @@ def essence_perplexity(
     """Perplexity of texts about a subject, joined by spaces and cut to `max_length` tokens.
 
     Args:
-        model: as it stands.
+        model: the model in its current state.
         texts: any number; NaN if they have no token that another stands before.
-        max_length: in tokens, special ones included; never more than the model reads.
+        max_length: limit in tokens, special ones included; never more than the model reads.
         reference: as the published code does, divide by all tokens, though the first one is not scored.
 
     Raises:

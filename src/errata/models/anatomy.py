@@ -48,15 +48,15 @@ class Anatomy:
         attention: the attention module of a block, or what else mixes tokens there; of hybrids, of block 0.
         mlp: the MLP of a block; the down-projection itself where a block has no module for its MLP.
         down: the MLP's down-projection.
-        final_norm: what the last state passes through on its way to the head.
+        final_norm: the norm between the last state and the head.
         head: the linear map to logits.
         parallel: whether attention and MLP both read the block's input.
         attention_norm: the norm that attention's output passes before it is added to the state, if any.
         mlp_norm: the same for the MLP.
-        residual_scale: what both branches are multiplied by before they are added (Granite; else 1).
-        logit_scale: what the head's output is multiplied by (Cohere, Granite; else 1).
+        residual_scale: factor of both branches before they are added (Granite; else 1).
+        logit_scale: factor of the head's output (Cohere, Granite; else 1).
         softcap: c where logits are c tanh(head / c) (Gemma 2; else None).
-        mixers: of a hybrid, whose blocks mix tokens in different ways, the attention of each block; else empty.
+        mixers: for a hybrid, whose blocks mix tokens in different ways, the attention of each block; else empty.
     """
 
     embedding: str

@@ -71,7 +71,7 @@ class Decoder:
         hf: the live model, in eval mode.
         tokenizer: its fast tokenizer.
         anatomy: where its parts are.
-        name: what to call it in results and messages.
+        name: its name in results and messages.
         d_model: features of the state.
         d_mlp: features of a key.
         vocab_size: how many logits there are, which may be more than the tokenizer has tokens.

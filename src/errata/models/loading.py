@@ -59,7 +59,7 @@ def load_pretrained(
         source: a folder, the id of a model on the Hugging Face hub, or a live (model, tokenizer).
         dtype: "auto" (as stored, or as the live model is), "float32", "bfloat16", "float16" or "float64".
         device: where to put it, such as "cuda" or "cuda:1". None: the CPU, or where a live model is.
-        name: what to call it; None: the source's own name.
+        name: its name; None: the source's own name.
         download: whether a hub id that is not in the local cache may be downloaded.
         device_map: instead of a device, where each part of a model that is loaded goes, as accelerate takes it: "auto"
             fills the GPUs, then memory, then disk; or by name, as in {"model.embed_tokens": 0, "model.layers.0": 1}.

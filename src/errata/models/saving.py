@@ -29,7 +29,7 @@ def save_pretrained(model: Model, folder: str | Path, notes: Mapping[str, Any] |
     Weights are safetensors in the model's own dtype; tied ones are written once.
 
     Args:
-        model: left as it is.
+        model: the model; left unchanged.
         folder: a new or an empty one.
         notes: what else to say of the model, JSON-able; it is written to errata.json in the folder.
 

@@ -89,7 +89,7 @@ class Call:
         arguments: all but the hidden states, by name; the first row of a tensor stands for all rows; the cache is
             `PAST`.
         rows: number of recorded rows.
-        length: of the recorded texts, in tokens.
+        length: length of the recorded texts, in tokens.
         whole: True if there was no cache: the block is called on whole texts, after `Earlier`.
     """
 

@@ -58,7 +58,7 @@ class PackedPasses:
 
     Attributes:
         model: the model.
-        sequences: what is run.
+        sequences: the sequences to run.
 
     Raises:
         FactError: if a text is too long for the model.
@@ -118,7 +118,7 @@ class PackedPasses:
         """Output of block `layer`; for the last block, from the first wanted position on.
 
         Args:
-            batch: what is run.
+            batch: the batch to run.
             layer: the block.
             states: hidden states that enter it, `[b, w, d_model]`.
             changes: of the model's weights, an entry for each sequence of the batch.

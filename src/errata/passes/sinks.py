@@ -58,7 +58,7 @@ def warn_of_sink(model: Model, subject: str, consequence: str) -> None:
     """Warn that a subject is in the attention sink, with the consequence and the remedy.
 
     Args:
-        subject: what is said of it.
+        subject: its description in the message.
         consequence: a clause, such as "its trace shows little".
     """
     start = advised_start_token(model)

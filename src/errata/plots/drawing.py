@@ -255,8 +255,8 @@ def map_grid(
     """A figure with room for a map of each array, once or on several levels.
 
     Args:
-        arrays: what will be drawn.
-        labels: of the rows, on the left of every level.
+        arrays: the arrays to draw.
+        labels: labels of the rows, on the left of every level.
         levels: how many maps there are of each array.
         row: inches of a row.
         lowest: inches of a map, at least.
@@ -296,7 +296,7 @@ def heat_map(
         colours: what they mean.
         title: above it.
         xlabel: name of the layers.
-        label: of the colour bar.
+        label: label of the colour bar.
         points: whether the bar's ticks are percentage points, of values that are probabilities.
     """
     from matplotlib.colors import Normalize

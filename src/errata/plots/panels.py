@@ -55,7 +55,7 @@ def score_panels(
     """Draw fractions `[lines, places]` of each metric on one vertical scale.
 
     Args:
-        means: by metric; where one is not finite, there is no point.
+        means: means by metric; values that are not finite are not drawn.
         lows: lower ends of the 95 % intervals; not finite where there is none.
         highs: upper ends.
         lines: one a row.

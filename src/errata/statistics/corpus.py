@@ -27,7 +27,7 @@ class Corpus:
     """Texts that can be read repeatedly, in a fixed order.
 
     Attributes:
-        name: what to call it.
+        name: its name.
         digest: sha256, in hex, of its content, or of what pins its content.
         texts: a function that gives a fresh iterator over the texts.
     """

@@ -17,7 +17,7 @@ class Item:
     """Counts of one kind of item in a set.
 
     Attributes:
-        name: what it is, such as "paraphrase prompts".
+        name: name of the kind, such as "paraphrase prompts".
         all: how many there are, those counted again that stand there several times.
         total: how many different ones there are; this is what the paper counts.
         per_relation: mean number of different ones of a relation; None if the set names no relations.

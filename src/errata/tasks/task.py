@@ -141,7 +141,7 @@ class PaperRow:
     Attributes:
         editor: as the paper writes it; "" of the unedited model.
         records: how many records it is over.
-        numbers: by column, as printed, × 100.
+        numbers: numbers by column, as printed, × 100.
     """
 
     editor: str
@@ -171,7 +171,7 @@ def estimates(
         columns: which.
         numbers: of each column that is not a harmonic mean, the numbers of all records, in one order.
         interval: how intervals are made.
-        seed: of the bootstrap.
+        seed: seed of the bootstrap.
     """
     return {
         column.name: harmonic_score({part: numbers[part] for part in column.harmonic}, interval, seed)
@@ -196,7 +196,7 @@ class Task:
         schemas: the forms of its entries in files.
         prompts: a record's prompts with their targets, by kind; the first kind is "rewrite", with one prompt.
         columns: its numbers.
-        training: what a trained editor learns from a record.
+        training: training prompts for a trained editor, from a record.
         relation: name of a record's relation; "" if it has none.
         generation: openings of texts that the model is to write.
         titles: for kinds of prompts, their heading on the page.

@@ -51,18 +51,18 @@ class AverageEffects:
     """Mean effects over facts. Probabilities and their differences, as fractions.
 
     Attributes:
-        means: of "clean", P[o]; "corrupted", P*[o]; "total_effect", ATE.
+        means: means of "clean", P[o]; "corrupted", P*[o]; "total_effect", ATE.
         sites: for each part its columns "mean" (AIE), "low", "high", "boot_low", "boot_high" and "facts" (how many
             facts the number is over), each `[roles, layers]` with rows in the order of `ROLES`. NaN where no fact
             was traced, and where an interval would be over fewer than two.
         best: for each part, the best site of each fact among the subject's tokens ("subject") and all from there on
             ("all"). It is sought in noise, so its mean effect is above the best AIE even without any effect.
         left_out: how many traces were left out, by reason.
-        criteria: what was averaged, and how: `averaging`, `min_effect`, `known_only`, `resamples`, `seed`.
+        criteria: selection of facts and way of averaging: `averaging`, `min_effect`, `known_only`, `resamples`, `seed`.
         model: name of the model.
-        fingerprint: of the model's weights.
-        settings: of the traces, as far as they share them.
-        versions: of the libraries that traced.
+        fingerprint: sha256 of the model's weights.
+        settings: settings that the traces share.
+        versions: versions of the libraries that traced.
     """
 
     means: Mapping[str, Mean]
@@ -236,8 +236,8 @@ def average_effects(
         min_effect: traces with a total effect below this are left out, for where nothing was lost nothing can come
             back; −1 keeps them all. None: 0.01, or −1 for averaging="reference".
         known_only: whether traces whose answer is not the fact's object are left out. Facts that name no object stay.
-        resamples: of the bootstrap.
-        seed: of the bootstrap.
+        resamples: number of bootstrap resamples.
+        seed: seed of the bootstrap.
 
     Raises:
         ConfigError: if no trace is left, or they differ in model, weights, settings, parts or layers; a level of

@@ -102,7 +102,7 @@ class IntegratedGradients:
         settings: parts, points, answer and dtype.
         model: name of the model.
         fingerprint: digest of the model's weights.
-        versions: of the libraries that computed it.
+        versions: versions of the libraries that computed it.
     """
 
     fact: Fact
@@ -237,8 +237,8 @@ def integrated_gradients(
     Args:
         model: any decoder.
         fact: its object is not needed, unless answer="object".
-        parts: of "state", "mlp" and "attention".
-        points: of the Gauss-Legendre quadrature.
+        parts: some of "state", "mlp" and "attention".
+        points: number of points of the Gauss-Legendre quadrature.
         answer: what the "model" itself says next, or the first token of the fact's "object".
         memory: bytes that the runs may take beside the model; None: half of what is free, at most 2 GiB (24 on a GPU).
         progress: called with sites done and sites in all, of those that are run.

@@ -40,7 +40,7 @@ class TracedFacts:
     """Result of tracing many facts.
 
     Attributes:
-        traces: of the facts that could be traced, in the order of the facts.
+        traces: traces of the facts that could be traced, in the order of the facts.
         refused: (index of the fact, reason) of those that could not.
     """
 
@@ -69,7 +69,7 @@ def trace_facts(
 
     Args:
         model: any decoder.
-        facts: what to trace.
+        facts: the facts to trace.
         path: the file, which `load_traces` reads too.
         config: the settings; or give them by name, as for `trace`.
         subjects: where σ is measured; None: on the subjects of all facts that can be traced, as in the paper.

@@ -76,7 +76,7 @@ class CausalTrace:
         model: name of the model.
         known: whether the model's most probable next token begins the fact's object; None where the fact names none.
         fingerprint: digest of the model's weights.
-        versions: of the libraries that computed it.
+        versions: versions of the libraries that computed it.
     """
 
     fact: Fact

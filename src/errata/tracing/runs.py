@@ -211,7 +211,7 @@ class _Runs:
         """Add restored runs, token by token.
 
         Args:
-            recording: of clean and corrupted runs.
+            recording: the recorded clean and corrupted runs.
             owner: of each corrupted row of one draw: its fact.
             bases: for each part, probabilities of the facts' answers where nothing is restored, summed over samples.
             tell: is told of progress.

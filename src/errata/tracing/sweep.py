@@ -28,7 +28,7 @@ class VariantGroup:
     """Restored variants of a run whose first restored site is the same.
 
     Attributes:
-        part: what is restored, one of `PARTS`.
+        part: the restored part, one of `PARTS`.
         layer: the first restored layer.
         ends: (last restored layer, layers of the sites whose windows end there), ascending. For a state the layer
             itself.

@@ -50,7 +50,7 @@ def optimise(
     """The change for each text, or why there is none. The model is left unchanged in any case.
 
     Args:
-        names: of the parameters, within the block (`trained`).
+        names: names of the parameters within the block (`trained`).
         texts: one a fact.
         progress: called after every evaluation of a fact's loss.
     """

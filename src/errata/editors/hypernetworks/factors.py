@@ -60,7 +60,7 @@ def gradient_factors(
     """Gradient factors, by map, of each text's loss: −log P of its target in nats, mean over the target's tokens.
 
     Args:
-        model: left as it is.
+        model: the model; left unchanged.
         texts: one an edit.
         maps: names of linear maps in blocks from `first` on.
         first: the lowest of these blocks.

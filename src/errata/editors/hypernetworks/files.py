@@ -48,10 +48,10 @@ class Trained:
     """A trained network, its model, and how it was trained.
 
     Attributes:
-        network: in evaluation mode.
+        network: the network, in evaluation mode.
         model: name of the model.
         fingerprint: digest of all of the model's weights.
-        card: what else is told of its training, JSON-able.
+        card: further information on its training, JSON-able.
         trained_on: `fact_key` of the facts that it was trained on.
     """
 

@@ -27,8 +27,8 @@ class Network(nn.Module, ABC):
 
     Attributes:
         config: its settings.
-        shapes: of the maps that it edits, in order.
-        d_model: of the model's embeddings.
+        shapes: shapes of the edited maps, in order.
+        d_model: width of the model's embeddings.
     """
 
     method: ClassVar[str]
@@ -41,8 +41,8 @@ class Network(nn.Module, ABC):
         """Read and write vectors of each map, so that ΔW = Σ write ⊗ read over an edit's rows.
 
         Args:
-            factors: of the edits' losses, by map.
-            texts: of each edit, the embeddings `[n, d_model]` of `condition(rewrite)`.
+            factors: gradient factors of the edits' losses, by map.
+            texts: for each edit, the embeddings `[n, d_model]` of `condition(rewrite)`.
         """
 
     @abstractmethod

@@ -98,8 +98,8 @@ class Curve:
     """History of a training: losses and validations.
 
     Attributes:
-        edit, locality: of each step, means over its examples, before the step.
-        validations: in order, the first before any step.
+        edit, locality: losses of each step before its update, means over its examples.
+        validations: validations in order, the first before any step.
         ended: why: "steps", "patience", "minutes", "diverged"; None while it goes on.
     """
 
@@ -131,12 +131,12 @@ def train(
     """Train an editor for a model, or continue a stopped training.
 
     Args:
-        model: left as it is.
+        model: the model; left unchanged.
         method: "mend" or "ke".
         examples: some of them, drawn by the seed, are the validation set.
         folder: for checkpoints and the result.
-        config: of the training.
-        settings: of the method's network.
+        config: settings of the training.
+        settings: settings of the method's network.
         progress: called after each step with (step, of, curve so far); of a training by the clock, of as many as there
             seems to be time for.
 

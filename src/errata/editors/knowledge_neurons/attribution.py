@@ -39,7 +39,7 @@ def attributions(model: Model, ids: Sequence[int], target: int, config: Knowledg
     """Attributions `[layers, d_mlp]` of a token's probability after a text, in float32 at least, on the model's device.
 
     Args:
-        model: left as it is.
+        model: the model; left unchanged.
         ids: the text.
         target: the token.
         config: `steps`, `points` and `at` are read.

@@ -18,8 +18,8 @@ class Neuron:
 
     Attributes:
         layer, index: where it is, `index` among the `d_mlp` of its layer.
-        attribution: of the old object's probability, mean over the prompts.
-        share: of the prompts for which it counts.
+        attribution: attribution of the old object's probability, mean over the prompts.
+        share: share of the prompts for which it is a candidate.
     """
 
     layer: int

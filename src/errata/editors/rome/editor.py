@@ -134,7 +134,7 @@ class _Request:
 
     Attributes:
         numbers: places of its rewrites among those of the call.
-        rewrites: of one subject.
+        rewrites: rewrites of one subject.
         kept: rewrites of that subject that are on the model already, and are to hold beside the edit.
     """
 
@@ -238,7 +238,7 @@ class _Plan:
     """The texts of one edit, by the layer whose value is searched with them.
 
     Attributes:
-        texts: by layer.
+        texts: texts by layer.
         later: keys at block 0 of a subject that begins a text where it does not, `[n, d_mlp]`; None: not needed.
     """
 

@@ -53,7 +53,7 @@ class FirstTokens:
     """The keys of every first token of a model, at block 0, and C of ordinary tokens there.
 
     Attributes:
-        model: as it stands without edits of block 0.
+        model: the model in its current state, without edits of block 0.
         ordinary: C of ordinary text at block 0; None: C of texts of random tokens stands for it.
     """
 

@@ -43,7 +43,7 @@ def texts_of(
     and the subject behind each prefix, if keys are read there.
 
     Args:
-        rewrites: of one subject.
+        rewrites: rewrites of one subject.
         prefixes: to put before each prompt.
         first: keep only contexts and subjects in which the fact's token is the first of the text (True) or is not
             (False), and put a prefix before the KL prompt where it is not. None: keep all.
