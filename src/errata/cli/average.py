@@ -11,10 +11,11 @@ from errata.cli import options
 
 
 def average(
-    results: Annotated[
-        list[Path], typer.Argument(help="Traces, as errata trace --save keeps them; a table for each of several files.")
-    ],
-    out: Annotated[Path | None, typer.Option(help="Where to write those of one file: .csv, .parquet or .json.")] = None,
+    results: Annotated[list[Path], typer.Argument(help="Files of errata trace --save; one table for each file.")],
+    out: Annotated[
+        Path | None,
+        typer.Option(help="File for the averages, if there is one file of traces: .csv, .parquet or .json."),
+    ] = None,
     averaging: options.Averaging = "facts",
     min_effect: options.MinEffect = None,
     unknown: options.Unknown = False,

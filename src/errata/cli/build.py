@@ -31,24 +31,31 @@ UNKNOWN = "the model does not know it"
 Table = Annotated[
     Path, typer.Argument(help="Facts: subject, relation, object (.csv, .tsv, .jsonl, .json or .parquet).")
 ]
-Templates = Annotated[Path, typer.Option(help="Wordings of each relation: .json, .csv, .tsv or .jsonl.")]
+Templates = Annotated[Path, typer.Option(help="Sentence templates of each relation: .json, .csv, .tsv or .jsonl.")]
 Out = Annotated[Path, typer.Option(help=f"Folder for {RECORDS}, {SNIPPETS} and {CARD}.")]
 Neighbors = Annotated[
-    int, typer.Option(min=1, help="Neighborhood and attribute prompts a record; a fact with fewer makes none.")
+    int,
+    typer.Option(min=1, help="Neighborhood and attribute prompts for each record; a fact with fewer makes no record."),
 ]
-Limit = Annotated[Optional[int], typer.Option(min=1, help="So many records at most.")]  # noqa: UP045
-Texts = Annotated[Optional[Path], typer.Option(help="A table of subject and text, for reference texts.")]  # noqa: UP045
+Limit = Annotated[Optional[int], typer.Option(min=1, help="Maximum number of records.")]  # noqa: UP045
+Texts = Annotated[Optional[Path], typer.Option(help="A table of subjects and texts, used as reference texts.")]  # noqa: UP045
 Sentences = Annotated[
     Optional[Path],  # noqa: UP045
-    typer.Option(help="Sentences to put before paraphrases, one a line; else other facts, or what --model writes."),
+    typer.Option(help="File of sentences to put before paraphrases, one on each line; by default other facts."),
 ]
 Writer = Annotated[
     Optional[str],  # noqa: UP045
-    typer.Option("--model", help="'atlas', a folder, or a hub id: writes the sentences, unless --sentences are given."),
+    typer.Option(
+        "--model", help="Model that writes the sentences unless --sentences is given: 'atlas', a folder, or a hub id."
+    ),
 ]
 KnownTo = Annotated[Optional[str], typer.Option(help="Rewrite only facts that this model knows.")]  # noqa: UP045
 Less = Annotated[
-    bool, typer.Option("--less-likely", help="New objects that --model, or else --known-to, finds less probable.")
+    bool,
+    typer.Option(
+        "--less-likely",
+        help="Take only new objects that --model, or else --known-to, finds less probable than the old one.",
+    ),
 ]
 
 
@@ -57,9 +64,9 @@ def build(
     templates: Templates,
     out: Out,
     neighbors: Neighbors = 10,
-    paraphrases: Annotated[int, typer.Option(min=1, help="Paraphrases a record.")] = 2,
+    paraphrases: Annotated[int, typer.Option(min=1, help="Paraphrases for each record.")] = 2,
     limit: Limit = None,
-    once: Annotated[bool, typer.Option("--once", help="No two records about one subject.")] = False,
+    once: Annotated[bool, typer.Option("--once", help="Make at most one record for each subject.")] = False,
     texts: Texts = None,
     sentences: Sentences = None,
     model: Writer = None,

@@ -13,16 +13,16 @@ import typer
 from errata.base.display import tell
 from errata.cli import options, tables
 
-app = typer.Typer(help="Get published sets, and see what sets of records are made of.", no_args_is_help=True)
+app = typer.Typer(help="Download published sets, and describe sets of records.", no_args_is_help=True)
 
 Folder = Annotated[
     Optional[Path],  # noqa: UP045
-    typer.Option(help="Where the files are; `data` in the cache folder unless given."),
+    typer.Option(help="Folder of the files; by default `data` in the cache folder."),
 ]
 
 
 def get(
-    names: Annotated[list[str], typer.Argument(help="Which sets: names of errata data list.")],
+    names: Annotated[list[str], typer.Argument(help="Names of sets, as in errata data list.")],
     folder: Folder = None,
     json: options.Json = False,
 ) -> None:

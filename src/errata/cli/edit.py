@@ -31,38 +31,43 @@ def edit(
     subject: Annotated[Optional[str], typer.Option(help="What the fact is about.")] = None,  # noqa: UP045
     prompt: Annotated[
         Optional[str],  # noqa: UP045
-        typer.Option(help="A sentence up to its object, with {} where the subject stands."),
+        typer.Option(help="A sentence up to its object, with {} for the subject."),
     ] = None,
     to: Annotated[Optional[str], typer.Option(help="The new object.")] = None,  # noqa: UP045
-    old: Annotated[str, typer.Option("--from", help="The old object; else what the model says now.")] = "",
+    old: Annotated[
+        str, typer.Option("--from", help="The old object; by default the model's answer before the edit.")
+    ] = "",
     separator: options.Separator = None,
     requests: Annotated[
         Optional[Path],  # noqa: UP045
         typer.Option(
-            help="Instead of one fact a table: .csv, .tsv, .jsonl or .json, with subject, prompt, new_object."
+            help="A table instead of one fact: .csv, .tsv, .jsonl or .json, with subject, prompt, new_object."
         ),
     ] = None,
     sequential: Annotated[
-        bool, typer.Option("--sequential", help="Of a table: make each edit with the earlier ones on the model.")
+        bool,
+        typer.Option("--sequential", help="For a table: make each edit with the earlier ones applied to the model."),
     ] = False,
     model: options.ModelName = "atlas",
     out: Annotated[
         Optional[Path],  # noqa: UP045
-        typer.Option(help="Where to save: a .safetensors, of a table all in one; or a folder, with a file a request."),
+        typer.Option(help="Output: one .safetensors with all edits, or a folder with one file for each request."),
     ] = None,
     lora: Lora = None,
     merge: Merge = None,
     editor: Annotated[
         Optional[str],  # noqa: UP045
-        typer.Option(help="Another editor than ROME, with its settings, such as ft-l or mend:trained=FOLDER."),
+        typer.Option(help="An editor other than ROME, with its settings, such as ft-l or mend:trained=FOLDER."),
     ] = None,
     layer: Annotated[
         Optional[str],  # noqa: UP045
-        typer.Option(help="The layer to edit, from 0; or auto, to find it by a trace. Unless given: what is known."),
+        typer.Option(
+            help="The layer to edit, from 0; auto finds it by a trace. By default the known layer, or else auto."
+        ),
     ] = None,
     preset: Annotated[
         Optional[Literal["paper", "reference"]],  # noqa: UP045
-        typer.Option(help="All settings as in the paper, or as in its published code."),
+        typer.Option(help="Use the settings of the paper, or of its published code."),
     ] = None,
     key: Annotated[Optional[str], typer.Option(help="consistent (exact) or reference (the published code).")] = None,  # noqa: UP045
     also: Annotated[Optional[list[str]], typer.Option(help="Another prompt to watch; any number.")] = None,  # noqa: UP045
@@ -72,7 +77,7 @@ def edit(
     corpus_tokens: second_moments.Tokens = 100_000,
     second_moment: second_moments.File = None,
     identity: second_moments.Identity = False,
-    force: Annotated[bool, typer.Option("--force", help="Make an edit that would disable the model, too.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Make the edit even if it disables the model.")] = False,
     strict: Annotated[bool, typer.Option("--strict", help="Stop at the first bad line of the table.")] = False,
     seed: options.Seed = 0,
     device: options.Device = None,

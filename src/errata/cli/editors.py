@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def editors(
-    name: Annotated[Optional[str], typer.Argument(help="An editor, to see all of its settings.")] = None,  # noqa: UP045
+    name: Annotated[Optional[str], typer.Argument(help="Show the settings of this editor.")] = None,  # noqa: UP045
     json: options.Json = False,
 ) -> None:
     """List the editors; or show one editor's settings, its presets, and the published settings for each model.

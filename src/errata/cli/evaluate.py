@@ -27,7 +27,7 @@ _PROBE_TEXTS, _PROBE_CHARACTERS = 8, 400  # of a probe file, for each edit's dri
 
 
 def evaluate(
-    out: Annotated[Optional[Path], typer.Option(help="The run folder; a stopped run goes on there.")] = None,  # noqa: UP045
+    out: Annotated[Optional[Path], typer.Option(help="The run folder; a stopped run continues in it.")] = None,  # noqa: UP045
     editor: Annotated[
         Optional[list[str]],  # noqa: UP045
         typer.Option(
@@ -38,39 +38,43 @@ def evaluate(
     ] = None,
     data: Annotated[
         Optional[Path],  # noqa: UP045
-        typer.Option(help="Records: a file or folder of CounterFact's or zsRE's; the atlas has its own."),
+        typer.Option(help="Records: a file or folder of CounterFact or zsRE; the atlas has its own."),
     ] = None,
     model: options.ModelName = "atlas",
     kind: Annotated[
         Optional[Literal["counterfact", "zsre"]],  # noqa: UP045
-        typer.Option(help="Of the atlas's own records; counterfact unless given. A file shows by itself what it is."),
+        typer.Option(help="Task of the atlas's own records; by default counterfact. The task of a file is recognised."),
     ] = None,
-    limit: Annotated[Optional[int], typer.Option(min=1, help="The first so many records by case id.")] = None,  # noqa: UP045
+    limit: Annotated[Optional[int], typer.Option(min=1, help="Use only the first records by case id.")] = None,  # noqa: UP045
     sample: Annotated[
         Optional[int],  # noqa: UP045
-        typer.Option(min=1, help="So many of these, drawn at random by --seed."),
+        typer.Option(min=1, help="Use a random sample of these records, drawn by --seed."),
     ] = None,
-    generation: Annotated[bool, typer.Option(help="Write texts, for GE and RS.")] = True,
+    generation: Annotated[bool, typer.Option(help="Generate texts, for GE and RS.")] = True,
     end_of_text: Annotated[
         Literal["stop", "continue"],
         typer.Option(help="Whether texts stop at an end-of-text token, or continue as in the published code."),
     ] = "stop",
     essence: Annotated[
         Literal["paper", "reference"],
-        typer.Option(help="Perplexity of the essence texts; or as the published code has it, over one token more."),
+        typer.Option(
+            help="Perplexity of the essence texts; reference divides by one more token, as the published code does."
+        ),
     ] = "paper",
-    health: Annotated[bool, typer.Option(help="Measure what each edit moves elsewhere.")] = True,
+    health: Annotated[bool, typer.Option(help="Measure the side effects of each edit.")] = True,
     allow_seen: Annotated[
-        bool, typer.Option("--allow-seen", help="Measure a trained editor on facts that it was trained on, too.")
+        bool, typer.Option("--allow-seen", help="Allow measuring a trained editor on facts that it was trained on.")
     ] = False,
     keep_edits: Annotated[bool, typer.Option("--keep-edits", help="Save each edit in the run folder.")] = False,
     probe: Annotated[
         Optional[Path],  # noqa: UP045
-        typer.Option(help="A text file: how its perplexity drifts under each edit, or under --edit as a whole."),
+        typer.Option(
+            help="A text file on which each edit's drift is measured; with --edit, the perplexity of the whole text."
+        ),
     ] = None,
     edit: Annotated[
         Optional[list[Path]],  # noqa: UP045
-        typer.Option("--edit", help="With --probe alone: a file of an edit that was made; several add up."),
+        typer.Option("--edit", help="With --probe only: the file of an existing edit; several are combined."),
     ] = None,
     corpus: second_moments.Corpus = None,
     field: second_moments.Field = "text",
@@ -83,13 +87,17 @@ def evaluate(
     ] = "here",
     address: Annotated[
         Optional[str],  # noqa: UP045
-        typer.Option(help="Of a Ray cluster, such as auto or ray://HOST:PORT (a local one unless given)."),
+        typer.Option(
+            help="Address of a Ray cluster, such as auto or ray://HOST:PORT. By default a local cluster is started."
+        ),
     ] = None,
-    workers: Annotated[Optional[int], typer.Option(min=1, help="How many, on Ray.")] = None,  # noqa: UP045
-    cpus_per_worker: Annotated[float, typer.Option(min=0, help="On Ray.")] = 1,
+    workers: Annotated[Optional[int], typer.Option(min=1, help="Maximum number of workers on Ray.")] = None,  # noqa: UP045
+    cpus_per_worker: Annotated[float, typer.Option(min=0, help="CPUs of each worker on Ray.")] = 1,
     gpus_per_worker: Annotated[
         Optional[float],  # noqa: UP045
-        typer.Option(min=0, help="On Ray; may be a fraction. One unless given, if the model is on a GPU."),
+        typer.Option(
+            min=0, help="GPUs of each worker on Ray, fractions allowed. By default one if the model is on a GPU."
+        ),
     ] = None,
     seed: options.Seed = 0,
     device: options.Device = None,

@@ -19,7 +19,9 @@ Lora = Annotated[Optional[Path], typer.Option(help="Folder for a LoRA adapter, a
 Merge = Annotated[Optional[Path], typer.Option(help="Folder for the whole edited model, as transformers load it.")]  # noqa: UP045
 Rank = Annotated[
     Optional[int],  # noqa: UP045
-    typer.Option(min=1, help="Truncate dense changes to this rank, for --lora or --out; else an adapter refuses them."),
+    typer.Option(
+        min=1, help="Truncate dense changes to this rank, for --lora or --out. Without it an adapter refuses them."
+    ),
 ]
 
 
@@ -28,9 +30,11 @@ def export(
     model: options.ModelName = "atlas",
     lora: Lora = None,
     merge: Merge = None,
-    out: Annotated[Optional[Path], typer.Option(help="File for all of them as one edit, .safetensors.")] = None,  # noqa: UP045
+    out: Annotated[Optional[Path], typer.Option(help="File for the combined edit, .safetensors.")] = None,  # noqa: UP045
     scale: Annotated[Optional[float], typer.Option(help="Multiply every change by this.")] = None,  # noqa: UP045
-    layers: Annotated[Optional[str], typer.Option(help="Changes in these layers alone, such as 3-5 or 2,4.")] = None,  # noqa: UP045
+    layers: Annotated[
+        Optional[str], typer.Option(help="Keep only the changes in these layers, such as 3-5 or 2,4.")
+    ] = None,  # noqa: UP045
     rank: Rank = None,
     device: options.Device = None,
     dtype: options.Dtype = "auto",

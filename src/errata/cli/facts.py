@@ -23,16 +23,19 @@ VERSION = 1
 
 def facts(
     file: Annotated[Path, typer.Argument(help="A table of facts: .csv, .tsv, .jsonl or .json.")],
-    known: Annotated[bool, typer.Option("--known", help="Keep the facts whose object the model names first.")] = False,
+    known: Annotated[
+        bool, typer.Option("--known", help="Keep only the facts whose object the model names before other answers.")
+    ] = False,
     model: options.ModelName = "atlas",
-    out: Annotated[Optional[Path], typer.Option(help="Where to write the table: .csv, .tsv or .jsonl.")] = None,  # noqa: UP045
+    out: Annotated[Optional[Path], typer.Option(help="File for the table: .csv, .tsv or .jsonl.")] = None,  # noqa: UP045
     strict: Annotated[bool, typer.Option("--strict", help="Stop at the first bad line.")] = False,
     all_answers: Annotated[
-        bool, typer.Option("--all-answers", help="Any object competes, not only those of the same relation or prompt.")
+        bool,
+        typer.Option("--all-answers", help="Let all objects compete, not only those of the same relation or prompt."),
     ] = False,
-    ignore_case: Annotated[bool, typer.Option("--ignore-case", help="Answers may be in other letter case.")] = False,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="How far the model goes on.")] = 20,
-    batch_size: Annotated[int, typer.Option(min=1, help="Facts at once.")] = 32,
+    ignore_case: Annotated[bool, typer.Option("--ignore-case", help="Ignore letter case in answers.")] = False,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Length of the model's continuation, in tokens.")] = 20,
+    batch_size: Annotated[int, typer.Option(min=1, help="Number of facts in a batch.")] = 32,
     device: options.Device = None,
     dtype: options.Dtype = "auto",
     download: options.Download = False,

@@ -29,21 +29,25 @@ def figure(
             "sequence saved; settings: rows of a run folder along a setting, those of errata sweep along the layer."
         ),
     ],
-    file: Annotated[Path, typer.Argument(help="What was saved: traces; for averages, lines and severed averages too.")],
+    file: Annotated[
+        Path, typer.Argument(help="The saved results: traces, or, for averages, lines and severed, averages.")
+    ],
     out: Annotated[Path, typer.Option(help="Picture: .png, .svg or .pdf.")],
-    fact: Annotated[Optional[int], typer.Option(min=1, help="Which of several traces, from 1.")] = None,  # noqa: UP045
-    subject: Annotated[Optional[str], typer.Option(help="Which of several traces, by its subject.")] = None,  # noqa: UP045
+    fact: Annotated[
+        Optional[int], typer.Option(min=1, help="Number of the trace, from 1, if there are several.")
+    ] = None,  # noqa: UP045
+    subject: Annotated[Optional[str], typer.Option(help="Subject of the trace, if there are several.")] = None,  # noqa: UP045
     trace: Annotated[
         Optional[Path],  # noqa: UP045
-        typer.Option(help="For gradients: the file of the trace to set beside them."),
+        typer.Option(help="For gradients: the file of the trace to show beside them."),
     ] = None,
     along: Annotated[
         Optional[str],  # noqa: UP045
-        typer.Option(help="For settings: the editors' setting along which they are drawn; layer unless given."),
+        typer.Option(help="For settings: the editor setting on the horizontal axis; by default layer."),
     ] = None,
     parts: Annotated[
         Optional[str],  # noqa: UP045
-        typer.Option(help="For trace, averages and lines: the parts to draw, with commas, such as state,mlp."),
+        typer.Option(help="For trace, averages and lines: the parts to draw, separated by commas, such as state,mlp."),
     ] = None,
     averaging: options.Averaging = "facts",
     min_effect: options.MinEffect = None,

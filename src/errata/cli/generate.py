@@ -13,10 +13,10 @@ from errata.cli import options
 
 
 def generate(
-    prompt: Annotated[str, typer.Argument(help="The text to go on from.")],
+    prompt: Annotated[str, typer.Argument(help="The text to continue.")],
     model: options.ModelName = "atlas",
     edit: Annotated[Optional[list[Path]], typer.Option(help="An edit to apply; any number, in order.")] = None,  # noqa: UP045
-    max_new_tokens: Annotated[int, typer.Option(min=0, help="How far to go on.")] = 30,
+    max_new_tokens: Annotated[int, typer.Option(min=0, help="Maximum number of new tokens.")] = 30,
     top_k: Annotated[Optional[int], typer.Option(help="Sample from the k most probable tokens.")] = None,  # noqa: UP045
     temperature: Annotated[Optional[float], typer.Option(help="Sample at this temperature.")] = None,  # noqa: UP045
     seed: options.Seed = 0,

@@ -17,9 +17,9 @@ def gradients(
     object_: options.Object = "",
     separator: options.Separator = None,
     model: options.ModelName = "atlas",
-    save: Annotated[Optional[Path], typer.Option(help="The gradients themselves, .jsonl.")] = None,  # noqa: UP045
-    save_trace: Annotated[Optional[Path], typer.Option(help="The trace itself, .jsonl.")] = None,  # noqa: UP045
-    points: Annotated[int, typer.Option(min=1, help="Points of the quadrature.")] = 50,
+    save: Annotated[Optional[Path], typer.Option(help="File for the gradients, .jsonl.")] = None,  # noqa: UP045
+    save_trace: Annotated[Optional[Path], typer.Option(help="File for the trace, .jsonl.")] = None,  # noqa: UP045
+    points: Annotated[int, typer.Option(min=1, help="Number of points of the quadrature.")] = 50,
     samples: options.Samples = 10,
     noise: options.Noise = "s3",
     window: options.Window = None,

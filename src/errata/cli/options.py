@@ -21,25 +21,27 @@ if TYPE_CHECKING:
     from errata.tracing.result import CausalTrace
 
 Subject = Annotated[str, typer.Option(help="What the fact is about.")]
-Prompt = Annotated[str, typer.Option(help="A sentence up to its object, with {} where the subject stands.")]
+Prompt = Annotated[str, typer.Option(help="A sentence up to its object, with {} for the subject.")]
 ModelName = Annotated[str, typer.Option("--model", help="'atlas' (embedded), a folder, or a Hugging Face hub id.")]
-Device = Annotated[Optional[str], typer.Option(help="Such as cuda; auto: all that are there. The CPU unless named.")]  # noqa: UP045
-Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16, float16 or float64.")]
+Device = Annotated[
+    Optional[str], typer.Option(help="Device such as cuda; auto: all devices of the machine. By default the CPU.")
+]  # noqa: UP045
+Dtype = Annotated[str, typer.Option(help="Dtype of the weights: auto, float32, bfloat16, float16 or float64.")]
 Download = Annotated[bool, typer.Option("--download", help="Fetch a hub id that is not on this machine.")]
 StartToken = Annotated[
     Optional[str],  # noqa: UP045
-    typer.Option("--start-token", help="A token to put before every text, where the tokenizer adds none itself."),
+    typer.Option("--start-token", help="A token to put before every text, if the tokenizer adds none itself."),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")]
 Seed = Annotated[int, typer.Option(min=0, max=2**32 - 1, help="The seed of everything random.")]
 
 # Of a trace; the defaults stand with the commands, as those of `TraceConfig`.
-Object = Annotated[str, typer.Option("--object", help="What completes the fact; for --answer object.")]
+Object = Annotated[str, typer.Option("--object", help="The object of the fact; for --answer object.")]
 Separator = Annotated[
     Optional[str],  # noqa: UP045
     typer.Option(help="White space between prompt and object, such as '' or ' '. By default the text decides."),
 ]
-Samples = Annotated[int, typer.Option(min=1, max=100_000, help="Samples of noise.")]
+Samples = Annotated[int, typer.Option(min=1, max=100_000, help="Number of noise samples.")]
 Noise = Annotated[
     str,
     typer.Option(
@@ -49,34 +51,44 @@ Noise = Annotated[
 ]
 Window = Annotated[
     Optional[int],  # noqa: UP045
-    typer.Option(min=1, help="Layers of MLP or attention restored at once; 10 from 30 layers on, else a fifth."),
+    typer.Option(
+        min=1,
+        help="Layers whose MLP or attention is restored together; by default 10, below 30 layers a fifth.",
+    ),
 ]
 WindowEdges = Annotated[
     Literal["paper", "reference"],
-    typer.Option(help="Where a window of 10 is: from l-4 to l+5, or, as in the published code, from l-5 to l+4."),
+    typer.Option(help="Position of a window of 10 layers: paper, l-4 to l+5; reference (published code), l-5 to l+4."),
 ]
 SeveredNoise = Annotated[
     Literal["paper", "reference"],
-    typer.Option(help="Noise of severed runs: the corrupted run's, or, as in the published code, drawn anew."),
+    typer.Option(help="Noise of severed runs: paper, the corrupted run's; reference (published code), new noise."),
 ]
 Answer = Annotated[
-    Literal["model", "object"], typer.Option(help="Whose probability: of what the model says, or of the fact's object.")
+    Literal["model", "object"],
+    typer.Option(help="The answer whose probability is traced: the model's own, or the fact's object."),
 ]
 Memory = Annotated[
     Optional[str],  # noqa: UP045
-    typer.Option(help="What the runs may take beside the model, such as 4GB or 500MB; else half of what is free."),
+    typer.Option(
+        help="Memory for the runs besides the model, such as 4GB or 500MB; by default half of the free memory."
+    ),
 ]
 MinEffect = Annotated[
     Optional[float],  # noqa: UP045
     typer.Option(
-        help="Total effect below which a trace is left out of averages; 0.01 unless given, in reference averages -1."
+        help="Leave traces with a smaller total effect out of averages. Default: 0.01, in reference averages -1."
     ),
 ]
 Averaging = Annotated[
     Literal["facts", "reference"],
-    typer.Option(help="Each fact counts once in a role; or tokens are pooled as in the published notebook."),
+    typer.Option(
+        help="facts: each fact counts once in a role; reference: tokens are pooled, as in the published notebook."
+    ),
 ]
-Unknown = Annotated[bool, typer.Option("--unknown", help="Average facts too whose answer is not the object.")]
+Unknown = Annotated[
+    bool, typer.Option("--unknown", help="Also average facts for which the model's answer is not the object.")
+]
 Picture = Annotated[Optional[Path], typer.Option("--out", help="Picture: .png, .svg or .pdf.")]  # noqa: UP045
 
 

@@ -28,28 +28,30 @@ _STYLES = {"run": "", "paper": "dim italic", "difference": ""}
 
 
 def report(
-    runs: Annotated[list[Path], typer.Argument(help="Run folders, as errata evaluate --out names them.")],
+    runs: Annotated[list[Path], typer.Argument(help="Run folders, written by errata evaluate --out.")],
     format: Annotated[
         Optional[Format],  # noqa: UP045
-        typer.Option(help="A table unless given, or as the ending of --out says."),
+        typer.Option(help="Format of the output. By default a table, or the format of --out's ending."),
     ] = None,
     out: Annotated[
         Optional[Path],  # noqa: UP045
-        typer.Option(help="Write it to a file, not to the terminal: .txt, .md, .tex, .csv or .json."),
+        typer.Option(help="Write to this file and not to the terminal: .txt, .md, .tex, .csv or .json."),
     ] = None,
     page: Annotated[
         Optional[Path],  # noqa: UP045
-        typer.Option(help="A page for the browser, .html, with every record in it."),
+        typer.Option(help="File for an .html page with every record."),
     ] = None,
     compare: Annotated[
         Optional[tuple[str, str]],  # noqa: UP045
-        typer.Option(help="Two rows: the first minus the second, over the same records."),
+        typer.Option(help="Compare two rows: the first minus the second, over the same records."),
     ] = None,
     probability: Annotated[
         Literal["per_token", "total"],
-        typer.Option(help="P of an object: the mean over its tokens, as in the paper's tables, or of all of them."),
+        typer.Option(
+            help="Probability of an object: mean over its tokens, as in the paper's tables, or of all tokens."
+        ),
     ] = "per_token",
-    interval: Annotated[Literal["normal", "bootstrap"], typer.Option(help="How 95 % intervals are made.")] = "normal",
+    interval: Annotated[Literal["normal", "bootstrap"], typer.Option(help="Method for the 95 % intervals.")] = "normal",
     seed: options.Seed = 0,
 ) -> None:
     """Show runs as the paper's Table 2 (CounterFact) or 1 (zsRE), with the paper's own rows; no model is needed.

@@ -23,14 +23,18 @@ Corpus = Annotated[
         "hf:NAME (and behind it :CONFIG or :CONFIG:SPLIT) at --revision. The atlas has its own."
     ),
 ]
-Field = Annotated[str, typer.Option(help="Of .jsonl, .parquet and datasets: the field with the text.")]
-Revision = Annotated[Optional[str], typer.Option(help="The commit of a dataset; wikipedia has one.")]  # noqa: UP045
-Tokens = Annotated[int, typer.Option("--corpus-tokens", min=1, help="How many tokens of the corpus count at most.")]
+Field = Annotated[str, typer.Option(help="The field with the text, in .jsonl, .parquet and datasets.")]
+Revision = Annotated[Optional[str], typer.Option(help="The commit of a dataset; for wikipedia there is a default.")]  # noqa: UP045
+Tokens = Annotated[
+    int, typer.Option("--corpus-tokens", min=1, help="Maximum number of tokens to read from the corpus.")
+]
 File = Annotated[
     Optional[Path],  # noqa: UP045
-    typer.Option("--second-moment", help="Instead of a corpus a file: ours, or the ROME authors' .npz."),
+    typer.Option(
+        "--second-moment", help="A stored second moment instead of a corpus: errata's file, or the ROME authors' .npz."
+    ),
 ]
-Identity = Annotated[bool, typer.Option("--identity", help="Do without a second moment (C = 1).")]
+Identity = Annotated[bool, typer.Option("--identity", help="Use no second moment (C = 1).")]
 
 
 @dataclass(frozen=True)

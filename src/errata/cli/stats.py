@@ -27,37 +27,40 @@ def stats(
     ] = None,
     layers: Annotated[
         Optional[str],  # noqa: UP045
-        typer.Option(help="Such as 3-8, or 3,5, or all. Else the layer that the model's config names for ROME."),
+        typer.Option(
+            help="Layers, such as 3-8, or 3,5, or all. By default the layer that the model's config names for ROME."
+        ),
     ] = None,
     corpus: second_moments.Corpus = None,
     field: second_moments.Field = "text",
     revision: second_moments.Revision = None,
-    tokens: Annotated[int, typer.Option(min=1, help="How many tokens count at most.")] = 100_000,
+    tokens: Annotated[int, typer.Option(min=1, help="Maximum number of counted tokens.")] = 100_000,
     max_length: Annotated[
         Optional[int],  # noqa: UP045
-        typer.Option(min=1, help="Cut texts to so many tokens; else to what the model reads, at most 1024."),
+        typer.Option(min=1, help="Cut texts to this many tokens; by default to what the model can read, at most 1024."),
     ] = None,
     which: Annotated[
         Literal["all", "not-first", "not-special"],
-        typer.Option(help="Tokens that count: all, all but the first of a text, or all but special ones."),
+        typer.Option(help="The counted tokens: all, all except the first of a text, or all except special ones."),
     ] = "all",
     shard: Annotated[
         Optional[str],  # noqa: UP045
-        typer.Option(help="Such as 1/4: every fourth text from the first on, for --merge of all four."),
+        typer.Option(help="A shard, such as 1/4: every fourth text from the first on; --merge joins all four."),
     ] = None,
     merge: Annotated[
         Optional[list[Path]],  # noqa: UP045
         typer.Option(help="Merge stored second moments into --out; no model is run. Any number."),
     ] = None,
     ridge: Annotated[
-        float, typer.Option(min=0, help="Add so many times the mean of C's diagonal to it; kept in --out.")
+        float,
+        typer.Option(min=0, help="Add this multiple of the mean of C's diagonal to the diagonal; stored in --out."),
     ] = 0.0,
     out: Annotated[
         Optional[Path],  # noqa: UP045
-        typer.Option(help="Put copies here: a .safetensors for one layer, a folder for several."),
+        typer.Option(help="Also write the result here: a .safetensors for one layer, a folder for several."),
     ] = None,
     listed: Annotated[
-        bool, typer.Option("--list", help="Show what is stored; with --model or --corpus, what of it would be used.")
+        bool, typer.Option("--list", help="List the stored files; with --model or --corpus, show which would be used.")
     ] = False,
     device: options.Device = None,
     dtype: options.Dtype = "auto",

@@ -22,7 +22,9 @@ if TYPE_CHECKING:
     from errata.models.model import Model
     from errata.models.tokens import Role
 
-Save = Annotated[Path, typer.Option(help="The results, .jsonl: each as soon as it is there, so a stopped run goes on.")]
+Save = Annotated[
+    Path, typer.Option(help="File for the results, .jsonl, written during the run; a stopped run continues.")
+]
 
 _RESERVED = 100  # records of the atlas whose subjects are never among the untouched facts
 
@@ -40,7 +42,7 @@ def sweep(
     ] = None,
     limit: Annotated[Optional[int], typer.Option(min=1, help="The first records only.")] = None,  # noqa: UP045
     editor: Annotated[str, typer.Option(help="The editor, such as rome or rome:steps=10.")] = "rome",
-    layers: Annotated[Optional[str], typer.Option(help="Such as 0-7 or 2,4,6; all unless given.")] = None,  # noqa: UP045
+    layers: Annotated[Optional[str], typer.Option(help="Layers, such as 0-7 or 2,4,6; by default all.")] = None,  # noqa: UP045
     tokens: Annotated[
         str,
         typer.Option(
@@ -116,16 +118,18 @@ def sequence(
     model: options.ModelName = "atlas",
     requests: Annotated[
         Optional[Path],  # noqa: UP045
-        typer.Option(help="A table of what to edit: .csv, .tsv, .jsonl or .json; the atlas has its own."),
+        typer.Option(help="A table of requests: .csv, .tsv, .jsonl or .json; the atlas has its own."),
     ] = None,
-    edits: Annotated[int, typer.Option(min=1, help="How many edits, at most.")] = 100,
+    edits: Annotated[int, typer.Option(min=1, help="Maximum number of edits.")] = 100,
     facts: Annotated[
         Optional[Path],  # noqa: UP045
-        typer.Option(help="A table of facts that should stay; the atlas has its own."),
+        typer.Option(help="A table of facts that should not change; the atlas has its own."),
     ] = None,
-    untouched: Annotated[int, typer.Option(min=1, help="How many such facts that the model recalls, at most.")] = 500,
+    untouched: Annotated[
+        int, typer.Option(min=1, help="Maximum number of these facts; only those that the model recalls are used.")
+    ] = 500,
     layer: Annotated[Optional[int], typer.Option(help="The layer to edit, from 0.")] = None,  # noqa: UP045
-    every: Annotated[int, typer.Option(min=1, help="Measure after every so many edits.")] = 1,
+    every: Annotated[int, typer.Option(min=1, help="Number of edits between measurements.")] = 1,
     corpus: second_moments.Corpus = None,
     field: second_moments.Field = "text",
     revision: second_moments.Revision = None,

@@ -23,19 +23,20 @@ def trace(
     subject: Annotated[Optional[str], typer.Option(help="What the fact is about.")] = None,  # noqa: UP045
     prompt: Annotated[
         Optional[str],  # noqa: UP045
-        typer.Option(help="A sentence up to its object, with {} where the subject stands."),
+        typer.Option(help="A sentence up to its object, with {} for the subject."),
     ] = None,
     object_: options.Object = "",
     separator: options.Separator = None,
     facts: Annotated[
         Optional[Path],  # noqa: UP045
-        typer.Option(help="Instead of one fact a table of them: .csv, .tsv, .jsonl or .json. Needs --save."),
+        typer.Option(help="A table of facts instead of one fact: .csv, .tsv, .jsonl or .json. Needs --save."),
     ] = None,
     model: options.ModelName = "atlas",
     out: options.Picture = None,
-    save: Annotated[Optional[Path], typer.Option(help="The traces themselves, .jsonl.")] = None,  # noqa: UP045
+    save: Annotated[Optional[Path], typer.Option(help="File for the traces, .jsonl.")] = None,  # noqa: UP045
     parts: Annotated[
-        str, typer.Option(help="Maps to make, with commas: state, mlp, attention, severed_mlp, severed_attention.")
+        str,
+        typer.Option(help="Maps to make, separated by commas: state, mlp, attention, severed_mlp, severed_attention."),
     ] = "state,mlp,attention",
     samples: options.Samples = 10,
     noise: options.Noise = "s3",

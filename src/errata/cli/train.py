@@ -22,8 +22,8 @@ _ATLAS_TEST = 500
 
 
 def train_editor(
-    method: Annotated[Literal["mend", "ke"], typer.Argument(help="Which editor.")],
-    out: Annotated[Path, typer.Option(help="A folder for the trained editor; a stopped training goes on there.")],
+    method: Annotated[Literal["mend", "ke"], typer.Argument(help="The editor to train.")],
+    out: Annotated[Path, typer.Option(help="Folder for the trained editor; a stopped training continues in it.")],
     model: options.ModelName = "atlas",
     data: Annotated[
         Optional[Path],  # noqa: UP045
@@ -34,41 +34,47 @@ def train_editor(
     ] = None,
     kind: Annotated[
         Optional[Literal["counterfact", "zsre", "text"]],  # noqa: UP045
-        typer.Option(help="Of what the atlas has itself; counterfact unless given. A file shows by itself what it is."),
+        typer.Option(help="Task of the atlas's own data; by default counterfact. The task of a file is recognised."),
     ] = None,
-    limit: Annotated[Optional[int], typer.Option(min=1, help="The first so many records by case id.")] = None,  # noqa: UP045
+    limit: Annotated[Optional[int], typer.Option(min=1, help="Use only the first records by case id.")] = None,  # noqa: UP045
     skip: Annotated[
         Optional[int],  # noqa: UP045
-        typer.Option(min=0, help="Leave out the first so many: those to be measured on. Of the atlas's records 500."),
+        typer.Option(min=0, help="Leave out the first records, which are for measuring. For the atlas's records 500."),
     ] = None,
     test: Annotated[
         Optional[Path],  # noqa: UP045
-        typer.Option(help="Records that it will be measured on: training examples on the same facts are refused."),
+        typer.Option(help="Records for measuring the editor: training examples on the same facts are refused."),
     ] = None,
-    allow_seen: Annotated[bool, typer.Option("--allow-seen", help="Train on them all the same.")] = False,
+    allow_seen: Annotated[bool, typer.Option("--allow-seen", help="Train on them anyway.")] = False,
     set_: Annotated[
         Optional[list[str]],  # noqa: UP045
         typer.Option("--set", help="A setting of the network, such as rank=256; any number."),
     ] = None,
-    steps: Annotated[int, typer.Option(min=1, help="So many at most.")] = 100_000,
+    steps: Annotated[int, typer.Option(min=1, help="Maximum number of steps.")] = 100_000,
     learning_rate: Annotated[
         Optional[float],  # noqa: UP045
-        typer.Option(help="Of Adam; 1e-6 for MEND and 3e-4 for KE unless given, as published for large models."),
+        typer.Option(
+            help="Learning rate of Adam; by default 1e-6 for MEND and 3e-4 for KE, as published for large models."
+        ),
     ] = None,
-    batch: Annotated[int, typer.Option(min=1, help="Training examples a step.")] = 10,
+    batch: Annotated[int, typer.Option(min=1, help="Training examples per step.")] = 10,
     c_edit: Annotated[float, typer.Option(min=0, help="Factor of the loss on the edit.")] = 0.1,
-    c_loc: Annotated[float, typer.Option(min=0, help="Factor of the divergence of other texts.")] = 1.0,
-    clip: Annotated[float, typer.Option(min=0, help="The gradient's norm is kept below this.")] = 100.0,
+    c_loc: Annotated[
+        float, typer.Option(min=0, help="Factor of the divergence on texts that should not change.")
+    ] = 1.0,
+    clip: Annotated[
+        float, typer.Option(min=0, help="Largest norm of the gradient; a longer gradient is scaled down.")
+    ] = 100.0,
     validate_every: Annotated[
-        int, typer.Option(min=1, help="Steps between validations, with a checkpoint each.")
+        int, typer.Option(min=1, help="Steps between validations; each writes a checkpoint.")
     ] = 500,
     validation: Annotated[int, typer.Option(min=1, help="Size of the validation set.")] = 100,
-    patience: Annotated[int, typer.Option(min=1, help="Stop after so many validations without a better one.")] = 10,
+    patience: Annotated[int, typer.Option(min=1, help="Stop after this many validations without a better one.")] = 10,
     max_minutes: Annotated[
         Optional[float],  # noqa: UP045
-        typer.Option(min=0, help="Stop after so many, over all runs."),
+        typer.Option(min=0, help="Stop after this many minutes, over all runs."),
     ] = None,
-    picture: Annotated[Optional[Path], typer.Option(help="The losses: .png, .svg or .pdf.")] = None,  # noqa: UP045
+    picture: Annotated[Optional[Path], typer.Option(help="Picture of the losses: .png, .svg or .pdf.")] = None,  # noqa: UP045
     seed: options.Seed = 0,
     device: options.Device = None,
     dtype: options.Dtype = "auto",
