@@ -33,8 +33,8 @@ def export(
     out: Annotated[Optional[Path], typer.Option(help="File for the combined edit, .safetensors.")] = None,  # noqa: UP045
     scale: Annotated[Optional[float], typer.Option(help="Multiply every change by this.")] = None,  # noqa: UP045
     layers: Annotated[
-        Optional[str], typer.Option(help="Keep only the changes in these layers, such as 3-5 or 2,4.")
-    ] = None,  # noqa: UP045
+        Optional[str], typer.Option(help="Keep only the changes in these layers, such as 3-5 or 2,4.")  # noqa: UP045
+    ] = None,
     rank: Rank = None,
     device: options.Device = None,
     dtype: options.Dtype = "auto",

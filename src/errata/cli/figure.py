@@ -34,8 +34,8 @@ def figure(
     ],
     out: Annotated[Path, typer.Option(help="Picture: .png, .svg or .pdf.")],
     fact: Annotated[
-        Optional[int], typer.Option(min=1, help="Number of the trace, from 1, if there are several.")
-    ] = None,  # noqa: UP045
+        Optional[int], typer.Option(min=1, help="Number of the trace, from 1, if there are several.")  # noqa: UP045
+    ] = None,
     subject: Annotated[Optional[str], typer.Option(help="Subject of the trace, if there are several.")] = None,  # noqa: UP045
     trace: Annotated[
         Optional[Path],  # noqa: UP045

@@ -24,8 +24,8 @@ Subject = Annotated[str, typer.Option(help="What the fact is about.")]
 Prompt = Annotated[str, typer.Option(help="A sentence up to its object, with {} for the subject.")]
 ModelName = Annotated[str, typer.Option("--model", help="'atlas' (embedded), a folder, or a Hugging Face hub id.")]
 Device = Annotated[
-    Optional[str], typer.Option(help="Device such as cuda; auto: all devices of the machine. By default the CPU.")
-]  # noqa: UP045
+    Optional[str], typer.Option(help="Device such as cuda; auto: all devices of the machine. By default the CPU.")  # noqa: UP045
+]
 Dtype = Annotated[str, typer.Option(help="Dtype of the weights: auto, float32, bfloat16, float16 or float64.")]
 Download = Annotated[bool, typer.Option("--download", help="Fetch a hub id that is not on this machine.")]
 StartToken = Annotated[
