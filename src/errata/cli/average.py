@@ -23,7 +23,7 @@ def average(
 ) -> None:
     """Average the effects of stored traces by the roles of tokens, without a model.
 
-    Several files give a table each, with the same columns, to compare models or settings.
+    For several files it shows one table each, with the same columns, to compare models or settings.
     """
     from errata.base.errors import ConfigError
     from errata.cli import show

@@ -83,7 +83,7 @@ def build(
 ) -> None:
     """Make a CounterFact from a table of facts and templates for their relations.
 
-    It says which facts make no record, and why. Bad lines are named, and the others used; the exit code is 1 then.
+    It lists the facts that make no record, with reasons. Bad lines are reported and skipped; the exit code is then 1.
     """
     from errata.base.errors import ConfigError, FactError
     from errata.cli import show

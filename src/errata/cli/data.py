@@ -79,7 +79,7 @@ def describe_file(
 ) -> None:
     """Describe a set: records, subjects, objects, prompts of each kind; in total, by relation, by record.
 
-    Bad records are named, and the others counted; the exit code is 1 then.
+    Bad records are reported and skipped; the exit code is then 1.
     """
     from errata.base.errors import ResultFileError
     from errata.cli import show

@@ -88,8 +88,8 @@ def edit(
 ) -> None:
     """Rewrite facts with ROME or another editor, show what the model says before and after, and save the edits.
 
-    One fact by --subject, --prompt and --to; or a table by --requests, whose edits are computed together. Requests that
-    cannot be met are named, and the others made; the exit code is 1 then.
+    Give one fact by --subject, --prompt and --to, or a table by --requests, whose edits are computed together. Requests
+    that cannot be edited are reported and skipped; the exit code is then 1.
     """
     from errata.base.errors import ConfigError, ErrataError
     from errata.cli import export, show

@@ -19,7 +19,7 @@ def editors(
 ) -> None:
     """List the editors; or show one editor's settings, its presets, and the published settings for each model.
 
-    They are given to errata evaluate as --editor NAME or NAME:SETTING=VALUE,...
+    errata evaluate takes them as --editor NAME or NAME:SETTING=VALUE,...
     """
     from errata.cli import show
     from errata.editors.registry import method_of, methods

@@ -31,9 +31,8 @@ def evaluate(
     editor: Annotated[
         Optional[list[str]],  # noqa: UP045
         typer.Option(
-            help="An editor: its name, or also its settings, as in ft:steps=9 (with commas between several), and NAME= "
-            "in front for a row called so; given several times, or with layer={0..7} or {1,3,5}, for several rows. "
-            "Without one: the unedited model alone."
+            help="An editor, with settings such as ft:steps=9,layer=2; NAME= in front names its row. Repeat it, "
+            "or write layer={0..7} or {1,3,5}, for several rows. Without it, only the unedited model is measured."
         ),
     ] = None,
     data: Annotated[
@@ -108,8 +107,8 @@ def evaluate(
 ) -> None:
     """Measure edits on records: the scores of CounterFact or zsRE before and after, one result for each record.
 
-    Bad records are named, and the others used; the exit code is 1 then. A run that was stopped goes on where it was if
-    it is started again; other editors can be added to it. errata report shows what a run folder holds.
+    Bad records are reported and skipped; the exit code is then 1. The same command continues a stopped run; other
+    editors can be added to it. errata report shows the results in a run folder.
     """
     from errata.base.errors import ConfigError
 

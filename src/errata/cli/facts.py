@@ -44,8 +44,7 @@ def facts(
 ) -> None:
     """Check a table of facts (subject, prompt, object, relation), convert it, and select the facts that a model knows.
 
-    Bad lines are named, and the others used; the exit code is 1 then. A run with --known that was stopped goes on
-    where it was if it is started again.
+    Bad lines are reported and skipped; the exit code is then 1. The same command continues a stopped run with --known.
     """
     from errata.base.errors import ConfigError
     from errata.cli import show

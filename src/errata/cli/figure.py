@@ -24,9 +24,9 @@ def figure(
     kind: Annotated[
         Literal["trace", "averages", "lines", "severed", "gradients", "sequence", "settings"],
         typer.Argument(
-            help="trace: one fact's maps; averages: their means by role; lines: with intervals; severed: bars of "
-            "states with modules severed; gradients: integrated gradients beside a trace; sequence: what errata "
-            "sequence saved; settings: rows of a run folder along a setting, those of errata sweep along the layer."
+            help="trace: one fact's maps; averages: mean maps by role; lines: means with intervals; severed: bars of "
+            "states with severed modules; gradients: integrated gradients beside a trace; sequence: results of errata "
+            "sequence; settings: rows of a run folder along a setting (for errata sweep, the layer)."
         ),
     ],
     file: Annotated[

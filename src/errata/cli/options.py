@@ -45,8 +45,8 @@ Samples = Annotated[int, typer.Option(min=1, max=100_000, help="Number of noise 
 Noise = Annotated[
     str,
     typer.Option(
-        help="s3 is Gaussian, 3σ of subjects; 0.1 Gaussian of that level; u3 uniform, ±3σ; m multivariate; t5 "
-        "Student's t. With ! it replaces embeddings; with +1 a token after the subject is corrupted too."
+        help="s3: Gaussian, 3σ of the subjects' embeddings; 0.1: Gaussian of that level; u3: uniform, ±3σ; "
+        "m: multivariate; t5: Student's t. ! replaces embeddings; +1 also corrupts a token after the subject."
     ),
 ]
 Window = Annotated[

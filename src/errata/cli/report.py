@@ -56,7 +56,7 @@ def report(
 ) -> None:
     """Show runs as the paper's Table 2 (CounterFact) or 1 (zsRE), with the paper's own rows; no model is needed.
 
-    Runs may still be going on. CSV and JSON hold fractions, not percent.
+    Unfinished runs can be shown too. CSV and JSON hold fractions, not percent.
     """
     from errata.base.files import write_text
     from errata.cli import show

@@ -70,8 +70,8 @@ def stats(
 ) -> None:
     """Collect second moments of MLP keys, all layers in one pass, and show whether there was enough text.
 
-    They are kept in $ERRATA_HOME (or ~/.cache/errata), and found there by all that they depend on. A run that was
-    stopped goes on where it was if it is started again.
+    They are stored in $ERRATA_HOME (or ~/.cache/errata), with a fingerprint of everything that they depend on. The same
+    command continues a stopped run.
     """
     from errata.base.errors import ConfigError
     from errata.cli import show

@@ -46,8 +46,8 @@ def sweep(
     tokens: Annotated[
         str,
         typer.Option(
-            help="Token roles at which the key is read, separated by commas; subject_first, subject_last, "
-            "after_subject and last unless given.",
+            help="Token roles at which the key is read, separated by commas; by default subject_first, subject_last, "
+            "after_subject and last.",
             show_default=False,
         ),
     ] = "subject_first,subject_last,after_subject,last",
@@ -144,8 +144,8 @@ def sequence(
 ) -> None:
     """Make edits one after the other on one model, and measure how many edited and untouched facts it recalls.
 
-    Bad lines of a table are named, and the others used; the exit code is 1 then. A run that was stopped goes on where
-    it was if it is started again, and goes on with more --edits. The edits are kept in a folder beside --save.
+    Bad lines of a table are reported and skipped; the exit code is then 1. The same command continues a stopped run,
+    and a larger --edits extends a finished one. The edits are stored in a folder beside --save.
     """
     from errata.base.errors import ConfigError
     from errata.cli import show

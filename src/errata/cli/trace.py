@@ -50,8 +50,8 @@ def trace(
     tokens: Annotated[
         Optional[str],  # noqa: UP045
         typer.Option(
-            help="Roles of the tokens to restore, with commas: subject_first, subject_middle, subject_last, "
-            "after_subject, further, last; all unless given."
+            help="Roles of the tokens to restore, separated by commas: subject_first, subject_middle, subject_last, "
+            "after_subject, further, last; by default all."
         ),
     ] = None,
     memory: options.Memory = None,
@@ -68,9 +68,9 @@ def trace(
 ) -> None:
     """Trace facts causally: which states, MLPs and attentions restore the answer when the subject is corrupted?
 
-    One fact by --subject and --prompt; or a table by --facts, each of whose traces is in the file of --save as soon as
-    it is made, and whose averages are shown. Bad lines are named, and the others traced; the exit code is 1 then. A run
-    that was stopped goes on where it was if it is started again.
+    Give one fact by --subject and --prompt, or a table by --facts. For a table, each trace is written to --save as soon
+    as it is computed, and the averages are shown. Bad lines are reported and skipped; the exit code is then 1. The same
+    command continues a stopped run.
     """
     from errata.base.errors import ConfigError, FactError
     from errata.base.facts import Fact

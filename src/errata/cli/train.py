@@ -28,8 +28,8 @@ def train_editor(
     data: Annotated[
         Optional[Path],  # noqa: UP045
         typer.Option(
-            help="What to learn from: records of CounterFact's or zsRE's, or a .txt, whose passages are parted by "
-            "blank lines. The atlas has records of its own."
+            help="Training data: records of CounterFact or zsRE, or a .txt with passages separated by blank lines. "
+            "The atlas has its own records."
         ),
     ] = None,
     kind: Annotated[
@@ -84,8 +84,7 @@ def train_editor(
 ) -> None:
     """Train KE or MEND for a model, on records or plain text.
 
-    errata evaluate takes the folder as --editor mend:trained=FOLDER. A training that was stopped goes on where it was
-    if it is started again.
+    errata evaluate takes the folder as --editor mend:trained=FOLDER. The same command continues a stopped training.
     """
     settings = _settings(set_ or ())
     options.require_apart({"--picture": picture})

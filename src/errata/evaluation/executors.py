@@ -294,7 +294,7 @@ class _Crew:
         )
 
     def _require_same(self, host: str, theirs: Mapping[str, Any]) -> None:
-        """Make sure that what a worker has loaded is what is here; its name may be another."""
+        """Check that a worker has loaded the same model; its name may differ."""
         different = [
             f"{key} is {theirs[key]} there and {self.provenance[key]} here"
             for key in self.provenance

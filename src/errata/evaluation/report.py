@@ -54,7 +54,7 @@ class Row:
         seconds: a record, on the mean; None if not known.
         strong: names of columns: best of the editors; of a difference, those with 0 outside of the interval.
         fails: names of columns.
-        short: what stands for a name that is too long to be shown; the legend tells its settings.
+        short: a short name if the name is too long for display; the legend has its settings.
     """
 
     name: str
@@ -91,12 +91,12 @@ class Table:
 
     Attributes:
         task: the task of all runs.
-        probability: what P is.
+        probability: the definition of P.
         interval: how intervals were made.
         columns: that some row has a number for, in the paper's order.
         blocks: rows of each run.
         differences: between two rows, of each run that has both.
-        sets: what the records of the runs are called.
+        sets: names of the runs' record sets.
     """
 
     task: Task
@@ -160,7 +160,7 @@ def table(
 
     Args:
         runs: each becomes a block.
-        probability: what P is in CounterFact's numbers.
+        probability: the definition of P in CounterFact's numbers.
         interval: how intervals are made.
         compare: names of two rows, to tell the first minus the second.
         seed: seed of the bootstrap.
@@ -273,7 +273,7 @@ def _paper(row: Row, found: PaperRow | None) -> list[Row]:
 
 
 def _beside(task: Task, model: str, rows: Mapping[str, str]) -> dict[str, PaperRow]:
-    """The paper's rows to stand beside one's own, each once: by the row's name, or else by its editor's.
+    """The paper's rows for the table, each once, found by the name of our row or else of its editor.
 
     Args:
         task, model: as of `Task.paper_row`.

@@ -208,7 +208,7 @@ class Run:
 
 
 def _require_one_run(folder: Path, task: Task, unedited: Results, edited: Sequence[Results]) -> None:
-    """Make sure that the files of a folder belong together: numbers of two models or record sets do not compare.
+    """Check that the files of a folder belong together: numbers of two models or record sets are not comparable.
 
     Raises:
         ResultFileError: if one does not.

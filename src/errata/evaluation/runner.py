@@ -74,7 +74,7 @@ def evaluate(
 ) -> Run:
     """Measure records before and after edits, and write each result to a folder as soon as it is measured.
 
-    What the folder holds already is not measured again: a run that was stopped goes on, and editors can be added to it,
+    Existing results are not measured again: the same call continues a stopped run, and editors can be added to it,
     or records behind those that it has.
     The unedited model is measured once for all of them. Ctrl-C ends the run after the chunk under way; a second one at
     once.
@@ -84,7 +84,7 @@ def evaluate(
         records: records of one task, each with a case id of its own; or what `read_records` returned.
         editors: editors by the names of their rows.
         folder: the run folder (`evaluation.results`).
-        measures: what is measured; None: what the model says to prompts alone.
+        measures: settings of the measurement; None: only predictions on prompts.
         source: name of the record set.
         keep_edits: whether edits are saved in the folder.
         executor: where chunks are measured; None: here.
@@ -223,7 +223,7 @@ def _require_no_more(folder: Path, task: Task, records: Sequence[Case]) -> None:
 
 
 def _require_kept(name: str, there: Iterable[Result]) -> None:
-    """Make sure that edits of results that are there already were kept, where they are asked for.
+    """Check that the edits of existing results were kept, if they are requested.
 
     Raises:
         ConfigError: if they were not.
@@ -237,7 +237,7 @@ def _require_kept(name: str, there: Iterable[Result]) -> None:
 
 
 def _require_cases(records: Sequence[Case]) -> None:
-    """Make sure that records can be told apart.
+    """Check that records have distinct case ids.
 
     Raises:
         ConfigError: if two have one case id.

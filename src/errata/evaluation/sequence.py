@@ -155,7 +155,7 @@ def edit_in_sequence(
 ) -> SequenceScores:
     """Make ROME edits one after the other, each on top of the earlier ones, and measure what is recalled.
 
-    If the file is there already, of the same model, rewrites and settings, the run goes on where it was; rewrites may
+    If the file exists, with the same model, rewrites and settings, the run continues where it stopped; rewrites may
     have been added behind those that it was begun with. Ctrl-C ends it after the edit under way; a
     second one at once. The model is left as it was, byte for byte.
 
@@ -167,7 +167,8 @@ def edit_in_sequence(
         config: settings of ROME; None: the model's own.
         second_moment: C, of the keys of the edited layer.
         layer: the layer to edit, from 0; it goes before the config's, which goes before the model's hint.
-        every: all edits so far and the untouched facts are measured after so many edits, and after the last.
+        every: number of edits between measurements of all edits so far and the untouched facts; the last edit is always
+            followed by one.
         seed: seed of the sampled prefixes.
         progress: called with edits done and edits in all.
 
@@ -256,7 +257,7 @@ def _put_on(
     editor: Editor,
     on_model: contextlib.ExitStack,
 ) -> Edit | ErrataError:
-    """An edit that is on the model now, until the stack is closed; or why there is none.
+    """An edit, applied until the exit stack is closed; or the reason why there is none.
 
     Raises:
         ConfigError: if the settings allow of none.

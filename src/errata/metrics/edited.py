@@ -29,7 +29,7 @@ def run_edited(
     Args:
         model: the model in its current state; left unchanged.
         sequences: the sequences to run, at least one.
-        variants: for each, the edit that is on the model for each sequence; None: the model as it stands.
+        variants: for each variant, the edit applied for each sequence; None: the model in its current state.
 
     An edit that must be applied to the model stays until the next batch is asked for, or the generator is closed. The
     hidden states of one variant are the same, bit for bit, whichever others are asked for.

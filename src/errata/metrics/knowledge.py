@@ -33,7 +33,7 @@ class Knowledge:
 
     Attributes:
         row: the fact.
-        continuation: how the model goes on from it.
+        continuation: the model's continuation.
         named: the answer that it names first, as the table writes it; None if it names none.
         known: whether that is the fact's object.
     """
@@ -58,7 +58,7 @@ def knows(
     """A model's answer to each fact, in order. See `judge` for the settings; `progress` is called with (done, of).
 
     Raises:
-        FactError: if a fact has no object, or the model cannot go on from its text.
+        FactError: if a fact has no object, or the model cannot continue its text.
         ConfigError: if a number is out of range.
     """
     require_objects(rows)

@@ -59,7 +59,7 @@ def score_requests(
     Args:
         model: the model in its current state; left unchanged.
         requests: prompts with their targets.
-        variants: for each, the edit that is on the model for each request; None: the model as it stands.
+        variants: for each variant, the edit applied for each request; None: the model in its current state.
 
     The numbers of one variant are the same, bit for bit, whatever else is scored.
 

@@ -188,7 +188,7 @@ def essence_perplexity(
 
     Args:
         model: the model in its current state.
-        texts: any number; NaN if they have no token that another stands before.
+        texts: any number; NaN if no token has another one before it.
         max_length: limit in tokens, special ones included; never more than the model reads.
         reference: as the published code does, divide by all tokens, though the first one is not scored.
 

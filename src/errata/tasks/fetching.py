@@ -55,11 +55,11 @@ def fetch(source: Source, folder: str | Path | None = None, progress: Progress |
     Args:
         source: which one.
         folder: where to put it; None is `data` in the cache folder.
-        progress: called with (bytes that are there, bytes in all or None), often.
+        progress: called often with (bytes so far, total bytes or None).
 
     Raises:
         NotFetched: if it cannot be reached, or the transfer stopped.
-        ResultFileError: if what came, or what is there, is not what it should be.
+        ResultFileError: if the downloaded or existing file is not the expected one.
         OutputError: if it cannot be written.
     """
     target = place(source, folder)

@@ -155,7 +155,7 @@ class Training:
 
     Attributes:
         equivalents: whole prompts after which the new object is to be said.
-        others: whole prompts with what is said after them, which is to stay.
+        others: complete prompts with the answers that should stay.
     """
 
     equivalents: tuple[str, ...]

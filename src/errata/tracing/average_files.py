@@ -36,7 +36,7 @@ _COMMENT = "# errata: "  # where earlier versions have it, before the table
 
 
 def write(path: str | Path, averages: Mapping[str, Any], to_frame: Callable[[], pandas.DataFrame]) -> None:
-    """Write averages, whole or not at all; as `AverageEffects.save`.
+    """Write averages atomically; see `AverageEffects.save`.
 
     Args:
         path: the file; its ending says which format.

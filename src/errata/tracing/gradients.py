@@ -157,7 +157,7 @@ class IntegratedGradients:
         save(self.figure(trace), path)
 
     def save(self, path: str | Path) -> None:
-        """Write a journal (`base.journal`) of this one record, whole or not at all.
+        """Write a journal (`base.journal`) with this one record, atomically.
 
         Raises:
             OutputError: if the file cannot be written.

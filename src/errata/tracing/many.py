@@ -63,7 +63,7 @@ def trace_facts(
 ) -> TracedFacts:
     """Trace facts and write every trace to a file as soon as it is computed.
 
-    If the file is there already, of the same model, facts and settings, what it holds is not traced again; facts behind
+    If the file exists, with the same model, facts and settings, its facts are not traced again; facts behind
     those that it was begun with are added, under the noise that was measured for the first ones. Ctrl-C ends
     the run after the facts under way; a second one at once.
 

@@ -181,7 +181,7 @@ class CausalTrace:
         save(self.figure(), path)
 
     def save(self, path: str | Path) -> None:
-        """Write a file of this one trace, whole or not at all.
+        """Write a file of this one trace atomically.
 
         Raises:
             OutputError: if the file cannot be written.
@@ -204,7 +204,7 @@ class CausalTrace:
 
 
 def token_roles(tokens: int, first: int, last: int) -> tuple[str, ...]:
-    """Roles of a prompt's tokens whose subject stands at `first` to `last`; see `CausalTrace.roles`."""
+    """Roles of a prompt's tokens, with the subject at `first` to `last`; see `CausalTrace.roles`."""
 
     def role(i: int) -> str:
         if i < first:
@@ -217,7 +217,7 @@ def token_roles(tokens: int, first: int, last: int) -> tuple[str, ...]:
 
 
 def save_traces(path: str | Path, traces: Iterable[CausalTrace]) -> None:
-    """Write traces of one model to a file, whole or not at all.
+    """Write traces of one model to a file atomically.
 
     Raises:
         ConfigError: if there are none, or they are of different models.

@@ -45,7 +45,7 @@ def edited_maps(model: Model, blocks: int) -> tuple[str, ...]:
     """The names of all linear maps of the MLPs of the highest blocks.
 
     Raises:
-        ConfigError: if there are not so many blocks.
+        ConfigError: if the model has fewer blocks.
     """
     if blocks > model.n_layers:
         raise ConfigError(f"blocks = {blocks}, and {model.name} has {model.n_layers}: name as many or fewer")

@@ -92,7 +92,7 @@ class Place:
         """The MLPs of the highest blocks.
 
         Raises:
-            ConfigError: if there are not so many blocks.
+            ConfigError: if the model has fewer blocks.
         """
         return cls(edited_maps(model, blocks), model.n_layers - blocks)
 

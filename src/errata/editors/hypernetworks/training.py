@@ -80,10 +80,10 @@ class Validation:
     """Quality of the network on the validation set.
 
     Attributes:
-        step: after so many steps.
+        step: number of steps so far.
         loss: c_edit · edit + c_loc · locality.
         edit, locality: as in `objective.Losses`, means.
-        success: share of examples whose new object is said after the equivalent prompt.
+        success: share of examples for which the model says the new object after the equivalent prompt.
     """
 
     step: int
@@ -100,7 +100,7 @@ class Curve:
     Attributes:
         edit, locality: losses of each step before its update, means over its examples.
         validations: validations in order, the first before any step.
-        ended: why: "steps", "patience", "minutes", "diverged"; None while it goes on.
+        ended: the reason of the end: "steps", "patience", "minutes", "diverged"; None before the end.
     """
 
     edit: tuple[float, ...] = ()
@@ -408,7 +408,7 @@ class _Run:
 
 
 def _require_readable(model: Model, examples: Sequence[TrainingExample]) -> None:
-    """Make sure that no step will meet a text that is too long, or has no target."""
+    """Check that no example has a text that is too long or has no target."""
     for number, example in enumerate(examples):
         new = example.rewrite.new_object
         texts = [example.rewrite.text, *example.equivalents]

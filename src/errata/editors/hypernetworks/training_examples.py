@@ -20,7 +20,7 @@ class TrainingExample:
 
     Attributes:
         rewrite: the edit.
-        equivalents: prompts after which the new object should be said then; at least one.
+        equivalents: prompts after which the edited model should say the new object; at least one.
         others: prompts and targets of which what the model says should stay as it is.
         relation: the relation's name, if it has one, by which a fact is known again in other words.
     """
@@ -49,7 +49,7 @@ def sha256(examples: Sequence[TrainingExample]) -> str:
 
 
 def _parted(model: Model, text: str, prompt_tokens: int, target_tokens: int) -> tuple[str, str] | None:
-    """A text's beginning of so many tokens, or more until a word ends, and how it goes on; None if it is too short."""
+    """A text's first tokens, up to the end of a word, and its continuation; None if it is too short."""
     encoded = model.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     places = encoded["offset_mapping"]
     for i in range(prompt_tokens, len(places) - target_tokens + 1):
@@ -65,7 +65,7 @@ def text_examples(
     """Training examples from plain text, like MEND's from Wikitext: new continuations of ten tokens.
 
     The prompt is the beginning of a text up to the end of a word, the target what the model samples after the beginning
-    of another. What should stay is how a third text goes on. Texts that are too short make none.
+    of another. The continuation of a third text should stay. Texts that are too short are skipped.
 
     Raises:
         FactError: if fewer than three texts are long enough.

@@ -77,7 +77,7 @@ def _instead(keys: Tensor) -> RowPatch:
 
 
 def require_neurons(model: Model, config: KnowledgeNeuronsConfig) -> None:
-    """Make sure, before long work, that the model has neurons where they are asked for.
+    """Check, before long work, that the model has neurons at the requested place.
 
     Raises:
         ConfigError: if they are to be taken before a nonlinearity that it does not have.

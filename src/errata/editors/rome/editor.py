@@ -94,7 +94,7 @@ def _make(
     layer_by: str,
     seed: int,
 ) -> list[Edit | ErrataError]:
-    """Edits for the model as it stands; rewrites of one subject share one edit if `same_subject` says so."""
+    """Edits for the model in its current state; rewrites of one subject share one edit if `same_subject` says so."""
     work = _Work(model, config, second_moment, ordinary, layer_by, seed, len(rewrites), progress)
     return _all_at_once(work, rewrites)
 
@@ -124,7 +124,7 @@ class _Work:
 
     @functools.cache  # noqa: B019 - as long as the call
     def first_tokens(self) -> first_token.FirstTokens:
-        """The keys of all first tokens, where one must be told from the others."""
+        """The keys of all first tokens, among which the edit must single out one."""
         return first_token.FirstTokens(self.model, self.ordinary())
 
 
@@ -149,7 +149,7 @@ class _Request:
 
 
 def _all_at_once(work: _Work, rewrites: Sequence[Rewrite]) -> list[_Made]:
-    """Edits for the model as it stands; those of one subject are one."""
+    """Edits for the model in its current state; rewrites of one subject share an edit."""
     found: dict[int, _Made] = {}
     groups: list[list[int]] = []
     for number, rewrite in enumerate(rewrites):
@@ -207,7 +207,7 @@ def _batches(work: _Work, requests: Sequence[_Request]) -> Iterator[list[_Reques
 
 
 def _together(work: _Work, requests: Sequence[_Request]) -> list[_Made]:
-    """Edits of requests for the model as it stands, computed together; where there is none, why."""
+    """Edits of requests for the model in its current state, computed together; or the reason why there is none."""
     model, config = work.model, work.config
     found: dict[int, _Made] = {}
     plans: dict[int, _Plan] = {}
@@ -395,7 +395,7 @@ def _edit(
 
 
 def _later_keys(work: _Work, rewrite: Rewrite, prefixes: Sequence[str]) -> Tensor:
-    """Keys `[n, d_mlp]` at block 0 of a subject that other words stand before, of which the other part takes care."""
+    """Keys `[n, d_mlp]` at block 0 of the subject behind other words; the other part of the edit handles these."""
     model, rows = work.model, []
     for prefix in (*_BEFORE, *(one for one in prefixes if one)):
         ids, index = contexts.Context.of(rewrite.fact, prefix, model.tokenizer).lookup(model, work.config.fact_token)

@@ -54,7 +54,7 @@ class FirstTokens:
 
     Attributes:
         model: the model in its current state, without edits of block 0.
-        ordinary: C of ordinary text at block 0; None: C of texts of random tokens stands for it.
+        ordinary: C of ordinary text at block 0; None: C of texts of random tokens is used instead.
     """
 
     model: Model
@@ -111,7 +111,7 @@ class FirstTokens:
 
         Args:
             token: its id.
-            apart: keys `[n, d_mlp]` that must not be heard either, such as the subject's own later in a text.
+            apart: further keys `[n, d_mlp]` on which the edit must not act, such as the subject's own later in a text.
         """
         key = self._key(token)
         second = self._base

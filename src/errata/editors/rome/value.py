@@ -83,7 +83,7 @@ def optimise(
 
     Args:
         layer: where δ is added to the down-projection's output.
-        recorded: the texts of the facts, with the model as it stands.
+        recorded: the recorded texts of the facts, with the model in its current state.
         owners: the fact of each text.
         v0: `[facts, d_model]`, the values from which δ is measured.
         progress: called after every evaluation of a fact's loss.
@@ -187,7 +187,7 @@ def _out_of_reach(model: Model, layer: int, config: RomeConfig) -> ConfigError:
 
 
 class _Objective:
-    """The loss of every fact as a function of its δ. It remembers what is said after the KL prompts without δ."""
+    """The loss of every fact as a function of its δ. It stores the predictions on the KL prompts without δ."""
 
     def __init__(
         self, model: Model, layer: int, recorded: Recorded, owners: Sequence[int], v0: Tensor, config: RomeConfig
@@ -206,7 +206,7 @@ class _Objective:
                     self.untouched.update(zip(batch.labels, logits.log_softmax(-1), strict=True))
 
     def reached(self) -> set[int]:
-        """The facts whose δ some prediction of the target can hear of."""
+        """The facts whose δ can affect some prediction of their target."""
         found: set[int] = set()
         contexts = {i for i, text in enumerate(self.texts) if text.kind == "context"}
         for batch in self.recorded.after.micro_batches(contexts):
