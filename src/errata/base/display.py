@@ -44,7 +44,7 @@ def unformulated(text: str) -> str:
 
 
 def tell(text: object, *, err: bool = False) -> None:
-    """Print a line on standard output, or on standard error: `printable`."""
+    """Print a line on standard output or standard error, made `printable`."""
     print(printable(str(text)), file=sys.stderr if err else sys.stdout)
 
 

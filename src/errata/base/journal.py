@@ -229,7 +229,7 @@ def _parsed(path: Path, stored: bytes, kind: str) -> tuple[dict[str, Any] | None
 def _require_same(
     path: Path, found: dict[str, Any], version: int, wanted: dict[str, Any], ignore: set[str], names: Mapping[str, str]
 ) -> None:
-    """Make sure that a journal may be gone on with: same version, same header but for the keys in `ignore`."""
+    """Check that a journal may be continued: same version, same header except for the keys in `ignore`."""
     if found["version"] != version:
         raise ResultFileError(
             f"{path} is of format {found['version']}, and this errata would go on in format {version}. Name another "

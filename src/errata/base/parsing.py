@@ -23,12 +23,12 @@ def taking_apart(
 ) -> Iterator[None]:
     """Context that turns every exception into one error about the file. Errors of the class `error` pass unchanged.
 
-    The block does nothing but turn the content of the file into values: then any exception there, of whatever type a
-    library raises on bytes that it did not expect, is the file's fault.
+    The block must only turn the content of the file into values. Then any exception, of whatever type a library raises
+    on unexpected bytes, is the file's fault.
 
     Args:
         path: the file.
-        what: it should hold, for the message, such as "a saved edit".
+        what: its expected content, for the message, such as "a saved edit".
         error: the class to raise.
         advice: advice for the user.
 

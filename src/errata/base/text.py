@@ -87,7 +87,7 @@ def joined(before: str, after: str, between: str | None = None) -> str:
 def plain(before: str, after: str, between: str | None = None) -> str:
     """A text without its leading white space, if `joined` would insert the same white space.
 
-    After a character that may end a chat marker it is kept: there the tokenizer decides.
+    After a character that may end a chat marker the white space is kept: the tokenizer decides there.
     """
     word = after.lstrip()
     space = after[: len(after) - len(word)]

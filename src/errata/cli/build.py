@@ -167,7 +167,7 @@ class _Given:
 
 
 def _read(facts: Path, templates: Path, texts: Path | None, sentences: Path | None, strict: bool) -> _Given:
-    """The files; what is wrong with their lines is told.
+    """The content of the files; bad lines are reported.
 
     Raises:
         FactError: of the first bad line, if strict; or of a template that will not do.
@@ -274,7 +274,7 @@ def _comparison(model: Model) -> LessLikely:
 
 
 def _require_place(out: Path, card: Mapping[str, Any], force: bool) -> None:
-    """Make sure, before long work, that the folder may be written.
+    """Check, before long work, that the folder may be written.
 
     Raises:
         OutputError: if it holds another build and that is not to be replaced, or other things.

@@ -190,7 +190,7 @@ def _layer(text: str | None) -> int | Literal["auto"] | None:
 
 
 def _require_places(out: Path | None, lora: Path | None, merge: Path | None, many: bool) -> None:
-    """Make sure, before long work, that its results can be written."""
+    """Check, before long work, that the results can be written."""
     from errata.base.errors import OutputError
     from errata.cli import export
 

@@ -114,7 +114,7 @@ def show_residuals(result: dict[str, Any]) -> None:
 
 
 def require_free(lora: Path | None, merge: Path | None) -> None:
-    """Make sure, before long work, that these folders may be written.
+    """Check, before long work, that these folders may be written.
 
     Raises:
         OutputError: if one holds other things.

@@ -197,7 +197,7 @@ def memory_bytes(text: str | None) -> int | None:
 
 
 def require_share(min_effect: float | None) -> None:
-    """Make sure, before long work, that traces can be chosen by this.
+    """Check, before long work, that this is a valid bound for choosing traces.
 
     Raises:
         ConfigError: if they cannot.

@@ -128,7 +128,7 @@ def _show(found: Table, console: Console) -> None:
 
 
 def _show_panel(panel: Panel, console: Console, colours: bool) -> None:
-    """Columns that there is no room for go on below, in tables of their own."""
+    """Show a panel; columns that do not fit are shown below, in further tables."""
     from rich.text import Text
 
     from errata.cli import show

@@ -205,7 +205,7 @@ def _require_files(save: Path, out: Path | None) -> None:
 
 
 def _facts_of(file: Path, bad: list[BadLine]) -> list[Fact]:
-    """The facts of a table that have an object; what is wrong with it is told."""
+    """The facts of a table that have an object; bad lines are reported."""
     from errata.data.fact_table import BadLine
 
     table = tables.facts_of(file)

@@ -231,7 +231,7 @@ def _of_the_atlas(
 
 
 def _of_records(records: Sequence[Case], skip: int) -> list[TrainingExample]:
-    """Training examples of all but the first so many.
+    """Training examples from all records except the first `skip`.
 
     Raises:
         ConfigError: if there are no others.

@@ -372,7 +372,7 @@ class Maker:
 
 @dataclass(frozen=True, order=True)
 class _Sentence:
-    """A sentence, as it stands and to be searched, and the relation that it tells of, if that is known."""
+    """A sentence, unchanged and in a form for searching, and its relation, if known."""
 
     text: str
     plain: str = field(compare=False)

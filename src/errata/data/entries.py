@@ -116,7 +116,7 @@ def case_id(entry: Mapping[str, Any]) -> int:
     """The number of a record.
 
     Raises:
-        FactError: if it is not a whole number from 0.
+        FactError: if it is not a whole number, 0 or larger.
     """
     found = entry["case_id"]
     if type(found) is not int:

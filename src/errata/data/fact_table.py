@@ -311,7 +311,7 @@ def _lines_of_columns(dialect: str, path: Path, text: str, kind: TableKind[Any])
 
 
 def _records(lines: list[str], dialect: str) -> Iterator[tuple[int, list[str] | str]]:
-    """(first line, fields or why there are none) of each record that is not blank."""
+    """(first line, fields or an error) of each record that is not blank."""
     csv.field_size_limit(max(csv.field_size_limit(), MAX_FIELD))
     begin = broken = 0
     while begin < len(lines):

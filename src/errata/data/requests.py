@@ -56,7 +56,7 @@ class RequestRow:
     """One request of a table.
 
     Attributes:
-        line: where it stands: the line it begins on, from 1; in a .json list, the number of the entry, from 1.
+        line: the line on which it begins, from 1; in a .json list, the number of the entry, from 1.
         rewrite: the fact and its new object; the old object may be empty.
         name: the row's name in the table; `line` if it has none.
     """

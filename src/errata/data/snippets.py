@@ -74,7 +74,8 @@ def read_snippets(path: str | Path) -> Snippets:
     """The snippets of a file, in either form; an error in any entry refuses the file.
 
     Raises:
-        ResultFileError: if it is missing or holds none, or an entry is none; the message says which, from 1.
+        ResultFileError: if the file is missing or has no snippets, or an entry is not valid; the message has its
+            number, from 1.
     """
     path = Path(path)
     value, digest = read_json(path, "attribute snippets", MAX_BYTES)
@@ -94,7 +95,7 @@ def read_snippets(path: str | Path) -> Snippets:
 
 
 def write_snippets(path: str | Path, snippets: Snippets) -> None:
-    """Write snippets in the published schema, whole or not at all. `read_snippets` reads them back.
+    """Write snippets in the published schema, atomically. `read_snippets` reads them back.
 
     Raises:
         OutputError: if the file cannot be written.

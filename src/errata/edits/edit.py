@@ -304,7 +304,7 @@ class Edit(Content):
     # ---- files -----------------------------------------------------------------------------------------
 
     def save(self, path: str | Path) -> None:
-        """Write a safetensors file with readable metadata, whole or not at all.
+        """Write a safetensors file with readable metadata, atomically.
 
         Raises:
             OutputError: if the file cannot be written.
@@ -333,7 +333,7 @@ class Edit(Content):
     @checked(model="Model")
     @without_autocast
     def to_lora(self, folder: str | Path, *, model: Model | None = None, rank: int | None = None) -> dict[str, float]:
-        """Write a LoRA adapter that `peft.PeftModel.from_pretrained(hf, folder)` loads; whole or not at all.
+        """Write a LoRA adapter that `peft.PeftModel.from_pretrained(hf, folder)` loads, atomically.
 
         Several changes of one weight are stacked, one rank a rank-one change. The tensors keep the edit's dtype,
         float32 or float64. An adapter that errata wrote there earlier is replaced.

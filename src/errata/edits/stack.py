@@ -224,7 +224,7 @@ class Stack:
     # ---- what fits, and what must be undone first -----------------------------------------------------
 
     def _check_fingerprints(self, edit: Content, now: Mapping[str, str]) -> None:
-        """Make sure that the weights are those that an edit was made for, as they are or as they were unedited."""
+        """Check that the weights, as they are or as they were unedited, are the ones that an edit was made for."""
         model = self.model
         for name, digest in now.items():
             if edit.fingerprints[name] == digest:
@@ -264,7 +264,7 @@ class Stack:
         return next(befores, now)
 
     def _require_untouched(self, edit: Content, entries: Sequence[Entry]) -> None:
-        """Make sure that nothing but edits has changed the weights that these entries cover."""
+        """Check that only edits have changed the weights of these entries."""
         model = self.model
         latest = {id(model.weight(name)): (name, digest) for entry in entries for name, digest in entry.after.items()}
         for name, digest in latest.values():

@@ -39,9 +39,9 @@ class Chunk:
     """Records that are measured together.
 
     Attributes:
-        records: which.
-        editors: whose edits are wanted, by the names of their rows.
-        before: whether the unedited model is.
+        records: the records.
+        editors: names of the rows whose editors are to be measured.
+        before: whether the unedited model is measured too.
     """
 
     records: tuple[Case, ...]

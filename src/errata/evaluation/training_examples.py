@@ -22,15 +22,15 @@ def training_examples(task: Task, records: Sequence[Case]) -> list[TrainingExamp
 def require_unseen(name: str, trained_on: Set[str], task: Task, records: Sequence[Case]) -> None:
     """Check that an editor is not measured on facts that it was trained on.
 
-    A fact is one subject, in any letter case, and one relation, or else one prompt.
+    Two facts are the same if they have the same subject, in any letter case, and the same relation or the same prompt.
 
     Args:
-        name: the editor's.
+        name: name of the editor.
         trained_on: `fact_key` of the facts that it was trained on.
-        task, records: what it is measured on.
+        task, records: the task and records on which it is measured.
 
     Raises:
-        ConfigError: if it has; the first are named.
+        ConfigError: if it was; the message names the first of these facts.
     """
     shared = [
         record.rewrite.text

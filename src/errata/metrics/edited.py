@@ -108,7 +108,7 @@ def _factors(edit: Edit) -> dict[str, Factors]:
 
 
 def _row_by_row(passes: PackedPasses, plans: Mapping[int, Plan]) -> Iterator[tuple[int, PackedBatch, Tensor]]:
-    """All batches go through a block before any goes on to the next, for its weights are then at hand."""
+    """Each block runs on all batches before the next block, so that its weights stay in the cache."""
     batches = list(passes.batches())
     changes = {
         i: [plan.changes.of(torch.tensor(p.members)) for p in batches] for i, plan in plans.items() if plan.changes

@@ -93,8 +93,8 @@ def predict_fact(model: Model, rewrite: Rewrite, essence: str) -> FactPrediction
     """Predictions of the current model about a fact.
 
     Args:
-        rewrite: its new object is looked for after its prompt.
-        essence: a prompt that calls up what the subject is, with `{}` for it, such as "{} is a".
+        rewrite: the fact and its new object, whose probability is measured after the prompt.
+        essence: a prompt about the subject's essence, with `{}` for the subject, such as "{} is a".
 
     Raises:
         FactError: if a text is too long for the model.

@@ -126,7 +126,7 @@ class Surprise:
 
     @property
     def mean(self) -> float:
-        """Nats per token; NaN where no token was scored."""
+        """Mean −log P in nats per token; NaN if no token was scored."""
         return self.total / self.n_tokens if self.n_tokens else math.nan
 
     @property

@@ -177,7 +177,7 @@ def _settings(model: Decoder, new_tokens: int, stop: bool) -> GenerationConfig:
 
 @unbroken
 def _no_settings_of_its_own(model: Decoder) -> Iterator[None]:
-    """Meanwhile the model's own generation config asks for nothing: what ours leaves open is filled in from it."""
+    """Context in which the model's own generation config is empty, since transformers fills gaps in ours from it."""
     own = model.hf.generation_config
     model.hf.generation_config = GenerationConfig()
     try:
@@ -254,7 +254,7 @@ _padding: WeakKeyDictionary[Decoder, dict[tuple[object, ...], bool]] = WeakKeyDi
 
 
 def _takes_padding(model: Decoder) -> bool:
-    """Whether a prompt goes on in a batch, padded and with our cache, as it does alone: recurrent layers may not do so.
+    """Whether a padded prompt in a batch, with our cache, is continued as it is alone: recurrent layers may fail this.
 
     Measured once for a model with the attention that it has now.
     """

@@ -52,8 +52,8 @@ def load_pretrained(
 ) -> Model:
     """A model and its tokenizer, loaded and verified, with its parts found.
 
-    A live model is put in eval mode, and into another dtype or onto another device only if one is named. One that
-    accelerate has spread over several devices, or offloaded in part, stays so.
+    A live model is put in eval mode; its dtype or device changes only if one is named. A model that accelerate has
+    spread over several devices, or partly offloaded, stays so.
 
     Args:
         source: a folder, the id of a model on the Hugging Face hub, or a live (model, tokenizer).
@@ -69,7 +69,7 @@ def load_pretrained(
         ModelNotFound: if there is no such folder, or the id is not in the local cache.
         UnsupportedModel: if what is there cannot be loaded safely, or is not a decoder.
         DeviceError: if the device is not on this machine.
-        ConfigError: if a setting has no such value, or settings contradict each other or what a live model is.
+        ConfigError: if a setting is not valid, or settings contradict each other or a live model.
         MissingExtra: if a device_map is given and accelerate is not installed.
     """
     wanted_dtype = _dtype(dtype)
@@ -322,7 +322,7 @@ def _quiet(download: bool) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _brief_errors(source: str | Path, part: str, download: bool) -> Iterator[None]:
-    """Errors of transformers and its friends, which come in all classes and lengths, as one line of ours."""
+    """Context that turns errors of transformers and related libraries into one-line errors of errata."""
     try:
         yield
     except (ErrataError, MemoryError):

@@ -46,7 +46,7 @@ class Model(Decoder):
         greedy: bool | None = None,
         seed: int = 0,
     ) -> str:
-        """The prompt and how the model goes on, greedily unless `top_k` or a `temperature` asks for sampling.
+        """The prompt and its continuation, greedy unless `top_k` or `temperature` requests sampling.
 
         Raises:
             FactError: if the prompt has no tokens or leaves no room for one more.

@@ -24,7 +24,7 @@ NOTES = "errata.json"
 
 
 def save_pretrained(model: Model, folder: str | Path, notes: Mapping[str, Any] | None = None) -> None:
-    """Write the weights as they are now, config and tokenizer, whole or not at all, for `from_pretrained`.
+    """Write the current weights, config and tokenizer atomically, for `from_pretrained`.
 
     Weights are safetensors in the model's own dtype; tied ones are written once.
 

@@ -119,7 +119,7 @@ def locate_fact(tokenizer: PreTrainedTokenizerBase, fact: Fact) -> Span:
 
 
 def check_length(span: Span, max_length: int) -> None:
-    """Make sure that a model with `max_length` positions can read the prompt.
+    """Check that the prompt is not too long for a model with `max_length` positions.
 
     Raises:
         FactError: if the prompt has more tokens than that.

@@ -99,8 +99,7 @@ class Call:
     whole: bool = False
 
     def at(self, token: int, rows: int, count: int, device: torch.device) -> dict[str, Any]:
-        """Arguments for `count` tokens from `token` on, in so many rows; on whole texts, for the tokens before them
-        too."""
+        """Arguments of `count` tokens from `token` on, in `rows` rows; on whole texts, for earlier ones too."""
         if self.whole:
             token, count = 0, token + count
         return {name: self._at(name, value, token, rows, count, device) for name, value in self.arguments.items()}

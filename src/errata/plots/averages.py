@@ -47,8 +47,8 @@ def average_figure(
             as a difference of probabilities `[roles, layers]`; sites without a finite one are grey.
         roles: one a row ("subject_first", "subject_middle", "subject_last", "after_subject", "further", "last", or
             another name).
-        counts: how many facts have each role, told beside its name.
-        window: how many layers were restored together in the parts "mlp" and "attention".
+        counts: number of facts that have each role, shown beside its name.
+        window: number of layers restored together in the parts "mlp" and "attention".
         title: a line above the maps.
 
     Raises:

@@ -47,14 +47,14 @@ def trace_figure(
     Args:
         maps: for each part ("state", "mlp", "attention", "severed_mlp", "severed_attention", or another name)
             probabilities `[tokens, layers]`; sites without a finite one are grey.
-        tokens: one label a row. White space in them is made visible, long ones are cut, and characters
+        tokens: one label for each row. White space in them is made visible, long labels are cut, and characters
             for which matplotlib's fonts (`rcParams["font.family"]`) have no glyph read like `\\u{1f5fc}`.
         subject: indexes of the subject's first and last token, both inclusive.
         low: the corrupted run's probability, at which the colours begin; if None, if no site is above it, or if the
             clean run's is lower, they begin at the lowest value.
-        high: the clean run's probability, told above the maps.
-        answer: whose probability it is, for the labels.
-        window: how many layers were restored together in the parts "mlp" and "attention".
+        high: the clean run's probability, shown above the maps.
+        answer: the answer whose probability is shown, for the labels.
+        window: number of layers restored together in the parts "mlp" and "attention".
         title: a line above the maps.
 
     Raises:

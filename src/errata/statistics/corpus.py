@@ -143,7 +143,7 @@ class TextDigest:
         self._digest = hashlib.sha256()
 
     def add(self, text: str) -> None:
-        """Take in the next text."""
+        """Add the next text."""
         encoded = text.encode("utf-8", "surrogatepass")
         self._digest.update(len(encoded).to_bytes(8, "big") + encoded)
 

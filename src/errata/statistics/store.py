@@ -56,9 +56,9 @@ class Stored:
 
     Attributes:
         path: the file.
-        problem: why it is not a second moment to use; "" if it is one.
+        problem: why it cannot be used as a second moment; "" if it can.
         fingerprints: of the layers in it: one, or several of an unfinished collection; none if it cannot be read.
-        count: tokens.
+        count: number of tokens.
         halves: how far C⁻¹k moves between halves of the tokens, if that was measured.
     """
 
@@ -70,7 +70,7 @@ class Stored:
 
 
 def save(moment: SecondMoment, path: str | Path) -> None:
-    """Write a second moment, whole or not at all.
+    """Write a second moment atomically.
 
     Raises:
         OutputError: if the file cannot be written; one that was there stays as it was.

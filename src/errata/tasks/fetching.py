@@ -87,7 +87,7 @@ def fetch(source: Source, folder: str | Path | None = None, progress: Progress |
 
 
 def _require_unchanged(source: Source, target: Path) -> None:
-    """Make sure that a file that is there is what was fetched. One that was put there by hand is checked as new."""
+    """Check that an existing file is the one that was fetched. A file from elsewhere is verified like a new one."""
     receipt = _receipt(target)
     if not receipt:
         digest = _checked(source, target, f"{target}")
@@ -203,7 +203,7 @@ def _transfer(url: str, part: Path, progress: Progress | None) -> None:
 
 
 def _keep_version(response: httpx2.Response, version: Path) -> None:
-    """Note what the server calls the file as it is now, if it does: a part can be gone on with only by that."""
+    """Store the server's version tag of the file, if it has one: only with it can a partial download be continued."""
     tag = response.headers.get("ETag", "")
     name = tag if tag and not tag.startswith("W/") else response.headers.get("Last-Modified", "")
     if name:

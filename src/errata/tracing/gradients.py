@@ -383,7 +383,7 @@ class _Runs:
         return logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
 
     def _bytes_kept(self, token: int) -> int:
-        """Bytes that autograd keeps of one block for one row from the token on, by trying."""
+        """Bytes that autograd keeps of one block for one row from the token on, measured in a trial."""
         kept: dict[int, torch.UntypedStorage] = {}  # alive, so that no two have one address
 
         def note(tensor: Tensor) -> Tensor:

@@ -116,7 +116,7 @@ class CausalTrace:
     def roles(self) -> tuple[str, ...]:
         """The role of each token, one of `ROLES`, or "before" in front of the subject.
 
-        A one-token subject is a *subject_last*; a token that ends both subject and prompt too.
+        A one-token subject is *subject_last*, and so is a token that ends both subject and prompt.
         """
         return token_roles(len(self.tokens), *self.subject)
 

@@ -47,7 +47,7 @@ def optimise(
     config: FineTuningConfig,
     progress: Progress | None = None,
 ) -> list[Found | ErrataError]:
-    """The change for each text, or why there is none. The model is left unchanged in any case.
+    """The change for each text, or the error. The model is left unchanged in any case.
 
     Args:
         names: names of the parameters within the block (`trained`).

@@ -296,7 +296,7 @@ def _parts(work: _Work, layer: int, requests: Sequence[_Request], plans: Sequenc
     owners = [place for place, some in enumerate(texts) for _ in some]
 
     def keys_of(place: int, *kinds: str) -> Keys:
-        """Keys of the first of these kinds that the request has texts of."""
+        """Keys of the texts of the first of these kinds that the request has."""
         own = [i for i, owner in enumerate(owners) if owner == place]
         found = ([i for i in own if recorded.texts[i].kind == kind] for kind in kinds)
         return recorded.keys.of(next(rows for rows in found if rows))
@@ -340,7 +340,7 @@ def _parts(work: _Work, layer: int, requests: Sequence[_Request], plans: Sequenc
 def _reads(
     work: _Work, layer: int, plans: Sequence[_Plan], keys: Sequence[Keys], anchors: Sequence[Keys]
 ) -> tuple[list[Tensor | ErrataError], list[dict[str, Any]]]:
-    """The read vector of each request, or why there is none, and notes on it."""
+    """The read vector of each request, or its error, and notes on it."""
     reads: list[Tensor | ErrataError] = []
     if layer != work.layer:  # the subject is the first token of its texts
         tokens = [plan.texts[layer][0].ids[0] for plan in plans]
@@ -365,7 +365,7 @@ def _edit(
     prefixes: Sequence[str],
     digests: dict[str, str],
 ) -> _Made:
-    """The edit of its parts; or why there is none."""
+    """The edit from its parts, or the error."""
     made: list[_Part] = []
     try:
         for part in parts:

@@ -77,7 +77,7 @@ def optimise(
     progress: Progress | None = None,
     served: Sequence[int] | None = None,
 ) -> list[Found | ErrataError]:
-    """The δ of each fact, or why there is none.
+    """The δ of each fact, or its error.
 
     The model is left as it was, whatever happens: no weight gets a gradient, and what was trainable is so again.
 
