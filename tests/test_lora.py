@@ -304,7 +304,7 @@ def test_adapters_of_gpt2s_transposed_layers_are_read(tmp_path):
         ({"bias": "lora_only"}, "biases"),
         ({"lora_bias": True}, "biases"),
         ({"modules_to_save": ["lm_head"]}, "whole modules"),
-        ({"target_modules": ["embed_tokens"]}, "embed_tokens.*no part of a low-rank change"),
+        ({"target_modules": ["embed_tokens"]}, "embed_tokens.*not a part of a low-rank change"),
         ({"trainable_token_indices": [1]}, "embeddings of tokens"),
         ({"init_lora_weights": "pissa"}, "the weight itself"),
     ],

@@ -283,7 +283,7 @@ def test_essence_is_the_plain_function_s_with_the_edit_on(family, kind):
 def test_reference_essence_divides_by_one_token_more():
     model = model_of("gpt2")
     measures = dataclasses.replace(WHOLE, essence="reference", probes=())
-    found = measure(model, RECORDS, {}, True, measures).results[UNEDITED]
+    found = measure(model, task_of_records(RECORDS), RECORDS, {}, True, measures).results[UNEDITED]
     for each, result in zip(RECORDS, found, strict=True):
         texts = ESSENCES.get(each.case_id)
         if texts:

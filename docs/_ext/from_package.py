@@ -32,7 +32,7 @@ HEADINGS = {
     "editors": "Models and editors",
     "edits": "Edits",
     "statistics": "Second moments",
-    "benchmarks": "Records",
+    "tasks": "Records",
     "data": "Records",
     "evaluation": "Evaluation",
 }

@@ -248,7 +248,7 @@ def _made(
     if method.layer_auto and method.known(model, settings)[0].get("layer") in (None, "auto"):
         with show.progress("choosing the layer", "facts") as bar:
             settings = {**settings, "layer": choose_layer(model, facts, seed=seed, progress=bar)}
-    editor = options.bind(method, model, settings, source, seed, facts)
+    editor = options.bind(method, model, settings, source, seed, facts, sample_now=False)
     with show.progress("editing", "steps") as bar:
         edits = editor(list(rewrites), sequential=sequential, force=force, errors="keep", progress=_counting(bar))
     how = {"layer": editor.config["layer"], "chosen": editor.layer_by} if editor.layer_by else {}

@@ -264,16 +264,27 @@ def editor_spec(text: str) -> tuple[str, str, dict[str, Any]]:
 
 
 def bind(
-    method: Method, model: Model, settings: Mapping[str, Any], source: Source, seed: int, facts: Sequence[Fact]
+    method: Method,
+    model: Model,
+    settings: Mapping[str, Any],
+    source: Source,
+    seed: int,
+    facts: Sequence[Fact],
+    *,
+    sample_now: bool = True,
 ) -> Editor:
     """The editor of a method, with settings as texts from the command line.
+
+    Args:
+        sample_now: see `Method.bind`; False: prefixes and second moments wait for a rewrite that can be made.
 
     Raises:
         ConfigError: if a setting is unknown, wrong or missing.
     """
     unknown = settings.keys() - {*method.config.model_fields, "preset"}
     method.config(**{name: settings[name] for name in unknown})  # refuses them, with the nearest name
-    return method.bind(model, second_moment=source.for_method(method, model), seed=seed, facts=facts, **settings)
+    second_moment = source.for_method(method, model)
+    return method.bind(model, second_moment=second_moment, seed=seed, facts=facts, sample_now=sample_now, **settings)
 
 
 def require_no_bound(settings: Mapping[str, Any]) -> None:
