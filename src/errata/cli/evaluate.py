@@ -31,8 +31,8 @@ def evaluate(
     editor: Annotated[
         Optional[list[str]],  # noqa: UP045
         typer.Option(
-            help="An editor, with settings such as ft:steps=9,layer=2; NAME= in front names its row. Repeat it, "
-            "or write layer={0..7} or {1,3,5}, for several rows. Without it, only the unedited model is measured."
+            help="An editor, with settings such as ft:steps=9 (more after commas); NAME= in front names its row. "
+            "Repeat it, or write layer={0..7} or {1,3,5}, for several rows. Without it, only the unedited model is measured."
         ),
     ] = None,
     data: Annotated[

@@ -20,7 +20,7 @@ Corpus = Annotated[
     Optional[str],  # noqa: UP045
     typer.Option(
         help="Texts for the second moment: a file or folder (.txt, .jsonl, .parquet, .gz), wikipedia, or a dataset "
-        "hf:NAME, hf:NAME:CONFIG or hf:NAME:CONFIG:SPLIT at --revision. The atlas has its own."
+        "hf:NAME (optionally with :CONFIG or :CONFIG:SPLIT) at --revision. The atlas has its own."
     ),
 ]
 Field = Annotated[str, typer.Option(help="The field with the text, in .jsonl, .parquet and datasets.")]

@@ -153,7 +153,7 @@ ft = Method(
 )
 ft_l = Method(
     name="ft-l",
-    summary="Fine-tuning of one MLP's down-projection, no entry of which is moved by more than ε",
+    summary="Fine-tuning of one MLP's down-projection, with each entry changed by at most ε",
     source="Zhu et al., 2020: Modifying Memories in Transformer Models",
     config=FineTuningConfig,
     make_editor=partial(make_editor, "ft-l"),
@@ -163,7 +163,7 @@ ft_l = Method(
 )
 attention = Method(
     name="attention",
-    summary="Fine-tuning, within the same bound, of what makes queries, keys and values in one layer",
+    summary="Fine-tuning of one layer's query, key and value maps, with each entry changed by at most ε",
     source="AttnEdit of Meng et al., 2022, appendix I",
     config=FineTuningConfig,
     make_editor=partial(make_editor, "attention"),

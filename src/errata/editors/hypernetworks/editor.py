@@ -133,7 +133,7 @@ _REQUIRED = {"trained": "the folder that errata train-editor wrote for this mode
 
 mend = Method(
     name="mend",
-    summary="MEND: a network that was trained for the model makes a better change of the gradient's factors",
+    summary="MEND: a network trained for the model turns the gradient's factors into a better change",
     source="Mitchell et al., 2022: Fast Model Editing at Scale",
     config=TrainedConfig,
     make_editor=partial(make_editor, "mend"),
@@ -141,7 +141,7 @@ mend = Method(
 )
 ke = Method(
     name="ke",
-    summary="KE: a network that was trained for the model reads the edit and masks its gradient",
+    summary="KE: a network trained for the model reads the edit as text and masks the gradient",
     source="De Cao et al., 2021: Editing Factual Knowledge in Language Models",
     config=TrainedConfig,
     make_editor=partial(make_editor, "ke"),

@@ -167,7 +167,7 @@ _CODE = "the published code's way: before the nonlinearity, objects without a sp
 
 kn = Method(
     name="kn",
-    summary="Knowledge Neurons: the few that express the fact are made to write the new object's embedding",
+    summary="Knowledge Neurons: the few neurons that express the fact are changed to write the new object's embedding",
     source="Dai et al., 2022: Knowledge Neurons in Pretrained Transformers",
     config=KnowledgeNeuronsConfig,
     make_editor=make_editor,

@@ -446,7 +446,7 @@ def second_moment_of(model: Model, moments: Moments, layer: int) -> SecondMoment
 
 rome = Method(
     name="rome",
-    summary="Rank-One Model Editing: one MLP's down-projection is given a new value for the subject's key",
+    summary="Rank-One Model Editing: a rank-one change of an MLP gives a new value for the subject's key",
     source="Meng et al., 2022: Locating and Editing Factual Associations in GPT",
     config=RomeConfig,
     make_editor=make_editor,
