@@ -32,7 +32,7 @@ def evaluate(
         Optional[list[str]],  # noqa: UP045
         typer.Option(
             help="An editor, with settings such as ft:steps=9 (more after commas); NAME= in front names its row. "
-            "Repeat it, or write layer={0..7} or {1,3,5}, for several rows. Without it, only the unedited model is measured."
+            "Repeat it or write layer={0..7} or {1,3,5}, for several rows. Without it: the unedited model alone."
         ),
     ] = None,
     data: Annotated[
