@@ -39,6 +39,14 @@ def _gradients_are_on_afterwards():
     torch.set_grad_enabled(True)
 
 
+@pytest.fixture(autouse=True)
+def _interrupts_are_heard():
+    """Processes in the background of a shell ignore SIGINT; here it is Python's own."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.fixture(scope="module")
 def model():
     return load_pretrained((tiny("gpt2"), byte_tokenizer()), name="tiny")

@@ -52,7 +52,7 @@ def run_edited(
 
 @dataclass(frozen=True)
 class Plan:
-    """How the texts of a variant are run.
+    """The way to run the texts of a variant.
 
     Attributes:
         edits: for each text, its edit.
