@@ -1,4 +1,4 @@
-"""What editing does to the atlas's own records: scores and side effects of each way of making an edit.
+"""Scores and side effects of edits on the atlas's own records, for each way of making an edit.
 
     python benchmarks/records.py --records 500            # a table
     python benchmarks/records.py --records 500 --json     # the same as JSON

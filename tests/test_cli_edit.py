@@ -35,6 +35,12 @@ def test_one_fact_is_shown_with_its_layer_and_its_health(errata, tmp_path):
     assert (tmp_path / "merged" / "model.safetensors").is_file()
 
 
+def test_so_many_tokens_of_the_models_own_corpus_count(errata, tmp_path):
+    done = errata("edit", *FACT, "--to", "Italian", "--corpus-tokens", "5000", "--out", "d.safetensors")
+    assert done.returncode == 0, done.stderr
+    assert Edit.load(tmp_path / "d.safetensors").notes["second_moment"]["tokens"] == 5000
+
+
 def test_an_edit_is_judged_in_words_and_by_each_prompts_own_answer(errata):
     neighbour = "The native language of Danielle Darrieux is"
     done = errata("edit", *FACT, "--to", "Italian", "--also", neighbour, "--json")

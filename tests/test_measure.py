@@ -14,7 +14,6 @@ import torch
 
 from errata.base.errors import ErrataError, FactError
 from errata.base.facts import Fact, Rewrite
-from errata.base.fingerprint import tensor_digest
 from errata.base.seeds import derive
 from errata.data.records import Record, ZsreRecord
 from errata.data.snippets import Snippet, Snippets
@@ -36,6 +35,7 @@ from errata.passes.packing import PackedSequence
 from errata.tasks.counterfact import COUNTERFACT
 from errata.tasks.registry import task_of_records
 from errata.tasks.task import Scored
+from helpers.models import digests
 from tiny import TEXT, byte_tokenizer, tiny
 
 LAYERS, LENGTH, TOP_K, SEED = 3, 24, 5, 7
@@ -175,10 +175,6 @@ def measured(family: str = "gpt2", kind: str = "rank_one") -> Measured:
 
 def on(model: Model, edit: Edit | None) -> contextlib.AbstractContextManager[Any]:
     return edit.applied(model) if edit else contextlib.nullcontext()
-
-
-def digests(model: Model) -> dict[str, str]:
-    return {name: tensor_digest(parameter) for name, parameter in model.hf.named_parameters()}
 
 
 def without_times(results: Sequence[Result]) -> list[Result]:

@@ -11,12 +11,12 @@ import torch
 
 from errata.base.errors import ConfigError, Diverged, FactError, StaleStatistics
 from errata.base.facts import Fact
-from errata.base.fingerprint import tensor_digest
 from errata.editors.rome import RomeConfig, rome
 from errata.editors.rome.contexts import Context, prefixes
 from errata.models.loading import load_pretrained
 from errata.models.scoring import score
 from errata.statistics import SecondMoment, collect
+from helpers.models import digests
 from tiny import TEXT, byte_tokenizer, llama_tokenizer, tiny
 
 FACT = Fact("The Space Needle", "{} is located in the city of", "Seattle")
@@ -60,10 +60,6 @@ def edited(family="gpt2", dtype=torch.float32, rewrite=REWRITE, progress=None, s
         seed=seed,
         progress=progress,
     )
-
-
-def digests(model):
-    return {name: tensor_digest(p) for name, p in model.hf.named_parameters()}
 
 
 # ---- the algebra, recomputed with numpy and torch's own hooks alone ----

@@ -11,13 +11,13 @@ import torch
 from errata.base import budgets
 from errata.base.errors import ConfigError, DisablingEdit, Diverged, ErrataError, FactError
 from errata.base.facts import Fact
-from errata.base.fingerprint import tensor_digest
 from errata.editors import side_effects
 from errata.editors.rome import RomeConfig, rome, value
 from errata.edits.edit import Edit
 from errata.models.loading import load_pretrained
 from errata.models.model import Model
 from errata.statistics import SecondMoment, collect
+from helpers.models import digests
 from helpers.softmax import softmax_in_its_own_dtype  # noqa: F401, a fixture
 from tiny import ALL_FAMILIES, TEXT, byte_tokenizer, llama_tokenizer, tiny
 
@@ -60,10 +60,6 @@ def edits_of(rewrites, family="llama", dtype=torch.float64, told=None, settings=
     config = RomeConfig(**{"layer": 1, "prefixes": PREFIXES, "max_drift": None, "steps": 8, **(settings or {})})
     more = {"second_moment": moment_of(family), "progress": None if told is None else told.append, **more}
     return rome(model_of(family, dtype), rewrites, config, **more)
-
-
-def digests(model: Model) -> dict[str, str]:
-    return {name: tensor_digest(parameter) for name, parameter in model.hf.named_parameters()}
 
 
 @pytest.fixture(autouse=True)

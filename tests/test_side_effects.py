@@ -13,7 +13,6 @@ from torch import Tensor
 import errata
 from errata.base.errors import ConfigError, DisablingEdit, Diverged, EditMismatch, ErrataError, FactError
 from errata.base.facts import Fact
-from errata.base.fingerprint import tensor_digest
 from errata.editors.rome import RomeConfig, rome
 from errata.edits.delta import Dense
 from errata.edits.edit import Edit
@@ -21,6 +20,7 @@ from errata.metrics import side_effects
 from errata.models.loading import load_pretrained
 from errata.models.model import Model
 from errata.statistics import SecondMoment
+from helpers.models import digests
 from tiny import byte_tokenizer, llama_tokenizer, tiny
 
 REWRITE = Fact("The Space Needle", "{} is located in the city of", "Seattle").rewrite(
@@ -47,10 +47,6 @@ def edited(family: str = "gpt2", dtype: torch.dtype = torch.float32, model: Mode
     force = settings.pop("force", False)
     config = RomeConfig(**{"layer": 1, "max_drift": 1.0, "prefixes": "none", "steps": 5, **settings})
     return rome(model, REWRITE, config, second_moment=SecondMoment.identity(model.d_mlp), force=force)
-
-
-def digests(model: Model) -> dict[str, str]:
-    return {name: tensor_digest(parameter) for name, parameter in model.hf.named_parameters()}
 
 
 # ---- the numbers --------------------------------------------------------------------------------------

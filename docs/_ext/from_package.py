@@ -145,7 +145,7 @@ def _parameter(parameter: inspect.Parameter, annotation: Any) -> list[str]:
 
 
 def _metavar(kind: Any) -> str:
-    """How the value of an option is written, such as TEXT or paper|reference."""
+    """Placeholder for an option's value, such as TEXT or paper|reference."""
     while get_origin(kind) in (Union, types.UnionType, list, tuple):  # optional, or repeatable
         kind = get_args(kind)[0]
     if get_origin(kind) is Literal:

@@ -13,7 +13,7 @@ LOADED = re.compile(
 
 
 def loaded_from_network(text: str) -> list[str]:
-    """What a page or a style sheet loads from elsewhere."""
+    """Addresses from which a page or style sheet loads something else."""
     return LOADED.findall(text)
 
 

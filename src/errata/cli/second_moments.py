@@ -67,7 +67,7 @@ class Source:
         Without any option it is that of the model's own corpus, or one that `errata stats` put into the cache.
 
         Raises:
-            ConfigError: if there is no corpus, or it is none.
+            ConfigError: if no corpus is named, or it cannot be used.
             StaleStatistics: if a file is of another model or layer.
         """
         from errata.cli import show
@@ -79,27 +79,29 @@ class Source:
         if self.file:
             return load_any(self.file, layer, model)
         with show.progress(f"second moment of layer {layer}", "tokens") as bar:
-            if self.corpus is None and (found := known_second_moment(model, layer, bar)):
+            if self.corpus is None and model.own_corpus is None and (found := known_second_moment(model, layer)):
                 return found
             return collect_cached(model, [layer], self.texts(model), self.tokens, progress=bar)[layer]
 
     def texts(self, model: Model) -> Texts:
-        """The corpus that the options name; the atlas's own, for it.
+        """The corpus that the options name, or the model's own.
 
         Raises:
-            ConfigError: if none is named, or it is none.
+            ConfigError: if none is named, or it cannot be used.
         """
         from errata import atlas
         from errata.api import ATLAS
         from errata.base.errors import ConfigError
         from errata.statistics.corpus import Corpus
 
-        own = model.hints.get("corpus") == ATLAS
-        if self.corpus is None and not own:
+        if self.corpus is None and model.own_corpus is not None:
+            corpus: Texts = model.own_corpus()
+            return corpus
+        if self.corpus is None:
             raise ConfigError(
                 f"ROME needs text to learn which keys of {model.name} to leave alone: give --corpus FILE (some 100,000 "
                 "tokens) or --corpus wikipedia --download, or --identity to do without"
             )
-        if self.corpus is None or (self.corpus == ATLAS and not Path(ATLAS).exists()):
+        if self.corpus == ATLAS and not Path(ATLAS).exists():
             return atlas.own_corpus()
         return Corpus.open(self.corpus, field=self.field, revision=self.revision, download=self.download)

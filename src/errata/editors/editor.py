@@ -62,7 +62,7 @@ class Editor:
         trained_on: `fact_key` of the facts that the editor was trained on.
         bound: how side effects are measured, and how large they may be; None: they are not measured.
         seed: seed of the reference texts on which side effects are measured.
-        layer_by: how the edited layer was chosen, for people; "" if there is no such layer.
+        layer_by: description of how the edited layer was chosen; "" if the method has no layer.
     """
 
     method: str

@@ -155,7 +155,7 @@ def config_of(method: str, settings: Mapping[str, Any]) -> NetworkConfig:
     """A method's settings.
 
     Raises:
-        ConfigError: if one is not valid, or there is no such method.
+        ConfigError: if a setting is not valid, or the method is unknown.
     """
     if method not in _NETWORKS:
         raise ConfigError(f"{method!r} is not an editor that is trained: choose from {', '.join(_NETWORKS)}")

@@ -35,7 +35,8 @@ def make_editor(model: Model, config: KnowledgeNeuronsConfig, setup: Setup) -> E
     """Knowledge Neurons for one model, with prefixes sampled once from the model as it is now.
 
     Raises:
-        ConfigError: if the tokenizer has no token to start sampling from, or there is no nonlinearity to read before.
+        ConfigError: if the tokenizer has no token to start sampling from, or the MLP has no nonlinearity to read
+            before.
         UnsupportedModel: if embeddings are not as wide as what the down-projection writes.
     """
     width = _embeddings(model).shape[-1]
